@@ -1,0 +1,52 @@
+# make demo | test | test-all | docs | bench | nbs | readme | dist | clean      [VENV=path] [ARGS="..."]
+# The package is installed, editable, into VENV, which is created where there is none.
+VENV   ?= .venv
+PYTHON ?= python3
+PY     := $(VENV)/bin/python
+# One stamp per checkout and extra: nothing is installed twice, nor taken from another checkout that shares VENV
+STAMP  := $(VENV)/.gradstats-$(shell pwd | cksum | cut -d' ' -f1)
+
+.PHONY: demo test test-all docs bench nbs readme execute dist clean
+.SECONDARY:
+
+demo: $(STAMP)-run
+	$(PY) -m fastai_gradstats $(ARGS)
+
+test: $(STAMP)-dev
+	$(PY) -m pytest tests $(ARGS)
+
+test-all: $(STAMP)-dev
+	$(PY) -m pytest tests -m "slow or not slow" $(ARGS)
+
+docs: $(STAMP)-docs
+	$(PY) docs/build.py
+
+bench: $(STAMP)-bench
+	$(PY) -m benchmarks $(ARGS)
+
+nbs: $(STAMP)-dev
+	$(VENV)/bin/nbdev-export
+	$(VENV)/bin/nbdev-clean
+
+# make execute ARGS=nbs/index.ipynb: run notebooks and save their outputs
+execute: $(STAMP)-dev
+	$(PY) docs/execute.py $(ARGS)
+
+readme: $(STAMP)-dev
+	$(PY) docs/readme.py
+
+dist: $(STAMP)-dev
+	rm -rf dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+
+clean:
+	rm -rf _docs _proc dist build *.egg-info .pytest_cache .hypothesis gradstats_demo
+
+$(PY):
+	$(PYTHON) -m venv "$(VENV)"
+
+$(STAMP)-%: settings.ini setup.py pyproject.toml | $(PY)
+	$(PY) -m pip install -q --disable-pip-version-check -e ".$(if $(filter-out run,$*),[$*])"
+	@find "$(VENV)" -maxdepth 1 -name '.gradstats-*' ! -name '$(notdir $(STAMP))-*' -delete
+	@touch "$@"
