@@ -13,10 +13,10 @@ demo: $(STAMP)-run
 	$(PY) -m fastai_gradstats $(ARGS)
 
 test: $(STAMP)-dev
-	$(PY) -m pytest tests $(ARGS)
+	$(PY) -m pytest $(or $(ARGS),tests)
 
 test-all: $(STAMP)-dev
-	$(PY) -m pytest tests -m "slow or not slow" $(ARGS)
+	$(PY) -m pytest -m "slow or not slow" $(or $(ARGS),tests)
 
 docs: $(STAMP)-docs
 	$(PY) docs/build.py
