@@ -1,18 +1,14 @@
 "What gets installed is what settings.ini says, and the built archives are fit for PyPI."
-import re,subprocess,sys,tarfile,venv,zipfile
+import re,sys,tarfile,venv,zipfile
 from configparser import ConfigParser
 from importlib import metadata
 
 import pytest
 from packaging.requirements import Requirement
 
-NAME,PKG = 'fastai-gradstats','fastai_gradstats'
+from conftest import checkout,run
 
-def run(*args, **kw):
-    "Run a command; its output is the failure message."
-    res = subprocess.run([str(a) for a in args], capture_output=True, text=True, **kw)
-    assert res.returncode==0, f"{' '.join(map(str, args))}\n{res.stdout}\n{res.stderr}"
-    return res.stdout
+NAME,PKG = 'fastai-gradstats','fastai_gradstats'
 
 @pytest.fixture(scope='module')
 def settings(root):
@@ -22,13 +18,8 @@ def settings(root):
 
 @pytest.fixture(scope='module')
 def dist(root, tmp_path_factory):
-    "sdist and wheel, built from a copy of what git tracks (plus what is new)."
-    src,out = tmp_path_factory.mktemp('src'),tmp_path_factory.mktemp('dist')
-    files = run('git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', cwd=root).split('\0')
-    for f in filter(None, files):
-        if not (root/f).is_file(): continue
-        (src/f).parent.mkdir(parents=True, exist_ok=True)
-        (src/f).write_bytes((root/f).read_bytes())
+    "sdist and wheel, built from a copy of the project."
+    src,out = checkout(tmp_path_factory.mktemp('src')),tmp_path_factory.mktemp('dist')
     run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, src)
     return out
 
