@@ -2,7 +2,7 @@
 
 nbdev prepares the notebooks as for `nbdev-docs`, in _proc/; smalldocs renders that copy. Nothing in nbs/ changes, and
 `nbdev-docs` still builds the same sources where Quarto is installed."""
-import os,re,shutil,subprocess,sys,tarfile,tempfile,warnings
+import json,os,re,shutil,subprocess,sys,tarfile,tempfile,warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote,urlsplit
@@ -31,11 +31,11 @@ def stage(cfg):
         warnings.filterwarnings('error', module='nbdev')
         proc = proc_nbs(n_workers=0)
     for p in sorted(proc.rglob('*')):
-        rel = p.relative_to(proc)
         if p.suffix not in PAGES: continue
-        p.write_text(relink(p.read_text(encoding='utf-8'), cfg), encoding='utf-8')
-        p.rename(proc/staged(rel))
-    (proc/'_quarto.yml').write_text(yaml.safe_dump(config(cfg, proc), sort_keys=False))
+        text = relink(p.read_text(encoding='utf-8'), cfg)
+        p.write_text(drop_directives(text) if p.suffix=='.ipynb' else text, encoding='utf-8')
+        p.rename(proc/staged(p.relative_to(proc)))
+    (proc/'_quarto.yml').write_text(yaml.safe_dump(config(cfg), sort_keys=False), encoding='utf-8')
     return proc
 
 def relink(text, cfg):
@@ -44,11 +44,19 @@ def relink(text, cfg):
     text = re.sub(r'^( *"?)output-file: [^"\n\\]*', r'\1', text, flags=re.M)
     return re.sub(r'\]\((?!\w+:)([^)\s#]+\.(?:ipynb|qmd))', lambda m: f']({staged(m[1]).as_posix()}', text)
 
-def config(cfg, proc):
+def drop_directives(text):
+    "`#| export` marks the Markdown cell that becomes the module's docstring; nbdev leaves the line in."
+    nb = json.loads(text)
+    for c in nb['cells']:
+        if c['cell_type']=='markdown': c['source'] = re.sub(r'^(#\|.*\n)+', '', ''.join(c['source']))
+    return json.dumps(nb)
+
+def config(cfg):
     "_quarto.yml and its metadata files as one, without what only Quarto reads, globs spelled out."
     res = {}
     for f in ('_quarto.yml', 'nbdev.yml', 'sidebar.yml'):
-        for k,v in yaml.safe_load((cfg.nbs_path/f).read_text()).items(): res[k] = {**res.get(k, {}), **v} if isinstance(v, dict) else v
+        for k,v in yaml.safe_load((cfg.nbs_path/f).read_text(encoding='utf-8')).items():
+            res[k] = {**res.get(k, {}), **v} if isinstance(v, dict) else v
     for k in ('metadata-files', 'format-links'): res.pop(k, None)
     res['format'] = {'html': {k:v for k,v in res['format']['html'].items() if k!='keep-md'}}
     res['website']['llms-txt'] = True
@@ -112,7 +120,7 @@ def dead_links(site):
             u = urlsplit(href)
             if u.scheme or u.netloc: continue
             to = (p.parent/unquote(u.path)).resolve() if u.path else p
-            if to.is_dir(): to = to/'index.html'
+            if to.is_dir(): to /= 'index.html'
             if not to.exists() or (to in pages and unquote(u.fragment) not in pages[to].ids):
                 yield f'{p.relative_to(site.resolve())}: dead link {href}'
 

@@ -1,5 +1,5 @@
 "Run notebooks in place and save their outputs, without machine paths or progress bars: `execute.py [PATH...]`, default all."
-import os,re,site,sys,tempfile
+import os,re,sys,tempfile
 from pathlib import Path
 
 import nbformat
@@ -8,8 +8,8 @@ from nbdev.clean import nbdev_clean
 from nbdev.doclinks import nbglob
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACES = [*site.getsitepackages(), ROOT, sys.prefix, Path.home(), tempfile.gettempdir()]
-paths = re.compile('|'.join(re.escape(str(p).rstrip('/')+'/') for p in PLACES))
+places = {str(p) for p in (*filter(None, sys.path), ROOT, sys.prefix, Path.home(), tempfile.gettempdir())}
+paths = re.compile('|'.join(re.escape(p.rstrip('/')+'/') for p in sorted(places, key=len, reverse=True)))
 bar = re.compile(r'<progress|progress-bar|^\s*<style>.*</style>\s*$', re.S)
 
 def noise(o):

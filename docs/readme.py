@@ -28,6 +28,11 @@ def absolute(cfg, md):
         return f']({cfg.doc_url}{page}{"#"+frag if frag else ""})'
     return NbdevLookup().linkify(re.sub(r'\]\(([^)\s]+)\)', fix, md))
 
+def table(html):
+    "fastai's epoch table as a Markdown table."
+    rows = ['| '+' | '.join(re.findall('<t[hd][^>]*>(.*?)</t', r, re.S))+' |' for r in re.findall('<tr[^>]*>(.*?)</tr', html, re.S)]
+    return '\n'.join([rows[0], re.sub(r'[^|]+', '---', rows[0]), *rows[1:]])
+
 def output(o, name):
     "One saved output as Markdown: a picture as a file, Markdown as it is, all else as indented text."
     data = o.get('data', {})
@@ -36,6 +41,8 @@ def output(o, name):
     if 'image/png' in data:
         (IMAGES/f'{name}.png').write_bytes(base64.b64decode(''.join(data['image/png'])))
         return f'![{name.replace("readme-", "").replace("-", " ")}](docs/images/{name}.png)'
+    html = ''.join(data.get('text/html', ''))
+    if 'fastprogress' in html: return table(html)
     if 'text/markdown' in data: return ''.join(data['text/markdown'])
     return text(data.get('text/plain', ''))
 
