@@ -58,6 +58,10 @@ def test_installed_from_here(root):
     assert metadata.distribution(NAME).read_text('direct_url.json') is None or \
         root.as_uri() in metadata.distribution(NAME).read_text('direct_url.json')
 
+def test_pictures():
+    "PyPI shows pictures only by absolute address."
+    assert not re.search(r'!\[[^]]*\]\((?!https://)', metadata.metadata(NAME).get_payload())
+
 def test_twine(dist): run(sys.executable, '-m', 'twine', 'check', '--strict', *dist.iterdir())
 
 def test_sdist(dist):

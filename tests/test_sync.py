@@ -50,6 +50,14 @@ def test_small_cells(nb):
         if c['cell_type']=='code' and re.match(r'#\|\s*exporti?s?\b', lines[0] if lines else ''):
             assert len(lines)-1 <= 30, f'{nb.name}, cell {c["id"]}: {len(lines)-1} exported lines; spread it with @patch'
 
+@each_nb
+def test_title_cell(nb):
+    "nbdev keeps `# title`, one `> description` and `- key: value` of the title's cell, and drops anything else."
+    src = next((s for c in cells(nb) if (s := ''.join(c['source'])).startswith('# ') and c['cell_type']=='markdown'), '')
+    assert src, 'no `# Title` cell'
+    rest = [l for l in src.splitlines()[1:] if l.strip() and not re.match(r'- \S+: ', l)]
+    assert len(rest) <= 1 and all(l.startswith('> ') for l in rest), f'move to a cell of its own: {rest}'
+
 def texts(f):
     "The text of a file; of a notebook all but its pictures, whose base64 can spell anything."
     if not f.endswith('.ipynb'): return (ROOT/f).read_text(encoding='utf-8')
