@@ -125,7 +125,8 @@ def dead_links(site):
                 yield f'{p.relative_to(site.resolve())}: dead link {href}'
 
 def main():
-    from smalldocs.site import build   # needs Python 3.11
+    if sys.version_info < (3,11): sys.exit('The docs need Python 3.11 or later: smalldocs does')
+    from smalldocs.site import build
     os.chdir(ROOT)
     cfg = get_config()
     proc = stage(cfg)
