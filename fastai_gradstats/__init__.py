@@ -2,6 +2,7 @@
 
 Modules:
 
+- `fastai_gradstats.callback`: `GradStatsCallback` and `GradNormCallback`: when things are read, and nothing else
 - `fastai_gradstats.capture`: Where gradients are taken: hooks on outputs, reads of parameters
 - `fastai_gradstats.engine`: The same numbers for many tensors at once, without a sync
 - `fastai_gradstats.record`: What was recorded, as `L`, DataFrame and file

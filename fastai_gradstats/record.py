@@ -387,16 +387,14 @@ def by(self:GradRecord,
     g = sq.groupby(key, sort=False, observed=True)[[c for c in d if c.endswith('norm') or c=='dot']].sum(min_count=1).reset_index()
     return g.assign(**{c:np.sqrt(g[c]) for c in g if c.endswith('norm')})
 
-# %% ../nbs/03_record.ipynb #98d1d77a
+# %% ../nbs/03_record.ipynb #a00c710c
 views = dict(plot_grad_log10='plot', plot_grad_heatmap='plot', plot_grad_norm='plot')
 
-@patch
-def __getattr__(self:GradRecord, name):
+def _view(self, name):
     if name not in views: raise AttributeError(f"'GradRecord' object has no attribute {name!r}")
     return getattr(import_module('.'+views[name], __package__), name).__get__(self)
 
-@patch
-def __dir__(self:GradRecord): return [*object.__dir__(self), *views]
+GradRecord.__getattr__,GradRecord.__dir__ = _view,lambda self: [*object.__dir__(self), *views]   # `@patch` would leave a `__getattr__` on the module
 
 # %% ../nbs/03_record.ipynb #5fe30d94
 def as_record(o # a Learner, callback, `GradRecord` or frame
