@@ -30,14 +30,14 @@ def _unscaled(learn):
     states = getattr(getattr(learn, 'scaler', None), '_per_optimizer_states', {})
     return any(s['found_inf_per_device'] for s in states.values())
 
-# %% ../nbs/04_callback.ipynb #48241953
+# %% ../nbs/04_callback.ipynb #35415869
 class _State(SimpleNamespace):
     "Counters over the callback's life, and the buffer of what is not yet in the record"
-    def __init__(self, engine):
+    def __init__(self, engine=None):
         super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], new_fit=False,
                          live=False, at=None, done={}, due=False, backward=False, read=None, skip=False, bs=0)
 
-    def __getstate__(self): return {**self.__dict__, 'engine':None, 'owner':None, 'live':False, 'done':{}, 'hooks':None, 'modules':{}, 'params':{}}
+    def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
 
 # %% ../nbs/04_callback.ipynb #e3b5404e
 class _GradCallback(Callback):

@@ -348,7 +348,7 @@ def _largest(d, label, threshold):
         f"Largest {label} gradient {(r := ok.loc[ok['max_abs'].idxmax()])['max_abs']:.2g} at iteration {r['iteration']} ({r['name']}); above {threshold:g} in {over} of {its} iterations")
     return s + (f"; not finite in {bad}" if bad else '') + '.'
 
-# %% ../nbs/03_record.ipynb #4cd5331e
+# %% ../nbs/03_record.ipynb #759cde45
 @patch
 def sentence(self:GradRecord,
              phase='fit' # 'fit', 'lr_find' or None for all
@@ -360,7 +360,8 @@ def sentence(self:GradRecord,
     if len(s):
         q = s['norm'].quantile([.5,1])
         res.append(f"Gradient norm {q[.5]:.2g} (median of {len(s)} steps), largest {q[1]:.2g}" + (f"; {n} skipped" if (n := s['skipped'].sum()) else '') + '.')
-    return ' '.join(res) or 'Nothing recorded yet.'
+    other = self.df['phase'].nunique() or self.steps['phase'].nunique()
+    return ' '.join(res) or (f"Nothing recorded in phase '{phase}'; other phases are left out unless asked for." if other else 'Nothing recorded yet.')
 
 @patch
 def __repr__(self:GradRecord): return f"GradRecord: {len(self)} iterations, {len(self.df)} rows, {len(self.steps)} steps"
