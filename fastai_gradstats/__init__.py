@@ -9,3 +9,24 @@ Modules:
 - `fastai_gradstats.stats`: What is measured: one small function per statistic"""
 
 __version__ = "0.1.0"
+
+from importlib import import_module
+
+# Public names by module, each loaded when first used: a record is read and drawn without torch or fastai
+_home = {n:m for m,ns in dict(
+    stats    = 'decade measure statistics',
+    engine   = 'Engine',
+    capture  = 'OutputHooks clean_name grad_modules grad_params param_grads',
+    record   = 'GradRecord NonFinite as_record',
+    callback = 'GradNormCallback GradStatsCallback',
+    plot     = 'plot_grad_flow plot_grad_heatmap plot_grad_hist plot_grad_log10 plot_grad_lr plot_grad_norm plot_ray',
+    demo     = 'abs_10_power convnet digits digits_learner thread_answer',
+).items() for n in ns.split()}
+__all__ = list(_home)
+
+def __getattr__(name):
+    if name not in _home: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f'.{_home[name]}', __name__), name)
+    return globals()[name]
+
+def __dir__(): return [*globals(), *__all__]
