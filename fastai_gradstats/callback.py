@@ -20,22 +20,22 @@ from .capture import OutputHooks, clean_name, grad_modules, grad_params, param_g
 from .engine import Engine, finish, sums, MAX, SUM_SQ, NONFINITE, W_SQ, DOT
 from .record import GradRecord, Rows, Steps, _param_rows, columns, counts, floats, views
 
-# %% ../nbs/04_callback.ipynb #c4fbcd33
+# %% ../nbs/04_callback.ipynb #e91db4cf
 def _positive(name, v):
     if isinstance(v, bool) or not isinstance(v, int) or v<1: raise ValueError(f"{name}: a whole number from 1 up is accepted, got {v!r}")
     return v
 
 def _unscaled(learn):
     "Has a gradient scaler taken its scale off the gradients of this step?"
-    states = getattr(getattr(learn, 'scaler', None), '_per_optimizer_states', {})
-    return any(s['found_inf_per_device'] for s in states.values())
+    scaler = learn.__dict__.get('scaler')   # not `learn.scaler`, which may be the model's
+    return scaler is not None and any(s['found_inf_per_device'] for s in scaler._per_optimizer_states.values())
 
-# %% ../nbs/04_callback.ipynb #35415869
+# %% ../nbs/04_callback.ipynb #1bd158b9
 class _State(SimpleNamespace):
     "Counters over the callback's life, and the buffer of what is not yet in the record"
     def __init__(self, engine=None):
         super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], new_fit=False,
-                         live=False, at=None, done={}, due=False, backward=False, read=None, skip=False, bs=0)
+                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0)
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
 
@@ -81,7 +81,7 @@ def __setstate__(self:_GradCallback, d):
     self.__dict__.update(d)
     self._state.engine = self._engine()
 
-# %% ../nbs/04_callback.ipynb #25c6a6fd
+# %% ../nbs/04_callback.ipynb #6345494b
 @patch
 def before_fit(self:_GradCallback):
     st,owner = self._state,self._state.owner
@@ -90,28 +90,38 @@ def before_fit(self:_GradCallback):
         raise ValueError(f"{self} holds the record of another Learner: use a new one for this Learner, or `reset()` it first")
     st.new_fit = True
 
+# %% ../nbs/04_callback.ipynb #72e55ebb
+class _Guard:
+    "A Learner's `_do_epoch_train` that tells its `watchers` when it is over, however it ends"
+    def __init__(self, learn): self.learn,self.run,self.old,self.watchers = learn,learn._do_epoch_train,learn.__dict__.get('_do_epoch_train'),[]
+    def __reduce__(self): return getattr,(self.learn, '_do_epoch_train')   # an export in mid-fit gets the method itself
+    def __call__(self, *args, **kwargs):
+        try: return self.run(*args, **kwargs)
+        finally:
+            self.remove()
+            for cb in self.watchers: cb._stop()
+    def remove(self):
+        d = self.learn.__dict__
+        if d.get('_do_epoch_train') is self: d.update(_do_epoch_train=self.old) if self.old else d.pop('_do_epoch_train')
+
 @patch
 def before_epoch(self:_GradCallback):
-    "Whatever ends the epoch's training (an exception, Ctrl-C), no hook stays and nothing recorded is lost"
-    learn,old = self.learn,self.learn.__dict__.get('_do_epoch_train')
-    if hasattr(old, 'watchers'): return old.watchers.append(self)
-    run = learn._do_epoch_train
-    def guarded(*args, **kwargs):
-        try: return run(*args, **kwargs)
-        finally:
-            learn.__dict__.pop('_do_epoch_train', None)
-            if old: learn._do_epoch_train = old
-            for cb in guarded.watchers: cb._stop()
-    guarded.watchers = [self]
-    learn._do_epoch_train = guarded
+    g = self.learn.__dict__.get('_do_epoch_train')
+    if not isinstance(g, _Guard): g = self.learn._do_epoch_train = _Guard(self.learn)
+    if self not in g.watchers: g.watchers.append(self)
 
-# %% ../nbs/04_callback.ipynb #1f4ed95b
+@patch
+def after_epoch(self:_GradCallback):
+    "`validate` sends `before_epoch` and trains nothing"
+    if isinstance(g := self.learn.__dict__.get('_do_epoch_train'), _Guard): g.remove()
+
+# %% ../nbs/04_callback.ipynb #37bb1d7f
 @patch
 def before_train(self:_GradCallback):
     st = self._state
     if st.new_fit:
         st.owner,st.new_fit,st.fit = weakref.ref(self.learn),False,st.fit+1
-        st.phase = int(hasattr(self.learn, 'lr_finder'))
+        st.phase = int('lr_finder' in self.learn.__dict__)
         if st.phase: st.count[1] = [0,0]   # lr_find counts for itself
     st.params = self._params()
     st.keys = {}
@@ -128,7 +138,7 @@ def _stop(self:_GradCallback):
     self._end()
     self._flush()
 
-# %% ../nbs/04_callback.ipynb #ccc048f8
+# %% ../nbs/04_callback.ipynb #774672a0
 @patch
 def before_batch(self:_GradCallback):
     st = self._state
@@ -137,7 +147,7 @@ def before_batch(self:_GradCallback):
     it,step = st.count[st.phase]
     st.at = st.fit,st.phase,self.learn.epoch,it,step
     st.count[st.phase][0] += 1
-    st.backward = False
+    st.backward = st.cancelled = False
     self._begin(it)
 
 @patch
@@ -145,7 +155,11 @@ def after_backward(self:_GradCallback):
     st = self._state
     if st.at is None: return
     st.backward = True
+    if st.cancelled: return st.engine.rewind(st.done)   # what had arrived of a backward that was cancelled
     st.bs += _batch_size(self.learn)
+
+@patch
+def after_cancel_backward(self:_GradCallback): self._state.cancelled = True
 
 @patch
 def after_batch(self:_GradCallback): self._close()
@@ -260,10 +274,10 @@ def _hook(self:GradStatsCallback):
         put(k, g)
     return got
 
-# %% ../nbs/04_callback.ipynb #916050b7
+# %% ../nbs/04_callback.ipynb #2a157eae
 def _scale(learn):
     "None, or a function from a device to AMP's scale there (asking the scaler itself would wait for the GPU)"
-    s = getattr(learn, 'scaler', None)
+    s = learn.__dict__.get('scaler')
     if s is None or not s.is_enabled(): return None
     cache = {}
     def f(device):
