@@ -30,11 +30,11 @@ def _unscaled(learn):
     scaler = learn.__dict__.get('scaler')   # not `learn.scaler`, which may be the model's
     return scaler is not None and any(s['found_inf_per_device'] for s in scaler._per_optimizer_states.values())
 
-# %% ../nbs/04_callback.ipynb #1bd158b9
+# %% ../nbs/04_callback.ipynb #6ea1fcf6
 class _State(SimpleNamespace):
     "Counters over the callback's life, and the buffer of what is not yet in the record"
     def __init__(self, engine=None):
-        super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], new_fit=False,
+        super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], orders=[], order=[], sums=[], new_fit=False,
                          live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0)
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
@@ -236,7 +236,7 @@ def _extra(v):
         if not callable(f): raise TypeError(f"extra: {k!r} is to be a function of a tensor, got {type(f).__name__}")
     return v
 
-# %% ../nbs/04_callback.ipynb #0073de1e
+# %% ../nbs/04_callback.ipynb #62a06649
 @patch
 def _params(self:GradStatsCallback):
     "The tensors to watch: modules with hooks, parameters"
@@ -253,7 +253,7 @@ def _start(self:GradStatsCallback):
         warn("nn.DataParallel runs a copy of the model on each device: output gradients are not recorded, parameter gradients are")
         st.modules = {}
     st.names = list(st.modules)
-    st.hooks = OutputHooks(list(st.modules.values()), self._hook())
+    st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward())
     st.hooks.live,st.fired = False,0
 
 @patch
@@ -274,7 +274,29 @@ def _hook(self:GradStatsCallback):
         put(k, g)
     return got
 
-# %% ../nbs/04_callback.ipynb #2a157eae
+# %% ../nbs/04_callback.ipynb #e16265e7
+FORWARD = -1   # key of that number's row
+
+@patch
+def _forward(self:GradStatsCallback):
+    "What a hook calls in forward"
+    st = self._state
+    st.order,st.sums = [],[]
+    def seen(i, t):
+        if not t.is_floating_point(): return
+        st.order.append(i)
+        st.sums.append(t.sum(dtype=torch.float32 if t.itemsize<4 else None))
+    return seen
+
+@patch
+def _check_forward(self:GradStatsCallback):
+    "Place, in order of execution, of the first output that is not finite; their number where all are"
+    st = self._state
+    if not st.sums: return
+    bad = ~torch.stack([s.to(st.sums[0].device) for s in st.sums]+[st.sums[0]*torch.nan]).isfinite()
+    st.engine.value(FORWARD, bad.float().argmax())
+
+# %% ../nbs/04_callback.ipynb #18b06136
 def _scale(learn):
     "None, or a function from a device to AMP's scale there (asking the scaler itself would wait for the GPU)"
     s = learn.__dict__.get('scaler')
@@ -293,11 +315,14 @@ def _begin(self:GradStatsCallback, it):
     st.due = it%self.every==0
     st.hooks.live = st.due
     st.hooks.start()
+    st.order,st.sums = [],[]
 
 @patch
 def before_backward(self:GradStatsCallback):
     st = self._state
-    if st.at is not None and st.due: st.engine.scale = _scale(self.learn)
+    if st.at is None or not st.due: return
+    self._check_forward()
+    st.engine.scale = _scale(self.learn)
 
 # %% ../nbs/04_callback.ipynb #a5d06cac
 def _due_norms(learn, step):
@@ -327,7 +352,7 @@ def _param_keys(self:GradStatsCallback):
     if not st.keys: st.keys = [self._record._rows.key('param', i, n) for i,n in enumerate(st.params)]
     return st.keys
 
-# %% ../nbs/04_callback.ipynb #9edb5da3
+# %% ../nbs/04_callback.ipynb #276276e3
 @patch
 def _stepped(self:GradStatsCallback, step): pass
 
@@ -343,6 +368,8 @@ def _close(self:GradStatsCallback):
     if not st.backward: st.engine.rewind(st.done)
     if st.engine.since(st.done):
         st.its.append(at)
+        st.orders.append(st.order)
+        st.order,st.sums = [],[]
         full = st.engine.close()
         st.done = st.engine.mark()
         if full: self._flush()
@@ -350,11 +377,16 @@ def _close(self:GradStatsCallback):
 @patch
 def _flush(self:GradStatsCallback):
     "What lies in the buffers goes to the record: the one place that waits for the device"
-    st = self._state
+    st,rows = self._state,self._record._rows
     if not st.its: return
     n,keys,numel,s = st.engine.fetch()
-    its,st.its = st.its,[]
-    self._record._rows.append(np.array(its).T, n, keys, *finish(s, numel))
+    its,orders,st.its,st.orders = np.array(st.its).T,st.orders,[],[]
+    at,tensor = np.repeat(np.arange(len(n)), n),keys>=0
+    for i,k in zip(at[~tensor], s[~tensor,MAX].astype(int)):
+        if k<len(orders[i]): rows.breaks.append((*its[[0,1,3],i].tolist(), st.names[orders[i][k-1]] if k else '(input)', st.names[orders[i][k]]))
+    n = np.bincount(at[tensor], minlength=len(n))
+    if not n.all(): its,n = its[:,n>0],n[n>0]   # nothing but a forward
+    rows.append(its, n, keys[tensor], *finish(s[tensor], numel[tensor]))
 
 # %% ../nbs/04_callback.ipynb #ad116d0d
 def _delegate(cls):

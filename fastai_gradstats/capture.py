@@ -106,14 +106,15 @@ class _ForwardHook:
         if hooks is not None and hooks.live and torch.is_grad_enabled(): hooks._seen(self.i, out)
     def __reduce_ex__(self, _): return getattr, (nullcontext(), '__exit__')  # takes three arguments, returns None
 
-# %% ../nbs/02_capture.ipynb #3524e260
+# %% ../nbs/02_capture.ipynb #67b0f2c2
 class OutputHooks:
     "Calls `f(i, call, out, grad)` in backward for every tensor that module `i` returned in forward with a gradient to come"
     def __init__(self,
                  modules:list, # modules to hook
-                 f # called with module index, number of the module's call since `start`, place of the tensor in the output, gradient
+                 f, # called with module index, number of the module's call since `start`, place of the tensor in the output, gradient
+                 forward=None # called in forward with module index and each tensor of its output
                 ):
-        self.f,self.live,self.leaves,self.calls = f,True,[],[0]*len(modules)
+        self.f,self.forward,self.live,self.leaves,self.calls = f,forward,True,[],[0]*len(modules)
         self.handles = [m.register_forward_hook(_ForwardHook(self, i)) for i,m in enumerate(modules)]
 
     def start(self):
@@ -130,11 +131,14 @@ class OutputHooks:
     def __enter__(self): return self
     def __exit__(self, *args): self.remove()
 
-# %% ../nbs/02_capture.ipynb #89e7cb84
+# %% ../nbs/02_capture.ipynb #3a5d7aa0
 def _seen(self, i, out):
     "Module `i` returned `out`: ask for the gradient of each of its tensors"
-    ts = [(o,t) for o,t in tensors(out) if t.requires_grad]
-    if not ts: return
+    ts = tensors(out)
+    if self.forward:
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            for _,t in ts: self.forward(i, t)
+    if not (ts := [(o,t) for o,t in ts if t.requires_grad]): return
     call,me = self.calls[i],ref(self)
     self.calls[i] += 1
     for o,t in ts:
