@@ -398,8 +398,8 @@ def by(self:GradRecord,
     g = sq.groupby(key, sort=False, observed=True)[[c for c in d if c.endswith('norm') or c=='dot']].sum(min_count=1).reset_index()
     return g.assign(**{c:np.sqrt(g[c]) for c in g if c.endswith('norm')})
 
-# %% ../nbs/03_record.ipynb #14b2907d
-views = dict(plot_grad_log10='plot', plot_grad_heatmap='plot', plot_grad_norm='plot')
+# %% ../nbs/03_record.ipynb #b2903fd4
+views = {n:'plot' for n in ('plot_grad_log10','plot_grad_heatmap','plot_grad_norm','plot_grad_flow','plot_grad_lr')}
 
 def _view(self, name):
     if name not in views: raise AttributeError(f"'GradRecord' object has no attribute {name!r}")
