@@ -30,12 +30,12 @@ def _unscaled(learn):
     scaler = learn.__dict__.get('scaler')   # not `learn.scaler`, which may be the model's
     return scaler is not None and any(s['found_inf_per_device'] for s in scaler._per_optimizer_states.values())
 
-# %% ../nbs/04_callback.ipynb #6ea1fcf6
+# %% ../nbs/04_callback.ipynb #d23992bd
 class _State(SimpleNamespace):
     "Counters over the callback's life, and the buffer of what is not yet in the record"
     def __init__(self, engine=None):
         super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], orders=[], order=[], sums=[], new_fit=False,
-                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0)
+                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False)
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
 

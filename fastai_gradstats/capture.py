@@ -10,7 +10,7 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/capture.html.md"""
 # %% auto #0
 __all__ = ['clean_name', 'grad_modules', 'grad_params', 'param_grads', 'OutputHooks']
 
-# %% ../nbs/02_capture.ipynb #5ddd791f
+# %% ../nbs/02_capture.ipynb #e7292a26
 import re
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from weakref import ref
 import torch
 from torch import nn, Tensor
+from torch.utils.hooks import unserializable_hook
 
 # %% ../nbs/02_capture.ipynb #6a08ae87
 _inner = dict(DistributedDataParallel='module', DataParallel='module', OptimizedModule='_orig_mod',
@@ -131,7 +132,7 @@ class OutputHooks:
     def __enter__(self): return self
     def __exit__(self, *args): self.remove()
 
-# %% ../nbs/02_capture.ipynb #3a5d7aa0
+# %% ../nbs/02_capture.ipynb #317fedbd
 def _seen(self, i, out):
     "Module `i` returned `out`: ask for the gradient of each of its tensors"
     ts = tensors(out)
@@ -142,6 +143,7 @@ def _seen(self, i, out):
     call,me = self.calls[i],ref(self)
     self.calls[i] += 1
     for o,t in ts:
+        @unserializable_hook
         def got(g, o=o):
             hooks = me()
             if hooks is not None and hooks.live:

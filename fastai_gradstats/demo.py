@@ -96,11 +96,11 @@ def _one(model, out, epochs, lr, seed):
     save_all(learn, out/model)
     print(f"\nPlots and tables: {out/model}")
 
-# %% ../nbs/09_demo.ipynb #0b1d951c
+# %% ../nbs/09_demo.ipynb #45963d01
 @call_parse
 def main(out:Path='gradstats_demo', # Folder for plots and tables
          epochs:int=2, # Epochs for each model
-         model:str='', # 'convnet' or 'resnet18'; both where it is not given
+         model:str=None, # convnet or resnet18; both where it is not given
          lr:float=.01, # Largest learning rate of fit_one_cycle
          seed:int=42 # Of weights and batches
         ):
