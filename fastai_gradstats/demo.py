@@ -9,13 +9,14 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/demo.html.md"""
 # %% auto #0
 __all__ = ['digits', 'convnet', 'digits_learner', 'abs_10_power', 'thread_answer']
 
-# %% ../nbs/09_demo.ipynb #80f0f8d4
+# %% ../nbs/09_demo.ipynb #36474078
 import torchvision
 from fastcore.script import call_parse
 from fastai.basics import *
 from fastai.callback.schedule import Learner
 from sklearn.datasets import load_digits
 from .callback import GradNormCallback, GradStatsCallback
+from .stats import decade
 from .plot import plot_grad_heatmap, plot_grad_log10, plot_grad_norm
 
 # %% ../nbs/09_demo.ipynb #bcc6843c
@@ -60,7 +61,7 @@ def digits_learner(model='convnet', # 'convnet', 'resnet18', or a module (with `
 # %% ../nbs/09_demo.ipynb #3ece862e
 def abs_10_power(x): return (x.abs() + 1e-30).log10().flatten().numpy().astype(int)
 
-# %% ../nbs/09_demo.ipynb #573dcce0
+# %% ../nbs/09_demo.ipynb #2626e711
 def thread_answer(learn)->str:
     "Are gradients less than 1? In this Learner's training, in plain words"
     rec = learn.grad_stats.record
@@ -70,7 +71,7 @@ def thread_answer(learn)->str:
         d0 = d[d['iteration']==d['iteration'].min()]
         big,over = d0['max_abs'].max(),d.loc[d['above']>0,'iteration'].nunique()
         res.append(f"Largest {what} gradient at the first iteration: {big:.3g} ({d0.loc[d0['max_abs'].idxmax(),'name']}); above 1 in {over} of {d['iteration'].nunique()} iterations.")
-        if kind=='output': res.append(f"The thread's helper shows the power {abs_10_power(tensor([big]))[0]} for it, as for everything between 0.1 and 10.")
+        if kind=='output': res.append(f"The thread's helper gives it the power {abs_10_power(tensor([big]))[0]} (it cuts towards 0, so that all from 0.1 to 10 is 0); its decade is {int(decade(tensor(big)))}.")
     return '\n'.join(res)
 
 # %% ../nbs/09_demo.ipynb #deb0b4da

@@ -235,7 +235,7 @@ def _groups(t, slots):
         if len(start)<=slots: break
     return np.array(start), [_short(keys[i][1]) for i in start]
 
-# %% ../nbs/05_plot.ipynb #011e804d
+# %% ../nbs/05_plot.ipynb #a5b09039
 def _name_ticks(ax, t, axis='y', size=7):
     "Names of tensors, or of stages, along an axis: the largest stages first, as far as they have room"
     px,n = size*1.3*ax.figure.dpi/72,len(t)
@@ -248,7 +248,7 @@ def _name_ticks(ax, t, axis='y', size=7):
     a = getattr(ax, axis+'axis')
     a.set_ticks(mid[chosen], [lab[i] for i in chosen], fontsize=size, **(dict(rotation=90) if axis=='x' else {}))
     if len(start)<n:
-        ax.tick_params(axis=axis, which='major', length=0)
+        ax.tick_params(axis=axis, which='major', length=0, pad=8)
         a.set_ticks(np.r_[start,n]-.5, minor=True)
         ax.tick_params(axis=axis, which='minor', length=7, width=.5)
 
