@@ -3,7 +3,9 @@
 nbdev prepares the notebooks as for `nbdev-docs`, in _proc/; smalldocs renders that copy. Nothing in nbs/ changes, and
 `nbdev-docs` still builds the same sources where Quarto is installed."""
 import json,os,re,shutil,subprocess,sys,tarfile,tempfile,warnings
+from functools import cache
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote,urlsplit
 
@@ -38,9 +40,16 @@ def stage(cfg):
     (proc/'_quarto.yml').write_text(yaml.safe_dump(config(cfg), sort_keys=False), encoding='utf-8')
     return proc
 
+@cache
+def public(mod):
+    "Names that module `mod` documents; nbdev links private ones too, which have no anchor."
+    try: return import_module(f'fastai_gradstats.{mod}').__all__
+    except ImportError: return ()
+
 def relink(text, cfg):
     "Links to our own site from its root, so that they work offline and get checked; to notebooks, at their staged names."
     text = text.replace(cfg.doc_url, '/')
+    text = re.sub(r'\[(`[^`]+`)\]\(/(\w+)\.html#(\w+)[\w.]*\)', lambda m: m[0] if m[3] in public(m[2]) else m[1], text)
     text = re.sub(r'^( *"?)output-file: [^"\n\\]*', r'\1', text, flags=re.M)
     return re.sub(r'\]\((?!\w+:)([^)\s#]+\.(?:ipynb|qmd))', lambda m: f']({staged(m[1]).as_posix()}', text)
 

@@ -12,7 +12,7 @@ NBS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(o[0] in '._' fo
 
 def files():
     "The files a notebook could leave behind: in nbs/, where it runs, and beside it."
-    return {p for d in (ROOT.glob('*'), (ROOT/'nbs').rglob('*')) for p in d if not {'__pycache__', '.pytest_cache'} & set(p.parts)}
+    return {p for d in (ROOT.glob('*'), (ROOT/'nbs').rglob('*')) for p in d if not {'__pycache__', '.pytest_cache', '.hypothesis'} & set(p.parts)}
 
 @pytest.mark.parametrize('nb', NBS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
 def test_notebook(nb, monkeypatch):
