@@ -58,19 +58,20 @@ def _codes(s):
     c,v = pd.factorize(s)
     return c, list(v)
 
-# %% ../nbs/05_plot.ipynb #a12a2f68
-def _rows(df, stat, at='iteration', **want):
+# %% ../nbs/05_plot.ipynb #c64b2420
+def _rows(df, stat, **want):
     "Rows where each column in `want` has that value (None: any), sorted; `v` is the statistic's absolute value, NaN where not finite"
     ok = np.ones(len(df), bool)
     for c,v in want.items():
         if v is not None and c in df: ok &= (df[c]==v).to_numpy()
     cols = [c for c in ('run','fit','phase','epoch','kind','name','out','call','nonfinite','octave') if c in df]
-    d = df[list(dict.fromkeys(cols+[at,stat]))]
+    d = df[list(dict.fromkeys(cols+['iteration',stat]))]
     if not ok.all(): d = d[ok]
     with np.errstate(invalid='ignore'): v = np.abs(d[stat].to_numpy(np.float32 if d[stat].dtype==np.float32 else np.float64, copy=True))
-    v[~np.isfinite(v)|(d['nonfinite']>0).to_numpy() if 'nonfinite' in d else ~np.isfinite(v)] = np.nan
+    v[~np.isfinite(v)] = np.nan
+    if 'nonfinite' in d: v[(d['nonfinite']>0).to_numpy()] = np.nan
     run = _codes(d['run'])[0].astype(np.int64) if 'run' in d else 0
-    fit,x = d['fit'].to_numpy(np.int64),d[at].to_numpy(np.int64)
+    fit,x = d['fit'].to_numpy(np.int64),d['iteration'].to_numpy(np.int64)
     key = (run*(fit.max(initial=0)+1)+fit)*(x.max(initial=0)+1)+x
     if (key[1:]<key[:-1]).any(): o = np.argsort(key, kind='stable'); d,v,key = d.iloc[o],v[o],key[o]
     return d,v,key
@@ -143,7 +144,7 @@ def _marks(ax, its, color=grey):
         ax.text(x[i], 1.015, s, transform=ax.get_xaxis_transform(), fontsize=7, color=grey, va='bottom', gid='mark')
         end = px+_text_px(ax, s)
 
-# %% ../nbs/05_plot.ipynb #387d06ba
+# %% ../nbs/05_plot.ipynb #22bb440d
 def _x_axis(ax, its, at='iteration', point='point'):
     "Limits, whole numbers, the unit, and the marks of the longest of the tables `its`"
     a,b,n = min(t['x'].min() for t in its),max(t['x'].max() for t in its),_pixels(ax)[0]//2
@@ -162,7 +163,8 @@ def _legend(ax, handles=None, pad=1.8):
     w = [_text_px(ax, h.get_label(), 8)+29*ax.figure.dpi/72 for h in handles]
     wide = lambda n: sum(max(c) for c in np.array_split(w, n))
     ncol = next((n for n in range(len(w), 1, -1) if wide(n)<=_pixels(ax)[0]), 1)
-    ax.legend(handles=handles, loc='lower right', bbox_to_anchor=(1,1), borderaxespad=pad, ncol=ncol, frameon=False, fontsize=8, handlelength=1.4, columnspacing=1.4)
+    kw = dict(frameon=False, fontsize=8, handlelength=1.4, columnspacing=1.4)
+    ax.legend(handles=handles, loc='lower right', bbox_to_anchor=(1,1), borderaxespad=pad, ncol=ncol, **kw)
 
 # %% ../nbs/05_plot.ipynb #6e9be938
 def _kinds(df, kind, phase):
@@ -192,11 +194,11 @@ def _by_run(d, name):
     "Of each run its name, rows and colour; `name` where there are no runs"
     return [(name if r is None else str(r), d if r is None else d[d['run']==r], cycle[i%len(cycle)]) for i,r in enumerate(_runs(d) or [None])]
 
-# %% ../nbs/05_plot.ipynb #58616d05
-def _reduce(df, stat, reduce='max', at='iteration', **want):
+# %% ../nbs/05_plot.ipynb #51d1c392
+def _reduce(df, stat, reduce='max', **want):
     "The iterations and one value for each; NaN where anything was not finite"
-    d,v,key = _rows(df, stat, at, **want)
-    its = _iterations(d, key, at)
+    d,v,key = _rows(df, stat, **want)
+    its = _iterations(d, key)
     if not len(its): return its,v
     if reduce=='max': return its,np.maximum.reduceat(v, its['start'])
     return its,np.add.reduceat(v.astype(np.float64), its['start'])/np.diff(np.r_[its['start'], len(v)])
@@ -301,7 +303,16 @@ def _grid(v, row, t, its, width, height):
     if len(t)>height: img = np.maximum.reduceat(img, np.arange(height)*len(t)//height)
     return img
 
-# %% ../nbs/05_plot.ipynb #f7b85e24
+# %% ../nbs/05_plot.ipynb #c65e6426
+def _colorbar(ax, im, label, **kw):
+    ax.figure.colorbar(im, ax=ax, label=label, pad=.015 if ax.figure.get_layout_engine() else .06, fraction=.05, aspect=30, **kw)
+
+def _edge_marks(ax, cols, x0, x1, what='not finite'):
+    "Ticks at the top edge over the image columns where `cols`, at the bottom edge for zeros; returns the legend's handles"
+    x,(y,mk,c) = x0-.5+(np.flatnonzero(cols)+.5)*(x1-x0+1)/len(cols),(1,'v',red) if what=='not finite' else (0,'^','k')
+    return ax.plot(x, np.full(len(x), y), mk, color=c, ms=5, clip_on=False, transform=ax.get_xaxis_transform(), label=what, gid=what) if len(x) else []
+
+# %% ../nbs/05_plot.ipynb #2ba9dacc
 def _draw_grid(ax, img, n, x0, x1, label):
     "Colour for what is larger than 0, red for not finite, black for zero; returns the legend's handles"
     with np.errstate(all='ignore'): z = np.ma.masked_invalid(np.log10(np.where(img>0, img, np.nan), dtype=np.float64))
@@ -314,10 +325,9 @@ def _draw_grid(ax, img, n, x0, x1, label):
     marks = [(np.isnan(img), red, 'not finite'), (img==0, 'k', 'all zero'), (img==-1, blank, 'no gradient')]
     for m,c,_ in marks: over[m] = to_rgba(c)
     ax.imshow(over, **kw)
-    bad = np.flatnonzero(marks[0][0].any(0))
-    ax.plot(x0-.5+(bad+.5)*(x1-x0+1)/img.shape[1], np.ones(len(bad)), 'v', color=red, ms=5, clip_on=False, transform=ax.get_xaxis_transform(), gid='not finite')
+    _edge_marks(ax, np.isnan(img).any(0), x0, x1)
     ax.set_ylim(n-.5, -.5)
-    if z.count(): ax.figure.colorbar(im, ax=ax, label=label, pad=.015 if ax.figure.get_layout_engine() else .06, fraction=.05, aspect=30, extend='min' if cut else 'neither')
+    if z.count(): _colorbar(ax, im, label, extend='min' if cut else 'neither')
     return [Patch(fc=c, ec=grey, lw=.5, label=l) for m,c,l in marks if m.any()]
 
 # %% ../nbs/05_plot.ipynb #050e9d61
@@ -351,7 +361,7 @@ def plot_grad_heatmap(o, # a Learner, callback, `GradRecord` or frame
     _legend(ax, handles)
     return ax
 
-# %% ../nbs/05_plot.ipynb #4cd75140
+# %% ../nbs/05_plot.ipynb #e0afb947
 def _steps(rec, phase):
     "Rows of GradNormCallback's frame, `norm` NaN where not finite"
     s = rec.steps
@@ -359,8 +369,9 @@ def _steps(rec, phase):
     return s.assign(norm=s['norm'].where(np.isfinite(s['norm'].astype(np.float64))))
 
 def _none(rec, phase):
-    other = rec.steps['phase'].unique() if len(rec.steps) else []
-    return f"No norms of phase '{phase}' recorded" + (f":\nphase='{other[-1]}' draws those of {other[-1]}" if len(other) else ':\nGradNormCallback() records them')
+    if not len(rec.steps): return 'No norms recorded:\nGradNormCallback() records them'
+    other = rec.steps['phase'].iloc[-1]
+    return f"No norms of phase '{phase}' recorded:\nphase='{other}' draws those of {other}"
 
 # %% ../nbs/05_plot.ipynb #10d84752
 def _norm_lines(ax, s, label, color, edge):
@@ -436,7 +447,7 @@ def plot_grad_flow(o, # a Learner, callback, `GradRecord` or frame
     _legend(ax)
     return ax
 
-# %% ../nbs/05_plot.ipynb #751a03d4
+# %% ../nbs/05_plot.ipynb #123bb0bc
 def plot_grad_lr(o, # a Learner, callback, `GradRecord` or frame
                  phase='lr_find', # 'lr_find', 'fit' or None for all
                  ax=None, figsize=None):
@@ -448,7 +459,8 @@ def plot_grad_lr(o, # a Learner, callback, `GradRecord` or frame
     for r,d,c in runs:
         d = d[d['fit']==d['fit'].max()]
         _line(ax, d['lr'].to_numpy(), d['norm'].to_numpy(np.float64), r, c)
-        right.plot(d['lr'], d['loss'].where(np.isfinite(d['loss'])), color=c if len(runs)>1 else clip, ls='--', lw=1.2, label=f'{r}: loss' if len(runs)>1 else 'loss')
+        c,label = (c,f'{r}: loss') if len(runs)>1 else (clip,'loss')
+        right.plot(d['lr'], d['loss'].where(np.isfinite(d['loss'])), color=c, ls='--', lw=1.2, label=label)
     if (s['lr']>0).any(): ax.set_xscale('log')
     ax.set(xlabel='learning rate', ylabel='gradient norm (L2)')
     right.set_ylabel('loss (dashed)')
@@ -456,52 +468,48 @@ def plot_grad_lr(o, # a Learner, callback, `GradRecord` or frame
     _legend(ax, [*ax.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]])
     return ax
 
-# %% ../nbs/05_plot.ipynb #097c3387
+# %% ../nbs/05_plot.ipynb #849a3409
 def _octaves(rec, name, phase):
-    "Rows of `hist_df` for one tensor, all its outputs and calls together. Octave `lo-1` holds each iteration's largest |gradient|"
+    "The lowest octave less one, and rows of `hist_df` for one tensor, all its outputs and calls together. That octave holds each iteration's largest |gradient|"
     h = getattr(rec, 'hist_df', None)
-    if h is None or not len(h): return None
-    if name not in (ok := {*h['name'].unique(), *rec.names}): raise ValueError(f"name: {name!r} was not recorded; near names: {', '.join(get_close_matches(str(name), ok, 5, 0)) or 'none'}")
+    if h is None or not len(h): return None,None
+    ok = {*h['name'].unique(), *rec.names}
+    if name not in ok: raise ValueError(f"name: {name!r} was not recorded; near names: {', '.join(get_close_matches(str(name), ok, 5, 0))}")
     h = h[(h['name']==name)&((h['phase']==phase) if phase else True)]
     at = [c for c in ('run','fit','phase','epoch','iteration') if c in h]
     h = h.groupby(at+['octave'], observed=True, sort=False)['count'].sum().reset_index().astype(dict(octave=np.int64, count=np.float64))
     its,y = _reduce(rec.df, 'max_abs', phase=phase, name=name)
-    return h if not len(its) or not len(h) else pd.concat([h, its[at].assign(octave=h['octave'].min()-1, count=y.astype(np.float64))], ignore_index=True)
+    lo = h['octave'].min()-1
+    return lo, pd.concat([h, its[at].assign(octave=lo, count=y.astype(np.float64))], ignore_index=True) if len(its) and len(h) else h
 
-# %% ../nbs/05_plot.ipynb #95c01dcf
+# %% ../nbs/05_plot.ipynb #eed9f6e2
 def _draw_octaves(ax, img, lo, x0, x1):
     "Colour for how many elements are in an octave, ticks for iterations not finite or all zero; returns the legend's handles"
-    n,hi = img.shape[1],lo+len(img)-1
-    c = np.ma.masked_less(img[1:], 1)
-    a,b = lo*np.log10(2),hi*np.log10(2)
-    im = ax.imshow(c, origin='lower', norm=LogNorm(1, max(c.max(), 10)), cmap='viridis', aspect='auto', interpolation='nearest', extent=(x0-.5, x1+.5, a, b))
-    ax.figure.colorbar(im, ax=ax, label='elements', pad=.015, fraction=.05, aspect=30)
+    c,a,b = np.ma.masked_less(img[1:], 1),lo*np.log10(2),(lo+len(img)-1)*np.log10(2)
+    im = ax.imshow(c, origin='lower', norm=LogNorm(1, max(c.max(), 10)), aspect='auto', interpolation='nearest', extent=(x0-.5, x1+.5, a, b))
+    _colorbar(ax, im, 'elements')
     ax.set_facecolor('#eeeeee')
     ax.axhline(0, color=grey, lw=1, ls='--')
     ax.set_ylim(a, b)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.yaxis.set_major_formatter(lambda v,_: f'$10^{{{v:.0f}}}$')
     handles = [Line2D([], [], color=grey, lw=1, ls='--', label='gradient 1')] if a<0<b else []
-    for m,y,mk,color,what in ((np.isnan(img[0]), 1, 'v', red, 'not finite'), (img[0]==0, 0, '^', 'k', 'all zero')):
-        x = x0-.5+(np.flatnonzero(m)+.5)*(x1-x0+1)/n
-        if len(x): handles += ax.plot(x, np.full(len(x), y), mk, color=color, ms=6, clip_on=False, transform=ax.get_xaxis_transform(), label=what, gid=what)
-    return handles
+    return handles+_edge_marks(ax, np.isnan(img[0]), x0, x1)+_edge_marks(ax, img[0]==0, x0, x1, 'all zero')
 
-# %% ../nbs/05_plot.ipynb #9d8ac2bf
+# %% ../nbs/05_plot.ipynb #69c8d9ce
 def plot_grad_hist(o, # a Learner, callback or `GradRecord` with `hist=True`
                    name, # of a module or parameter
                    phase='fit', # 'fit', 'lr_find' or None for all
                    ax=None, figsize=None):
     "How many elements of a gradient are in each octave of |gradient|, per iteration"
     rec = as_record(o)
-    ax,h = _axes(ax, figsize, 3.6),_octaves(rec, name, phase)
+    ax,(lo,h) = _axes(ax, figsize, 3.6),_octaves(rec, name, phase)
     if h is None: return _say_empty(ax, 'No histograms recorded:\nGradStatsCallback(hist=True) records them')
     if not len(h): return _say_empty(ax, f"{name}: no finite gradient other than 0" + (f" in phase '{phase}'" if phase else ''))
     d,v,key = _rows(h, 'count')
-    its,octave = _iterations(d, key),d['octave'].to_numpy()
-    lo,n = octave.min(),int(np.ptp(octave))+1
-    img = _grid(v, octave-lo, pd.DataFrame(dict(kind=[kinds[0]]*n)), its, _pixels(ax)[0]//2, n)
-    handles = _draw_octaves(ax, img, lo+(n>1), its['x'].min(), its['x'].max())
+    its,row = _iterations(d, key),d['octave'].to_numpy()-lo
+    img = _grid(v, row, pd.DataFrame(dict(kind=[kinds[0]]*(row.max()+1))), its, _pixels(ax)[0]//2, row.max()+1)
+    handles = _draw_octaves(ax, img, lo+1, its['x'].min(), its['x'].max())
     ax.set_ylabel('|gradient|')
     ax.set_title(name, loc='left', fontsize=9, pad=16)
     _x_axis(ax, [its], point='column')
