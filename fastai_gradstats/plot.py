@@ -45,8 +45,8 @@ def _say_empty(ax, msg):
     ax.set(xticks=[], yticks=[])
     return ax
 
-# %% ../nbs/05_plot.ipynb #f449c8fc
-def _check(df, stat, kind, phase):
+# %% ../nbs/05_plot.ipynb #988a0021
+def _check(df, stat='max_abs', kind=None, phase=None):
     for what,v,ok in (('kind',kind,kinds),('phase',phase,phases)):
         if v is not None and v not in ok: raise ValueError(f"{what}: accepted are {', '.join(map(repr, ok))} and None, got {v!r}")
     ok = [c for c in df if c not in ('fit','epoch','iteration','step','out','call') and pd.api.types.is_numeric_dtype(df[c]) and df[c].dtype!=bool]
@@ -361,11 +361,11 @@ def plot_grad_heatmap(o, # a Learner, callback, `GradRecord` or frame
     _legend(ax, handles)
     return ax
 
-# %% ../nbs/05_plot.ipynb #e0afb947
+# %% ../nbs/05_plot.ipynb #2a21bfe8
 def _steps(rec, phase):
     "Rows of GradNormCallback's frame, `norm` NaN where not finite"
-    s = rec.steps
-    if phase: s = s[s['phase']==phase]
+    _check(rec.df, phase=phase)
+    s = rec.steps if phase is None else rec.steps[rec.steps['phase']==phase]
     return s.assign(norm=s['norm'].where(np.isfinite(s['norm'].astype(np.float64))))
 
 def _none(rec, phase):
@@ -373,7 +373,7 @@ def _none(rec, phase):
     other = rec.steps['phase'].iloc[-1]
     return f"No norms of phase '{phase}' recorded:\nphase='{other}' draws those of {other}"
 
-# %% ../nbs/05_plot.ipynb #10d84752
+# %% ../nbs/05_plot.ipynb #ddf4ed59
 def _norm_lines(ax, s, label, color, edge):
     "Norm before clipping, and after it where it differs; returns the steps and their places on the axis"
     its = _iterations(s.reset_index(drop=True), np.arange(len(s)), 'step')
@@ -383,17 +383,17 @@ def _norm_lines(ax, s, label, color, edge):
     def mark(what, x, y, *args, **kw): ax.plot(x, y, *args, gid=what, label=None if any(l.get_label()==what for l in ax.lines) else what, **kw)
     if clipped.any():
         mark('clipped', x[j := i[clipped[i]]], y[j], '.', color=clip, ms=5, zorder=3.2)
-        mark('after clipping', x[i], s['clipped_norm'].to_numpy()[i], color=color if edge else 'k', lw=1, ls='--', zorder=3.5)
+        mark('after clipping', x[i], s['clipped_norm'].to_numpy()[i], color=color if edge else 'k', lw=1, ls='--', zorder=2.9)
     if len(skipped): mark('step skipped', x[skipped], np.full(len(skipped), .9-.05*edge), 'x', color='k', ms=6, transform=ax.get_xaxis_transform(), zorder=5)
     return its
 
-# %% ../nbs/05_plot.ipynb #00967a1b
+# %% ../nbs/05_plot.ipynb #7825f380
 def plot_grad_norm(o, # a Learner, callback, `GradRecord` or frame
                    phase='fit', # 'fit', 'lr_find' or None for all
                    ax=None, figsize=None):
     "Total gradient norm per step, before and after clipping; steps that were clipped, skipped or not finite are marked"
     rec = as_record(o)
-    ax,s = _axes(ax, figsize),_steps(rec, phase)
+    s,ax = _steps(rec, phase),_axes(ax, figsize)
     if not len(s): return _say_empty(ax, _none(rec, phase))
     runs = _by_run(s, 'gradient norm')
     its = [_norm_lines(ax, d, r, c, e) for e,(r,d,c) in enumerate(runs)]
@@ -422,7 +422,7 @@ def _flow_lines(ax, frames, names):
             _line(ax, x, y[x], f'{name}, {what}', cycle[i%len(cycle)], ls=ls, marker='o' if len(t)<60 else '.', ms=3, edge=i, marks=ls=='-')
     return t
 
-# %% ../nbs/05_plot.ipynb #02430c03
+# %% ../nbs/05_plot.ipynb #72376d75
 def plot_grad_flow(o, # a Learner, callback, `GradRecord` or frame
                    iteration=-1, # number of an iteration; -1: the last
                    kind=None, # 'output' or 'param'; None: outputs where recorded, else parameters
@@ -432,12 +432,12 @@ def plot_grad_flow(o, # a Learner, callback, `GradRecord` or frame
     rec = as_record(o)
     df = rec.df
     _check(df, 'max_abs', kind, phase)
-    ax,ks = _axes(ax, figsize, 4),_kinds(df, kind, phase)
-    if not ks: return _say_empty(ax, _missing(df, kind, phase, len(rec.steps)))
+    if not (ks := _kinds(df, kind, phase)): return _say_empty(_axes(ax, figsize, 4), _missing(df, kind, phase, len(rec.steps)))
     df = df[(df['kind']==ks[0])&((df['phase']==phase) if phase else True)]
     runs = [(r,f) for r,d,_ in _by_run(df, words[ks[0]]) if len(f := _at(d, iteration))]
     its = df['iteration']
     if not runs: raise ValueError(f"iteration: accepted are those recorded, between {its.min()} and {its.max()}, and -1 for the last, got {iteration}")
+    ax = _axes(ax, figsize, 4)
     t = _flow_lines(ax, [f for _,f in runs], [r for r,_ in runs])
     _finite(ax)
     ax.axhline(1, color=grey, lw=1, ls='--', zorder=1, label='gradient 1')
@@ -447,13 +447,13 @@ def plot_grad_flow(o, # a Learner, callback, `GradRecord` or frame
     _legend(ax)
     return ax
 
-# %% ../nbs/05_plot.ipynb #123bb0bc
+# %% ../nbs/05_plot.ipynb #98d2525a
 def plot_grad_lr(o, # a Learner, callback, `GradRecord` or frame
                  phase='lr_find', # 'lr_find', 'fit' or None for all
                  ax=None, figsize=None):
     "Gradient norm and loss against the learning rate of the last `lr_find`"
     rec = as_record(o)
-    ax,s = _axes(ax, figsize),_steps(rec, phase)
+    s,ax = _steps(rec, phase),_axes(ax, figsize)
     if not len(s): return _say_empty(ax, _none(rec, phase))
     right,runs = ax.twinx(),_by_run(s, 'gradient norm')
     for r,d,c in runs:
@@ -468,9 +468,10 @@ def plot_grad_lr(o, # a Learner, callback, `GradRecord` or frame
     _legend(ax, [*ax.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]])
     return ax
 
-# %% ../nbs/05_plot.ipynb #849a3409
+# %% ../nbs/05_plot.ipynb #7ba85e66
 def _octaves(rec, name, phase):
-    "The lowest octave less one, and rows of `hist_df` for one tensor, all its outputs and calls together. That octave holds each iteration's largest |gradient|"
+    "The octave below all, which holds each iteration's largest |gradient|, and rows of `hist_df` for one tensor, all its outputs and calls together"
+    _check(rec.df, phase=phase)
     h = getattr(rec, 'hist_df', None)
     if h is None or not len(h): return None,None
     ok = {*h['name'].unique(), *rec.names}
@@ -496,14 +497,14 @@ def _draw_octaves(ax, img, lo, x0, x1):
     handles = [Line2D([], [], color=grey, lw=1, ls='--', label='gradient 1')] if a<0<b else []
     return handles+_edge_marks(ax, np.isnan(img[0]), x0, x1)+_edge_marks(ax, img[0]==0, x0, x1, 'all zero')
 
-# %% ../nbs/05_plot.ipynb #69c8d9ce
+# %% ../nbs/05_plot.ipynb #8b87366d
 def plot_grad_hist(o, # a Learner, callback or `GradRecord` with `hist=True`
                    name, # of a module or parameter
                    phase='fit', # 'fit', 'lr_find' or None for all
                    ax=None, figsize=None):
     "How many elements of a gradient are in each octave of |gradient|, per iteration"
     rec = as_record(o)
-    ax,(lo,h) = _axes(ax, figsize, 3.6),_octaves(rec, name, phase)
+    (lo,h),ax = _octaves(rec, name, phase),_axes(ax, figsize, 3.6)
     if h is None: return _say_empty(ax, 'No histograms recorded:\nGradStatsCallback(hist=True) records them')
     if not len(h): return _say_empty(ax, f"{name}: no finite gradient other than 0" + (f" in phase '{phase}'" if phase else ''))
     d,v,key = _rows(h, 'count')
