@@ -27,9 +27,11 @@ red,grey,clip = '#E00000','0.5','#D55E00'
 labels = dict(max_abs='largest |gradient|', mean_abs='mean |gradient|', norm='gradient norm', mean='|mean gradient|', std='std of gradient')
 words = dict(output='outputs', param='parameters')
 
-# %% ../nbs/05_plot.ipynb #dc03cbb3
+# %% ../nbs/05_plot.ipynb #a842ef39
 def _axes(ax, figsize, height=3.2):
-    return plt.subplots(figsize=figsize or (9,height), layout='constrained')[1] if ax is None else ax
+    if ax is not None: return ax
+    w,h = figsize = figsize or (9,height)
+    return plt.subplots(figsize=figsize, layout='constrained' if w>=3 and h>=2 else None)[1]   # in less it warns that the axes have no room
 
 def _pixels(ax):
     "Width and height of the axes in pixels"
@@ -144,7 +146,7 @@ def _marks(ax, its, color=grey):
         ax.text(x[i], 1.015, s, transform=ax.get_xaxis_transform(), fontsize=7, color=grey, va='bottom', gid='mark')
         end = px+_text_px(ax, s)
 
-# %% ../nbs/05_plot.ipynb #22bb440d
+# %% ../nbs/05_plot.ipynb #51cd1dec
 def _x_axis(ax, its, at='iteration', point='point'):
     "Limits, whole numbers, the unit, and the marks of the longest of the tables `its`"
     a,b,n = min(t['x'].min() for t in its),max(t['x'].max() for t in its),_pixels(ax)[0]//2
@@ -159,10 +161,13 @@ def _x_axis(ax, its, at='iteration', point='point'):
 def _legend(ax, handles=None, pad=1.8):
     "Above the axes, where it hides no data"
     handles = sorted(ax.get_legend_handles_labels()[0] if handles is None else handles, key=lambda h: h.get_gid()!='line')
+    width,height,pt = *_pixels(ax),ax.figure.dpi/72
+    w = [_text_px(ax, h.get_label(), 8)+29*pt for h in handles]
+    handles,w = [h for h,o in zip(handles, w) if o<=width],[o for o in w if o<=width]   # a wider one would squeeze the axes
     if not handles: return
-    w = [_text_px(ax, h.get_label(), 8)+29*ax.figure.dpi/72 for h in handles]
-    wide = lambda n: sum(max(c) for c in np.array_split(w, n))
-    ncol = next((n for n in range(len(w), 1, -1) if wide(n)<=_pixels(ax)[0]), 1)
+    ncol = next((n for n in range(len(w), 1, -1) if sum(max(c) for c in np.array_split(w, n))<=width), 1)
+    room = ncol*max(int(height*.4/(17*pt)), 1)
+    if len(w)>room>1: handles = handles[:room-1]+[Line2D([], [], ls='', label=f'and {len(w)-room+1} more')]
     kw = dict(frameon=False, fontsize=8, handlelength=1.4, columnspacing=1.4)
     ax.legend(handles=handles, loc='lower right', bbox_to_anchor=(1,1), borderaxespad=pad, ncol=ncol, **kw)
 
@@ -242,28 +247,28 @@ def _tensors(d):
     label = [names[i] + f'[{b}]'*bool(b) + f' call {a}'*bool(a) for i,a,b in zip(nm, c, o)]
     return (np.cumsum(used)-1)[code], pd.DataFrame(dict(kind=[kinds[i] for i in k], label=pd.Series(label, dtype=object)))
 
-# %% ../nbs/05_plot.ipynb #ac941288
+# %% ../nbs/05_plot.ipynb #ebdd8aaa
 def _short(s, n=32):
     "The right end of a name, from a dot on if there is one"
     if len(s)<=n: return s
     tail = s[-n:]
     return '…'+tail[max(tail.find('.'), 0):]
 
-def _groups(t, slots):
-    "Where groups of consecutive tensors start, and their labels: the deepest grouping that has room"
+def _groups(t, slots, n=32):
+    "Where groups of consecutive tensors start, and their labels of `n` characters: the deepest grouping that has room"
     parts = [l.split('.') for l in t['label']]
     for depth in range(max(map(len, parts)), 0, -1):
         keys = [(k, '.'.join(p[:depth])) for k,p in zip(t['kind'], parts)]
         start = [i for i in range(len(keys)) if not i or keys[i]!=keys[i-1]]
         if len(start)<=slots: break
-    return np.array(start), [_short(keys[i][1]) for i in start]
+    return np.array(start), [_short(keys[i][1], n) for i in start]
 
-# %% ../nbs/05_plot.ipynb #a5b09039
+# %% ../nbs/05_plot.ipynb #f18e5998
 def _name_ticks(ax, t, axis='y', size=7):
     "Names of tensors, or of stages, along an axis: the largest stages first, as far as they have room"
     px,n = size*1.3*ax.figure.dpi/72,len(t)
     room = _pixels(ax)[axis=='y']/n
-    start,lab = _groups(t, int(n*room/px))
+    start,lab = _groups(t, int(n*room/px), np.clip(int(_pixels(ax)[axis=='x']/px), 6, 32))
     length = np.diff(np.r_[start, n])
     mid,chosen = start+(length-1)/2,[]
     for i in np.argsort(-length, kind='stable'):
