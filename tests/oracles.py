@@ -5,6 +5,8 @@ from copy import copy,deepcopy
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
+from fastai_gradstats import GradStatsCallback
+from fastai_gradstats.engine import Engine
 
 def fit(learn, n=1, **kwargs):
     "`fit` in silence; returns the learner"
@@ -28,6 +30,10 @@ class Spy(Callback):
     def before_step(self):
         self.grads.append({n:np64(p.grad) for n,p in self.model.named_parameters() if p.requires_grad and p.grad is not None})
         self.norms.append(nn.utils.get_total_norm([torch.from_numpy(np.atleast_1d(g)) for g in self.grads[-1].values()]).item())
+
+class ByRows(GradStatsCallback):
+    "With the engine that a GPU would use"
+    def _engine(self): return Engine(self.threshold, self.extra, by_rows=True)
 
 class Seed(Callback):
     "The same dropout in both routes"
@@ -68,9 +74,16 @@ def _map(f, o):
     if isinstance(o, (tuple,list)): return type(o)(_map(f, v) for v in o)
     return f(o)
 
+_deepcopy = Tensor.__deepcopy__
+def twin_of(model):
+    "A copy of the model, with what it kept of the last forward (fastai's hooks, AWD_LSTM's dropped weights) cut off from its graph"
+    Tensor.__deepcopy__ = lambda t, memo: _deepcopy(t if t.is_leaf else t.detach(), memo)
+    try: return deepcopy(model)
+    finally: Tensor.__deepcopy__ = _deepcopy
+
 def output_grads(model, loss, names):
     "{(name, out, call): gradient} by `torch.autograd.grad` on a copy: each output of the modules `names` is kept and a clone handed on, so that nothing in place touches it"
-    model,kept,calls = deepcopy(model),{},Counter()
+    model,kept,calls = twin_of(model),{},Counter()
     def hook(name):
         def f(m, inp, o):
             leaf,seen = -1,False

@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.convnext import CNBlockConfig,ConvNeXt
 
 from fastai_gradstats import GradNormCallback,GradStatsCallback
-from oracles import Seed,Spy,TrainOnly,check_params,check_rows,compare,fit,loaders,output_grads,owners
+from oracles import ByRows,Seed,Spy,TrainOnly,check_params,check_rows,compare,fit,loaders,output_grads,owners
 
 del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's, which fastai exports and pytest would collect
 
@@ -76,6 +76,11 @@ def test_several_outputs(name):
     outs = dict(googlenet=3, lraspp=1, fcn=2, inception_v3=2)[name]
     check(model, x, y, loss, listed=['(model)'], n_rows=outs)
     assert any('aux' in n.lower() for n in names(df, 'output'))==(outs>1)
+
+def test_engine_of_a_gpu(monkeypatch):
+    monkeypatch.setitem(globals(), 'GradStatsCallback', ByRows)
+    check(small['resnet18'](), *pictures())
+    check(randomise(small['swin']()), *pictures())
 
 def test_attention_projections():
     "Attention calls functions with its projections' weights: those modules never run and have parameter rows only."
@@ -225,6 +230,20 @@ def test_checkpoint():
         fit(Learner(loaders(x, y), net(reentrant), loss_func=F.cross_entropy, opt_func=SGD, cbs=[cb,TrainOnly()]))
         check_rows(cb.df.assign(call=0), want, ['l','b.0','b.1','b.3','h'])
 
+class Graph(Learner):
+    "Gradients that are part of a graph themselves"
+    def _backward(self): self.loss_grad.backward(create_graph=True)
+
+@pytest.mark.parametrize('cls', (GradStatsCallback,ByRows))
+def test_create_graph(cls):
+    x,y = vectors()
+    net = nn.Sequential(nn.Linear(4,60), nn.Tanh(), nn.Linear(60,60), nn.Linear(60,3))
+    want = output_grads(net, lambda m: F.cross_entropy(m(x), y), owners(net))
+    cb,norm,spy = cls(),GradNormCallback(),Spy()
+    fit(Graph(loaders(x, y), net, loss_func=F.cross_entropy, opt_func=SGD, cbs=[cb,norm,spy,TrainOnly()]))
+    check_rows(cb.df[cb.df['kind']=='output'], want, owners(net))
+    check_params(cb.df, spy, norm.norms)
+
 # --- what a gradient may be
 
 @pytest.mark.parametrize('dtype', (torch.float64, torch.float16, torch.bfloat16))
@@ -297,9 +316,14 @@ class Grad(nn.Module):
     def forward(self, x): return (self.w+0.)
 
 def of(g):
+    "Rows of a model with this gradient, from both engines"
+    for cls in (ByRows,GradStatsCallback): res = _of(g, cls())
+    return res
+
+def _of(g, cb):
     net = Net(lambda s,x: s.m(x), m=Grad(g))
     loss = lambda o,y: _Inject.apply(o, g)
-    cb,norm = GradStatsCallback(),GradNormCallback()
+    norm = GradNormCallback()
     with warnings.catch_warnings():
         warnings.simplefilter('error', RuntimeWarning)
         fit(Learner(loaders(torch.zeros(2,1), torch.zeros(2)), net, loss_func=loss, opt_func=SGD, lr=0., cbs=[cb,norm,TrainOnly()]))
