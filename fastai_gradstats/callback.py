@@ -352,10 +352,11 @@ def _param_keys(self:GradStatsCallback):
     if not st.keys: st.keys = [self._record._rows.key('param', i, n) for i,n in enumerate(st.params)]
     return st.keys
 
-# %% ../nbs/04_callback.ipynb #276276e3
+# %% ../nbs/04_callback.ipynb #00833a2b
 @patch
 def _stepped(self:GradStatsCallback, step): pass
 
+# %% ../nbs/04_callback.ipynb #54671b33
 @patch
 def _close(self:GradStatsCallback):
     "An iteration is over: its rows are complete, or were for something that did not happen"
@@ -403,7 +404,7 @@ def _delegate(cls):
 
 _delegate(GradStatsCallback)
 
-# %% ../nbs/04_callback.ipynb #b7099893
+# %% ../nbs/04_callback.ipynb #b222fe55
 class GradNormCallback(_GradCallback):
     "The gradient's L2 norm at each step, before and after clipping, with norms per parameter"
     order,_weights = _GradCallback.order+.1,True   # after GradStatsCallback, whose read it shares
@@ -413,7 +414,7 @@ class GradNormCallback(_GradCallback):
         self.every = _positive('every', every)
         self.reset()
 
-    def _engine(self): return Engine()
+    def _engine(self): return Engine(norms_only=True)
     def _new_record(self): return GradRecord(steps=Steps(), params=_param_rows())
     @property
     def _skipped(self): return self._record._steps.skipped
@@ -461,10 +462,10 @@ def _clipped(self:GradNormCallback):
     st.engine.put_all([CLIPPED]*len(gs), gs)
 
 # %% ../nbs/04_callback.ipynb #19ca067a
-def _shared(learn):
+def _shared(learn, by_rows):
     "A GradStatsCallback that has just read all parameters with their weights"
     return next((c for c in learn.cbs if isinstance(c, GradStatsCallback) and c._state.read is not None and c._state.with_weights
-                 and c.modules is None and c.include is None), None)
+                 and c.modules is None and c.include is None and c._state.engine.by_rows==by_rows), None)
 
 @patch
 def _begin(self:GradNormCallback, it): pass
@@ -475,7 +476,7 @@ def _read(self:GradNormCallback, step):
     "Sums of g², w² and g·w of every parameter, and the loss"
     st = self._state
     if step%self.every: return
-    st.read,peer = st.engine.mark(),_shared(self.learn)
+    st.read,peer = st.engine.mark(),_shared(self.learn, st.engine.by_rows)
     gs = param_grads(list(st.params.values()))
     sharded = gs and hasattr(gs[0][2], 'to_local')
     if st.quiet and not sharded: return

@@ -80,11 +80,11 @@ class _Plan:
         "Views of these shapes into the scratch"
         return [buf.view(-1)[s*W:s*W+math.prod(shape)].view(shape) for s,shape in zip(self.start, shapes)]
 
-# %% ../nbs/01_engine.ipynb #cac5062f
+# %% ../nbs/01_engine.ipynb #417bc14a
 class _Buffer:
     "What both kinds of buffer share: a row of sums per tensor, its key and size, and marks where an iteration ended"
-    def __init__(self, device, threshold, extra, rows=2**13):
-        self.device,self.threshold,self.extra = device,threshold,extra
+    def __init__(self, device, threshold, extra, norms_only=False, rows=2**13):
+        self.device,self.threshold,self.extra,self.norms_only = device,threshold,extra,norms_only
         self.scale,self.keys,self.numel,self.absent,self.marks,self.gone = None,[],[],[],[],0
         self.acc = self.zeros(rows)
 
@@ -96,30 +96,34 @@ class _Buffer:
         self.absent.append(absent)
         return len(self.keys)-1
 
-    def cut(self, n):
-        "Forget all rows from number `n` on, counted over the buffer's life"
-        self.reduce()
-        n -= self.gone
-        self.acc[n:len(self.keys)] = 0
-        for o in (self.keys,self.numel,self.absent): del o[n:]
+# %% ../nbs/01_engine.ipynb #4d97fe77
+@patch
+def cut(self:_Buffer, n):
+    "Forget all rows from number `n` on, counted over the buffer's life"
+    self.reduce()
+    n -= self.gone
+    self.acc[n:len(self.keys)] = 0
+    for o in (self.keys,self.numel,self.absent): del o[n:]
 
-    def close(self):
-        "An iteration is over"
-        self.reduce()
-        self.marks.append(len(self.keys))
+@patch
+def close(self:_Buffer):
+    "An iteration is over"
+    self.reduce()
+    self.marks.append(len(self.keys))
 
-    def fetch(self):
-        "Keys, sizes, sums and rows per iteration of the closed iterations; only what came after them stays"
-        self.reduce()
-        k,n = self.marks[-1] if self.marks else 0,len(self.keys)
-        s = self.host(k)
-        s[:,ZEROS] += self.absent[:k]
-        res = np.array(self.keys[:k], np.int64),np.array(self.numel[:k], np.int64),s,np.diff(self.marks, prepend=0)
-        self.acc[:n-k] = self.copy(k, n)   # may overlap
-        self.acc[n-k:n] = 0
-        self.marks,self.gone = [],self.gone+k
-        for o in (self.keys,self.numel,self.absent): del o[:k]
-        return res
+@patch
+def fetch(self:_Buffer):
+    "Keys, sizes, sums and rows per iteration of the closed iterations; only what came after them stays"
+    self.reduce()
+    k,n = self.marks[-1] if self.marks else 0,len(self.keys)
+    s = self.host(k)
+    s[:,ZEROS] += self.absent[:k]
+    res = np.array(self.keys[:k], np.int64),np.array(self.numel[:k], np.int64),s,np.diff(self.marks, prepend=0)
+    self.acc[:n-k] = self.copy(k, n)   # may overlap
+    self.acc[n-k:n] = 0
+    self.marks,self.gone = [],self.gone+k
+    for o in (self.keys,self.numel,self.absent): del o[:k]
+    return res
 
 # %% ../nbs/01_engine.ipynb #5261a116
 @patch
@@ -193,12 +197,13 @@ def reduce(self:DeviceBuffer):
     self.add(rs, self.plan(tuple((n,) for n in sizes)), dtype)
     self.waiting,self.used = [],0
 
-# %% ../nbs/01_engine.ipynb #d189bc6d
+# %% ../nbs/01_engine.ipynb #88576204
 @patch
 def add(self:DeviceBuffer, rs, p, dtype, weights=False):
     "Reduce the scratch, in which the tensors of rows `rs` (consecutive) lie by plan `p`, and zero it"
     if not p.rows: return
     acc,t,x = self.acc[rs[0]:rs[-1]+1],self.threshold,self.block(dtype)[:p.rows]
+    if dtype!=torch.float64: t = float(_floor32(t))   # AMP's scales are powers of two
     mx,rest,xs,d = _row_sums(x, p.pad, p.n, t if self.scale is None else t*self.scale)
     acc[:,MAX].scatter_reduce_(0, p.of, mx, 'amax')
     acc[:,SUM_ABS:ABOVE+1].index_add_(0, p.of, rest)
@@ -239,10 +244,12 @@ def several(self:DeviceBuffer, todo, weights):
         torch._foreach_copy_(p.views[dtype,which], ts)
     self.add(rs, p, dtype, weights)
 
-# %% ../nbs/01_engine.ipynb #0580e5ad
-def exact(x:np.ndarray, # 1-d, float32 or float64
-          threshold:float
-         )->list: # max, sum_abs, sum_sq, sum, m2, q, zeros, nonfinite, above
+# %% ../nbs/01_engine.ipynb #8f031d94
+BLOCK,CHUNK,SMALL = 2**18,2**13,2**11   # elements: of a block; of a float32 sum of products; of a tensor that is batched
+
+def _exact(x:np.ndarray, # 1-d
+           threshold:float
+          )->list: # max, sum_abs, sum_sq, sum, m2, q, zeros, nonfinite, above
     "Sums in float64, slow and right"
     if not len(x): return [0.]*9
     with np.errstate(all='ignore'):
@@ -250,51 +257,188 @@ def exact(x:np.ndarray, # 1-d, float32 or float64
         a,s = np.abs(x),x.sum()
         return [a.max(), a.sum(), np.dot(x,x), s, np.square(x-s/len(x)).sum(), s*s/len(x), len(x)-np.count_nonzero(x), len(x)-np.isfinite(x).sum(), (a>threshold).sum()]
 
-# %% ../nbs/01_engine.ipynb #71f12fec
+def _dot(x, y):
+    "Sum of products; float32 sums of 8k products are right to 1e-6, and small enough not to start BLAS's threads"
+    n = len(x)
+    k = n//CHUNK*CHUNK
+    s = np.matmul(x[:k].reshape(-1,1,CHUNK), y[:k].reshape(-1,CHUNK,1)).sum(dtype=np.float64) if k else 0.
+    return float(s+np.dot(x[k:], y[k:])) if k<n else float(s)
+
+# %% ../nbs/01_engine.ipynb #7a94a2a0
+def _floor32(t):
+    "The largest float32 that is not above `t`"
+    f = np.float32(t)
+    return f if float(f)<=t else np.nextafter(f, np.float32(-np.inf))
+
+# %% ../nbs/01_engine.ipynb #90b9e0c5
+def _block(t:Tensor, # 1-d float32 on a CPU
+           scratch, # (tensor, its array, array of bools), at least as long
+           threshold:np.float32,
+           some_zero=False # are zeros to be expected?
+          )->list:
+    "The sums of `_exact` from fast operations, where they are right"
+    x,n = t.numpy(),len(t)
+    a = np.abs(x, out=scratch[1][:n])
+    top,low = float(a.max()),0 if some_zero else float(a.min())
+    if top==0: return [0,0,0,0,0,0,n,0,0]
+    if not 1e-16<top<1e16: return _exact(x, threshold)   # NaN too
+    sa,s,sq = scratch[0][:n].sum().item(),t.sum().item(),_dot(x, x)
+    q = s*s/n
+    if q>sq/4: return _exact(x, threshold)
+    return [top, sa, sq, s, sq-q, q, 0 if low else n-np.count_nonzero(a.view(np.int32)), 0, np.count_nonzero(np.greater(a, threshold, out=scratch[2][:n])) if top>threshold else 0]
+
+# %% ../nbs/01_engine.ipynb #e222bdc7
+def _segments(x:np.ndarray, # 1-d, the tensors one after the other
+              n:np.ndarray, # their sizes, none 0
+              threshold:np.ndarray # of each
+             )->np.ndarray: # (tensors, 9)
+    "The sums of `_exact` of many tensors"
+    at,add = np.cumsum(n)-n,np.add.reduceat
+    with np.errstate(all='ignore'):
+        x = x.astype(np.float64)
+        a,s,sq = np.abs(x),add(x, at),add(x*x, at)
+        q = s*s/n
+        return np.stack([np.maximum.reduceat(a, at), add(a, at), sq, s, np.maximum(sq-q, 0), q, *(add(o, at, dtype=np.int64) for o in (x==0, ~np.isfinite(x), a>np.repeat(threshold, n)))], 1)
+
+# %% ../nbs/01_engine.ipynb #48fa2569
 class HostBuffer(_Buffer):
     "Sums on a CPU"
+    room = 2**17   # elements of small tensors that wait
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.waiting,self.used,self.some_zero,self.plans = [],0,set(),{}
+        self.small = [torch.empty(self.room) for _ in range(2)]   # gradients, weights
+        a = torch.empty(BLOCK)
+        self.scratch = a,a.numpy(),np.empty(BLOCK, bool)
+
     def zeros(self, n): return np.zeros((n, len(sums)+len(self.extra)))
     def grow(self): self.acc = np.concatenate([self.acc, np.zeros_like(self.acc)])
     def write(self, r, c, v): self.acc[r,c] = v
     def host(self, n): return self.acc[:n].copy()
     def copy(self, a, b): return self.acc[a:b].copy()
-    def reduce(self): pass
 
+    def reduce(self):
+        "Sum what waits"
+        if not self.waiting: return
+        (r,n,t),x = map(np.array, zip(*self.waiting)),self.small[0].numpy()[:self.used]
+        self.acc[r,:ABOVE+1] = _segments(x, n, t)
+        self.waiting,self.used = [],0
+
+# %% ../nbs/01_engine.ipynb #8eb10483
 @patch
 def put(self:HostBuffer, key, g, absent=0):
     "Add a gradient"
-    r = self.row(key, g.numel()+absent, absent)
-    scale = 1. if self.scale is None else float(self.scale)
+    n = g.numel()
+    r,scale = self.row(key, n+absent, absent),1. if self.scale is None else float(self.scale)
     self.extras(r, g)
-    self.acc[r,:ABOVE+1] = exact(flat(g).to(_wide(g)).numpy(), self.threshold*scale)
     if self.scale is not None: self.acc[r,SCALE] = scale
+    if not n: return r
+    if n>SMALL or g.dtype==torch.float64: self.large(r, flat(g), None, self.threshold*scale)
+    else:
+        if self.used+n>self.room: self.reduce()
+        self.small[0][self.used:self.used+n].copy_(flat(g))
+        self.waiting.append((r, n, self.threshold*scale))
+        self.used += n
     return r
+
+@patch
+def large(self:HostBuffer, r, x, w, threshold):
+    "Sums of one tensor, and with `w` their products, block by block"
+    row,t32,key = self.acc[r],_floor32(threshold),self.keys[r]
+    some_zero = key in self.some_zero
+    for i in range(0, len(x), BLOCK):
+        b = x[i:i+BLOCK]
+        if b.dtype==torch.float64: v = _exact(b.numpy(), threshold)
+        elif self.norms_only: v = _norms(b := b.float())
+        else: v = _block(b := b.float(), self.scratch, t32, some_zero)
+        if not v[0]<=row[0]: row[0] = v[0]   # NaN too
+        row[1:ABOVE+1] += v[1:]
+        if w is not None: row[W_SQ:DOT+1] += _products(b, w[i:i+BLOCK])
+    if some_zero!=(row[ZEROS]>0): self.some_zero ^= {key}   # the next gradient of this tensor will be alike
+
+# %% ../nbs/01_engine.ipynb #32c683f4
+def _norms(t):
+    "As `_block`, only sum_sq and nonfinite"
+    with np.errstate(all='ignore'): sq = _dot(x := t.numpy(), x)
+    return [0,0,sq,0,0,0,0,0,0] if 1e-25<sq<1e37 else _exact(x, 1.)
+
+def _products(x, w):
+    "sum w² and sum x·w"
+    x,w = x.numpy(),w.numpy()
+    if w.dtype==np.float32==x.dtype:
+        with np.errstate(all='ignore'): res = _dot(w, w),_dot(x, w)
+        if 1e-25<res[0]<1e37 and 1e-25<abs(res[1])<1e37: return res
+    with np.errstate(all='ignore'): x,w = x.astype(np.float64),w.astype(np.float64); return np.dot(w, w),np.dot(x, w)
+
+# %% ../nbs/01_engine.ipynb #0fb7d26c
+class _Batch:
+    "Small tensors that fit into the buffer together: which ones, their sizes and starts, and views of their shapes for gradients and weights"
+    def __init__(self, idx, gs, small):
+        self.idx,self.n = idx,np.array([gs[i].numel() for i in idx])
+        self.at,self.end = np.cumsum(self.n)-self.n,self.n.sum()
+        self.views = [[o.view(gs[i].shape) for i,o in zip(idx, b[:self.end].split(self.n.tolist()))] for b in small]
+
+@patch
+def plan(self:HostBuffer, keys, gs):
+    "The large tensors and batches of small ones"
+    k = tuple(keys)
+    if k not in self.plans:
+        small = [i for i,g in enumerate(gs) if 0<g.numel()<=SMALL and g.dtype!=torch.float64]
+        per = self.room//SMALL
+        self.plans[k] = sorted({i for i,g in enumerate(gs) if g.numel()}-set(small)),[_Batch(small[i:i+per], gs, self.small) for i in range(0, len(small), per)]
+    return self.plans[k]
+
+# %% ../nbs/01_engine.ipynb #dc18e32a
+def _same(g, w):
+    "Both in one dimension, in the same order"
+    return (flat(g),flat(w)) if g.stride()==w.stride() else (g.reshape(-1),w.reshape(-1))
 
 @patch
 def put_all(self:HostBuffer, keys, gs, ws=None):
     "Add gradients of one dtype, and with `ws` their products with the weights"
+    self.reduce()
     scale,self.scale = self.scale,None
-    for k,g,w in zip(keys, gs, ws or gs):
-        r = self.put(k, g)
-        if ws is not None:
-            w = w.detach().reshape(-1).double()
-            self.acc[r,W_SQ],self.acc[r,DOT] = w.dot(w),w.dot(g.reshape(-1).double())
+    large,batches = self.plan(keys, gs)
+    rows = [self.row(k, g.numel()) for k,g in zip(keys, gs)]
+    if self.extra:
+        for r,g in zip(rows, gs): self.extras(r, g)
+    for i in large:
+        g,w = _same(gs[i], ws[i].detach()) if ws else (flat(gs[i]),None)
+        self.large(rows[i], g, w if w is None or g.dtype==torch.float64 else w.float(), self.threshold)
+    for b in batches: self.several(b, rows, gs, ws)
     self.scale = scale
 
-# %% ../nbs/01_engine.ipynb #f2a2dc67
+@patch
+def several(self:HostBuffer, b, rows, gs, ws):
+    "Sum a batch of small tensors"
+    r = [rows[i] for i in b.idx]
+    torch._foreach_copy_(b.views[0], [gs[i] for i in b.idx])
+    x = self.small[0].numpy()[:b.end]
+    if not self.norms_only: self.acc[r,:ABOVE+1] = _segments(x, b.n, np.full(len(r), self.threshold))
+    with np.errstate(all='ignore'):
+        x,add = x.astype(np.float64),np.add.reduceat
+        if self.norms_only: self.acc[r,SUM_SQ],self.acc[r,NONFINITE] = add(x*x, b.at),add(~np.isfinite(x), b.at, dtype=np.int64)
+        if not ws: return
+        torch._foreach_copy_(b.views[1], [ws[i].detach() for i in b.idx])
+        w = self.small[1].numpy()[:b.end].astype(np.float64)
+        self.acc[r,W_SQ],self.acc[r,DOT] = add(w*w, b.at),add(x*w, b.at)
+
+# %% ../nbs/01_engine.ipynb #f66a8276
 class Engine:
     "Statistics of gradients on any number of devices"
     def __init__(self,
                  threshold=1., # what `above` counts from
                  extra=None, # name -> f(gradient) -> 0-d tensor
-                 by_rows=lambda device: device.type!='cpu' # which devices take the path without a look at any number
+                 norms_only=False, # only sum_sq, nonfinite, w_sq and dot are needed
+                 by_rows=None # take the path without a look at any number; None: on all devices but the CPU
                 ):
-        self.threshold,self.extra,self.by_rows,self.buffers,self.scale = threshold,extra or {},by_rows,{},None
+        self.threshold,self.extra,self.norms_only,self.by_rows,self.buffers,self.scale = threshold,extra or {},norms_only,by_rows,{},None
 
     def buffer(self, device):
         "The buffer of a device; backward runs one thread per device, each has its own"
         if device not in self.buffers:
-            self.buffers[device] = (DeviceBuffer if self.by_rows(device) else HostBuffer)(device, self.threshold, self.extra)
+            rows = device.type!='cpu' if self.by_rows is None else self.by_rows
+            self.buffers[device] = (DeviceBuffer if rows else HostBuffer)(device, self.threshold, self.extra, self.norms_only)
         return self.buffers[device]
 
     def put(self, key, g):
@@ -309,7 +453,7 @@ class Engine:
 @patch
 def put_all(self:Engine, keys, gs, ws=None):
     "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w"
-    groups = {}
+    groups,gs,ws = {},[g.detach() for g in gs],ws and [w.detach() for w in ws]
     for k,g,w in zip(keys, gs, ws or gs):
         if type(g) is not Tensor and hasattr(g, 'to_local'): groups.setdefault(g.device_mesh, []).append((k,g,w))
         elif g.layout!=torch.strided or g.is_complex(): self._odd(k, g, w if ws else None)
@@ -326,7 +470,7 @@ def _odd(self:Engine, k, g, w):
     r = self.put(k, g)
     self.scale = scale
     if w is None: return
-    b,w = self.buffer(g.device),w.detach()
+    b = self.buffer(g.device)
     if g.layout!=torch.strided: g,at = g.coalesce().values(),w[tuple(g.coalesce().indices())]
     else: at = w
     b.write(r, W_SQ, w.abs().double().square().sum())
@@ -337,7 +481,7 @@ def _odd(self:Engine, k, g, w):
 def _shards(self:Engine, keys, gs, ws):
     "Sums over all shards of `DTensor`s of one mesh"
     import torch.distributed as dist
-    loc = lambda ts: [t.detach().to_local() for t in ts]
+    loc = lambda ts: [t.to_local() for t in ts]
     b,mesh = self.buffer(gs[0].to_local().device),gs[0].device_mesh
     n0 = len(b.keys)
     b.put_all(keys, loc(gs), ws and loc(ws))

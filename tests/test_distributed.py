@@ -1,0 +1,312 @@
+"Several processes (DDP, FSDP2 with gloo on the CPU) give the numbers of one process on the joint batch; the first process keeps the record."
+import os,pickle,sys,traceback,warnings
+from datetime import timedelta
+
+import numpy as np,pytest,torch
+import torch.distributed as dist, torch.multiprocessing as mp
+from fastai.basics import *
+from fastai.callback.training import GradientAccumulation,GradientClip
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate,Shard,distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastai_gradstats import GradNormCallback,GradStatsCallback
+from fastai_gradstats.engine import DOT,W_SQ,Engine,finish
+from fastai_gradstats.stats import measure
+from oracles import Spy,fit,output_grads
+
+del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's, which fastai exports and pytest would collect
+
+class Net(nn.Module):
+    "Shards of many kinds over two processes: even, uneven (3 rows), empty (1 row), one larger than the engine's small tensors"
+    def __init__(self):
+        super().__init__()
+        self.a,self.norm,self.b,self.c,self.head = nn.Linear(20,201),nn.LayerNorm(201),nn.Linear(201,3),nn.Linear(3,1,bias=False),nn.Linear(4,5)
+    def forward(self, x):
+        x = self.b(torch.tanh(self.norm(self.a(x))))
+        return self.head(torch.cat([x, self.c(x)], 1))
+
+def data(n=64, bs=16):
+    g = torch.Generator().manual_seed(0)
+    x,y = torch.randn(n+16,20, generator=g),torch.randint(5, (n+16,), generator=g)
+    return DataLoaders(*(DataLoader(L(zip(x[s],y[s])), bs=bs) for s in (slice(n),slice(n,None))))
+
+def learner(cbs, wrap=noop, model=Net, opt_func=SGD):
+    dls = data()
+    set_seed(0)
+    return Learner(dls, wrap(model()), loss_func=nn.CrossEntropyLoss(), opt_func=opt_func, lr=.1, cbs=cbs)
+
+class Half(Callback):
+    "Each process takes its half of each batch"
+    order = -9
+    def before_batch(self):
+        if self.training: self.learn.xb,self.learn.yb = ([t.chunk(2)[dist.get_rank()] for t in b] for b in (self.xb,self.yb))
+
+class DDP(Half):
+    def before_fit(self): self.learn.model = DistributedDataParallel(self.model)
+    def after_fit(self): self.learn.model = self.model.module
+
+class Clip(Callback):
+    "Somebody's own clipping"
+    order = 12
+    def before_step(self): nn.utils.clip_grad_norm_(self.model.parameters(), .2)
+
+class Poison(Callback):
+    "A NaN in one element of one gradient, in the shard of process `rank`"
+    order,run_valid = 5,False
+    def __init__(self, rank=0): self.rank = rank
+    def before_step(self):
+        g = self.model.a.weight.grad
+        if not hasattr(g, 'to_local'): g[-1 if self.rank else 0,0] = torch.nan
+        elif dist.get_rank()==self.rank: g.to_local()[-1 if self.rank else 0,0] = torch.nan
+
+# --- what runs in two processes
+
+def frames(learn, *cbs):
+    "The records of this process, and its weights"
+    w = {n:getattr(p, 'full_tensor', lambda: p)().detach().clone() for n,p in learn.model.named_parameters()}
+    return dict(weights=w, **{type(c).__name__:c.df for c in cbs}, **{'by':c.by('param') for c in cbs if isinstance(c, GradNormCallback)})
+
+def shard(model, each=True, **kw):
+    "FSDP2: layer by layer, then the rest"
+    kw = dict(mesh=init_device_mesh('cpu', (2,)), **kw)
+    if each:
+        for m in (model.a,model.b): fully_shard(m, **kw)
+    return fully_shard(model, **kw)
+
+def run(wrap, *more, stats=None, norm=None, n=1, before=None, model=Net, rows=None, **kw):
+    "One fit; `stats` and `norm`: arguments, False for none; `rows`: the engine's path for GPUs"
+    gcb = [] if stats is False else [GradStatsCallback(**(stats or {}))]
+    gnc = [] if norm is False else [GradNormCallback(**(norm or {}))]
+    for c in (*gcb,*gnc): c._state.engine.by_rows = rows
+    learn = learner([*gcb, *gnc, *(o() for o in more)], wrap, model, **kw)
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        if before:
+            with learn.no_bar(), learn.no_logging(): before(learn)
+        fit(learn, n)
+    return dict(frames(learn, *gcb, *gnc), warned=[str(o.message) for o in w if 'fastai_gradstats' in o.filename or 'radient' in str(o.message)])
+
+class Some(nn.Module):
+    "A module without shards in front of sharded ones"
+    def __init__(self): super().__init__(); self.first,self.net = nn.Linear(20,20),Net()
+    def forward(self, x): return self.net(self.first(x))
+
+def some(m): return shard(m, each=False, ignored_params={*m.first.parameters()})
+class Sum(Callback):
+    "Who leaves a parameter out of FSDP sums its gradient himself"
+    order = 4
+    def before_step(self):
+        for p in self.model.first.parameters():
+            dist.all_reduce(p.grad)
+            p.grad.div_(2)
+
+def columns(m): return shard(m, each=False, shard_placement_fn=lambda p: Shard(1) if p is m.head.weight else None)
+
+def accumulate(): return GradientAccumulation(32//dist.get_world_size() if dist.is_initialized() else 32)   # it counts the samples of its process
+
+def hybrid(m): return fully_shard(m, mesh=init_device_mesh('cpu', (1,2), mesh_dim_names=('copy','shard')))
+
+cubes = {'cubes': lambda g: (g.float()**3).abs().max()}
+# name -> (wrap, callbacks, arguments); the single process runs the same with neither wrap nor `Half`
+both = {'plain': ((), {}),
+        'two epochs': ((), dict(n=2)),
+        'validated first': ((), dict(before=lambda l: (l.create_opt(), l.validate()))),
+        'every 2 and 3': ((), dict(n=2, stats=dict(every=2), norm=dict(every=3))),
+        'every 3 and 2': ((), dict(n=2, stats=dict(every=3), norm=dict(every=2))),
+        'params only': ((), dict(stats=dict(kind='param'))),
+        'norm alone': ((), dict(stats=False)),
+        'stats alone': ((), dict(norm=False)),
+        'some': ((), dict(stats=dict(include='a|b'))),
+        'clip': ((partial(GradientClip, .1),), {}),
+        'own clip': ((Clip,), {}),
+        'by rows': ((), dict(n=2, rows=True)),
+        'by rows, own clip': ((Clip,), dict(rows=True)),
+        'accumulated': ((accumulate,), {}),
+        'adam': ((), dict(opt_func=Adam)),
+        'extra': ((), dict(stats=dict(extra=cubes))),
+        'nan in 0': ((partial(Poison, 0),), {}),
+        'nan in 1': ((partial(Poison, 1),), {})}
+cases = {('ddp',k): (noop, (DDP,*c), kw) for k,(c,kw) in both.items() if k in ('plain','two epochs','every 2 and 3','clip','own clip','norm alone')}
+cases |= {('fsdp',k): (shard, (Half,*c), kw) for k,(c,kw) in both.items()}
+cases |= {('fsdp','whole'): (partial(shard, each=False), (Half,), {}), ('fsdp','kept'): (partial(shard, reshard_after_forward=False), (Half,), dict(n=2)),
+          ('fsdp','columns'): (columns, (Half,), {}), ('fsdp','hybrid'): (hybrid, (Half,), {}), ('fsdp','ignored'): (some, (Half,Sum), dict(model=Some))}
+
+engines = {('engine',k): (None, (), dict(by_rows=v)) for k,v in (('host',False), ('rows',True))}
+
+def tensors():
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=g).to(d) for s,d in (((5,7),torch.float32), ((1,3),torch.float32), ((100,70),torch.float64), ((4,6),torch.bfloat16), ((9,),torch.float32), ((3000,3),torch.float32))]
+
+def engine(by_rows):
+    "Shards, copies, both dtypes and a plain tensor in one call; an earlier row must not be touched"
+    mesh,e = init_device_mesh('cpu', (2,)),Engine(.5, by_rows=by_rows)
+    pl = [Shard(0), Shard(0), Shard(1), Replicate(), None, Shard(0)]
+    gs = [g if p is None else distribute_tensor(g, mesh, [p]) for g,p in zip(tensors(), pl)]
+    e.put(9, torch.ones(3))
+    e.put_all(range(6), gs, gs)
+    e.close()
+    return e.fetch()
+
+def worker(rank, folder, names):
+    os.environ.update(RANK=str(rank), WORLD_SIZE='2')
+    torch.set_num_threads(1)
+    for i,name in enumerate(names):
+        wrap,cbs,kw = {**cases,**engines}[name]
+        dist.init_process_group('gloo', init_method=f'file://{folder}/store{i}', rank=rank, world_size=2, timeout=timedelta(seconds=20))
+        try: res = dict(rows=engine(**kw)) if wrap is None else run(wrap, *cbs, **kw)
+        except Exception as e: res = dict(error=f'{e}', trace=traceback.format_exc())
+        (folder/f'{i}.{rank}').write_bytes(pickle.dumps(res))
+        dist.destroy_process_group()
+
+def start(folder, names):
+    "Run cases in two processes; {name: [what rank 0 has, what rank 1 has]}"
+    mp.spawn(worker, (folder,names), nprocs=2)
+    return {n:[pickle.loads((folder/f'{i}.{r}').read_bytes()) for r in (0,1)] for i,n in enumerate(names)}
+
+@pytest.fixture(scope='module')
+def ranks(tmp_path_factory): return start(tmp_path_factory.mktemp('ranks'), [*cases,*engines])
+
+def single(name):
+    "The same run in this process, on joint batches; also the callback that copied its gradients"
+    _,cbs,kw = cases[name]
+    (spy := Spy()),(keep := Keep())
+    cbs = [c for c in cbs if not (isinstance(c, type) and issubclass(c, (Half,Sum)))]
+    return run(noop, *cbs, lambda: spy, lambda: keep, **kw),spy,keep
+
+class Keep(Callback):
+    "The weights before each batch, and the batch"
+    order,run_valid = -8,False
+    def __init__(self): self.seen = []
+    def before_batch(self): self.seen.append((deepcopy(self.model.state_dict()), self.x, self.y))
+
+# --- the tests
+
+def ok(res):
+    for r in res: assert 'error' not in r, r['trace']
+    return res
+
+def same(a, b, but=(), **kw):
+    "Two frames are equal, floats to a tolerance"
+    assert list(a)==list(b) and len(a)==len(b)
+    for c in a:
+        if c in but: continue
+        if a[c].dtype.kind=='f': np.testing.assert_allclose(a[c], b[c], err_msg=c, **kw)
+        else: assert a[c].astype(object).tolist()==b[c].astype(object).tolist(), c
+
+def params(df): return df[df['kind']=='param'].reset_index(drop=True)
+
+@pytest.mark.parametrize('name', cases, ids='-'.join)
+def test_joint_batch(ranks, name):
+    "Parameter rows, norms and weights are those of one process on the joint batch; other processes keep nothing."
+    (a,b),(want,spy,_) = ok(ranks[name]),single(name)
+    for n,w in want['weights'].items():
+        for r in (a,b): np.testing.assert_allclose(r['weights'][n], w, rtol=1e-4, atol=1e-6)   # training itself is the same
+    if 'GradStatsCallback' in want:
+        same(params(a['GradStatsCallback']), params(want['GradStatsCallback']), rtol=2e-5, atol=1e-7)
+        assert len(b['GradStatsCallback'])==0
+    if 'GradNormCallback' in want:
+        same(a['GradNormCallback'], want['GradNormCallback'], but=('loss','bs'), rtol=1e-5)
+        same(a['by'], want['by'], rtol=1e-4, atol=1e-6)
+        assert len(b['GradNormCallback'])==len(b['by'])==0
+    assert a['warned']==b['warned']==[]
+
+@pytest.mark.parametrize('name', [('ddp','plain'),('fsdp','plain'),('fsdp','two epochs'),('fsdp','nan in 1')], ids='-'.join)
+def test_spy(ranks, name):
+    "And those of the gradients that the optimizer of the single process got, measured in float64."
+    (a,_),(_,spy,_) = ok(ranks[name]),single(name)
+    df = params(a['GradStatsCallback'])
+    assert df['step'].nunique()==len(spy.grads)
+    for s,gs in enumerate(spy.grads):
+        rows = df[df['step']==s]
+        assert list(rows['name'])==list(gs)   # no `module.`
+        for _,r in rows.iterrows():
+            g = gs[r['name']]
+            if not np.isfinite(g).all(): assert np.isnan(r['max_abs']) and np.isnan(r['norm']) and r['nonfinite']==(~np.isfinite(g)).sum()
+            else: np.testing.assert_allclose(r[['max_abs','mean_abs','norm','std']].astype(float), [np.abs(g).max(), np.abs(g).mean(), np.linalg.norm(g), g.std()], rtol=2e-5, atol=1e-8)
+            assert r['numel']==g.size
+
+@pytest.mark.parametrize('name', [('ddp','two epochs'),('fsdp','two epochs')], ids='-'.join)
+def test_outputs_are_of_the_first_half(ranks, name):
+    "Output rows are of the loss that the first process differentiates, the mean over its own half: twice the joint batch's gradient of the same samples."
+    (a,_),(_,_,keep) = ok(ranks[name]),single(name)
+    df = a['GradStatsCallback']
+    df,model = df[df['kind']=='output'],Net()
+    names = ['a','norm','b','c','head']
+    assert len(df)==5*len(keep.seen)==5*8
+    for i,(w,x,y) in enumerate(keep.seen):
+        model.load_state_dict(w)
+        half = output_grads(model, lambda m: F.cross_entropy(m(x[:8]), y[:8]), names)
+        joint = output_grads(model, lambda m: F.cross_entropy(m(x), y), names)
+        rows = df[df['iteration']==i].set_index('name')
+        assert list(rows.index)==names
+        for n in names:
+            np.testing.assert_allclose(half[n,0,0], 2*joint[n,0,0][:8], rtol=1e-4, atol=1e-8)
+            np.testing.assert_allclose(rows.loc[n,['max_abs','norm']].astype(float), [np.abs(half[n,0,0]).max(), np.linalg.norm(half[n,0,0])], rtol=1e-4)
+            assert rows.loc[n,'numel']==half[n,0,0].size
+
+def test_samples_and_loss_are_the_first_half(ranks):
+    "The loss and the number of samples are what the first process saw."
+    (a,_),(want,_,keep) = ok(ranks['ddp','plain']),single(('ddp','plain'))
+    assert a['GradNormCallback']['bs'].tolist()==[8]*4 and want['GradNormCallback']['bs'].tolist()==[16]*4
+    model = Net()
+    for (w,x,y),loss in zip(keep.seen, a['GradNormCallback']['loss']):
+        model.load_state_dict(w)
+        np.testing.assert_allclose(loss, F.cross_entropy(model(x[:8]), y[:8]).item(), rtol=1e-5)
+
+@pytest.mark.parametrize('name', engines, ids='-'.join)
+def test_engine(ranks, name):
+    "Sums of shards, copies and plain tensors, in every process."
+    for r in ok(ranks[name]):
+        ns,keys,numel,s = r['rows']
+        assert ns.tolist()==[7] and sorted(keys)==[0,1,2,3,4,5,9]
+        f,c = finish(s, numel)
+        for k,n,row,f,c in zip(keys, numel, s, f.T, c.T):
+            g = torch.ones(3) if k==9 else tensors()[k]
+            want = measure(g, .5)
+            np.testing.assert_allclose(f, [want[o] for o in ('max_abs','mean_abs','norm','mean','std')], rtol=1e-4, atol=1e-6)
+            assert c.tolist()==[g.numel(), *(want[o] for o in ('zeros','nonfinite','above'))]
+            if k!=9: np.testing.assert_allclose(row[[W_SQ,DOT]], g.double().square().sum(), rtol=1e-5)
+
+# --- one process
+
+def test_data_parallel():
+    "On a CPU nn.DataParallel runs the module itself. Parameters as without it, names too; outputs are left out with one warning."
+    with pytest.warns(UserWarning, match='DataParallel') as w:
+        a = run_fit(nn.DataParallel)
+    assert len([o for o in w if 'DataParallel' in str(o.message)])==1
+    b = run_fit(noop)
+    assert (a.grad_stats.df['kind']=='param').all()
+    same(a.grad_stats.df, params(b.grad_stats.df), rtol=0)
+    same(a.grad_norm.df, b.grad_norm.df, rtol=0)
+    same(a.grad_norm.by('param'), b.grad_norm.by('param'), rtol=0)
+
+def test_data_parallel_params_only():
+    "Who asks for parameters only is not warned."
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        fit(learner(GradStatsCallback('param'), nn.DataParallel), 2)
+
+def run_fit(wrap): return fit(learner([GradStatsCallback(), GradNormCallback()], wrap), 2)
+
+def test_fsdp1_is_refused():
+    "Flat shards of the first FSDP (which does not run on a CPU) cannot be told apart: a sentence before the first batch. Outputs are served."
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self, m): super().__init__(); self._fsdp_wrapped_module = m
+        def forward(self, x): return self._fsdp_wrapped_module(x)
+    FullyShardedDataParallel.__module__ = 'torch.distributed.fsdp'
+    for cb in GradStatsCallback(),GradStatsCallback('param'),GradNormCallback():
+        learn = learner(cb, FullyShardedDataParallel)
+        with pytest.raises(ValueError, match='fully_shard'): fit(learn)
+        assert len(cb.df)==0
+    learn = fit(learner(GradStatsCallback('output'), FullyShardedDataParallel))
+    assert learn.grad_stats.df['name'].unique().tolist()==['a','norm','b','c','head']
+
+if __name__=='__main__':   # python tests/test_distributed.py fsdp-plain ...
+    import tempfile
+    from pathlib import Path
+    names = [n for n in (*cases,*engines) if '-'.join(n) in sys.argv[1:]] or [*cases,*engines]
+    with tempfile.TemporaryDirectory() as d:
+        for n,(a,b) in start(Path(d), names).items(): print('-'.join(n), a.get('trace', 'ok'), b.get('trace', 'ok'))
