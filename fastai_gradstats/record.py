@@ -197,7 +197,7 @@ class GradRecord:
     def __getstate__(self): return {**self.__dict__, '_cache':{}}
 
 # %% ../nbs/03_record.ipynb #d884b54b
-def _param_rows(keep=10_000): return Rows(['norm','weight_norm','dot'], keep=keep)
+def _param_rows(keep=10_000, updates=False): return Rows(['norm','weight_norm','dot']+updates*update_columns, keep=keep)
 
 class Steps:
     "A row per optimizer step, appended in bulk; never thinned"
@@ -414,7 +414,8 @@ def by(self:GradRecord,
     key = where+['name' if what=='module' else 'group']
     sq = d.assign(**{c:d[c].astype(np.float64)**2 for c in d if c.endswith('norm')})
     g = sq.groupby(key, sort=False, observed=True)[[c for c in d if c.endswith('norm') or c=='dot']].sum(min_count=1).reset_index()
-    return g.assign(**{c:np.sqrt(g[c]) for c in g if c.endswith('norm')})
+    g = g.assign(**{c:np.sqrt(g[c]) for c in g if c.endswith('norm')})
+    return g.assign(update_ratio=g['update_norm']/g['weight_norm']) if 'update_norm' in g else g
 
 # %% ../nbs/03_record.ipynb #b2903fd4
 views = {n:'plot' for n in ('plot_grad_log10','plot_grad_heatmap','plot_grad_norm','plot_grad_flow','plot_grad_lr')}

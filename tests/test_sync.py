@@ -82,13 +82,13 @@ TABLE = dict(
     capture   = 'torch',
     files     = 'numpy pandas fastcore pyarrow',
     record    = 'numpy pandas fastcore pyarrow .files',
-    callback  = 'fastai torch fastcore numpy pandas .capture .engine .record',
+    callback  = 'fastai torch fastcore numpy pandas .capture .engine .files .record',
     plot      = 'numpy pandas matplotlib fastcore .record',
     diagnosis = 'numpy pandas fastcore .record',
     report    = 'numpy pandas matplotlib fastcore .record .plot .diagnosis',
     probe     = 'torch numpy pandas fastcore .stats',
     demo      = 'fastai torch torchvision sklearn fastcore numpy pandas matplotlib '
-                '.stats .engine .capture .record .callback .plot .diagnosis .report .probe')
+                '.stats .engine .capture .files .record .callback .plot .diagnosis .report .probe')
 TABLE['all'] = ' '.join(f'.{m}' for m in TABLE)
 TABLE['__main__'] = TABLE['demo'] + ' .demo'
 TABLE['__init__'] = TABLE['_modidx'] = ''
