@@ -2,6 +2,7 @@
 from fastai_gradstats.stats import *
 from fastai_gradstats.engine import *
 from fastai_gradstats.capture import *
+from fastai_gradstats.files import *
 from fastai_gradstats.record import *
 from fastai_gradstats.callback import *
 from fastai_gradstats.plot import *
