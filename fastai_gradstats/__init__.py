@@ -5,6 +5,7 @@ Modules:
 - `fastai_gradstats.callback`: `GradStatsCallback` and `GradNormCallback`: when things are read, and nothing else
 - `fastai_gradstats.capture`: Where gradients are taken: hooks on outputs, reads of parameters
 - `fastai_gradstats.demo`: Gradients of a real network training on real data, in two minutes on a CPU
+- `fastai_gradstats.diagnosis`: Rules over a record, a table of findings
 - `fastai_gradstats.engine`: The same numbers for many tensors at once, without a sync
 - `fastai_gradstats.files`: Records on disk: complete parts, written once
 - `fastai_gradstats.plot`: A record in, Axes out
@@ -20,9 +21,10 @@ _home = {n:m for m,ns in dict(
     stats    = 'decade measure statistics',
     engine   = 'Engine',
     capture  = 'OutputHooks clean_name grad_modules grad_params param_grads',
-    record   = 'GradRecord NonFinite as_record compare',
+    record   = 'Clip GradRecord NonFinite as_record compare',
     callback = 'GradNormCallback GradStatsCallback',
-    plot     = 'plot_grad_flow plot_grad_heatmap plot_grad_log10 plot_grad_lr plot_grad_norm',
+    plot     = 'plot_grad_flow plot_grad_heatmap plot_grad_hist plot_grad_log10 plot_grad_lr plot_grad_norm plot_ray',
+    diagnosis = 'Findings diagnose',
     demo     = 'abs_10_power convnet digits digits_learner thread_answer',
 ).items() for n in ns.split()}
 __all__ = list(_home)

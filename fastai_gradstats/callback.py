@@ -117,15 +117,27 @@ def after_epoch(self:_GradCallback):
     "`validate` sends `before_epoch` and trains nothing"
     if isinstance(g := self.learn.__dict__.get('_do_epoch_train'), _Guard): g.remove()
 
+# %% ../nbs/04_callback.ipynb #5a10d001
+def _facts(learn, st):
+    "What rows cannot say, once per fit: the watched parameters as (name, requires_grad, dimensions), is fp16 in use, and with a scaler?"
+    half = any(p.dtype==torch.float16 for p in st.params.values())
+    for c in learn.cbs:
+        a = c.__dict__.get('autocast')   # MixedPrecision's
+        half |= isinstance(a, torch.autocast) and a._enabled and a.fast_dtype==torch.float16
+    s = learn.__dict__.get('scaler')
+    return dict(fit=st.fit, phase=st.phase, params=[(n, p.requires_grad, p.dim()) for n,p in st.params.items()], half=bool(half), scaled=bool(s and s.is_enabled()))
+
 # %% ../nbs/04_callback.ipynb #37bb1d7f
 @patch
 def before_train(self:_GradCallback):
     st = self._state
-    if st.new_fit:
+    fresh = st.new_fit
+    if fresh:
         st.owner,st.new_fit,st.fit = weakref.ref(self.learn),False,st.fit+1
         st.phase = int('lr_finder' in self.learn.__dict__)
         if st.phase: st.count[1] = [0,0]   # lr_find counts for itself
     st.params = self._params()
+    if fresh: self._record.facts.append(_facts(self.learn, st))
     st.keys = {}
     st.live,st.quiet,st.before,st.first = True,rank_distrib()!=0,None,len(self._record._steps.parts)
     if not st.quiet:
