@@ -434,6 +434,25 @@ def suggest_clip(self:GradRecord,
     m = float(f'{ok.quantile(q):.2g}')
     return Clip(m, float((~(n<=m)).mean()))
 
+# %% ../nbs/03_record.ipynb #e1a57c02
+@patch
+def elasticity(self:GradRecord,
+               phase='fit' # 'fit', 'lr_find' or None for all
+              )->pd.DataFrame: # where in training, name, elasticity
+    "|w||g|/|loss| per step and parameter: at most how many percent the loss changes when the tensor changes by one percent of its length"
+    d = self.by('param', phase).merge(self.steps[where+['loss']], on=where, how='left')
+    with np.errstate(all='ignore'): d['elasticity'] = d['norm'].astype(np.float64)*d['weight_norm']/d['loss'].abs()
+    return d[where+['name','elasticity']]
+
+@patch
+def radial(self:GradRecord,
+           phase='fit' # 'fit', 'lr_find' or None for all
+          )->pd.DataFrame: # where in training, name, radial
+    "Cosine of gradient and weights per step and parameter: 0 where only the weights' direction matters, NaN where either is 0"
+    d = self.by('param', phase)
+    with np.errstate(all='ignore'): d['radial'] = d['dot'].astype(np.float64)/(d['norm'].astype(np.float64)*d['weight_norm'])
+    return d[where+['name','radial']]
+
 # %% ../nbs/03_record.ipynb #b2903fd4
 views = {**{n:'plot' for n in ('plot_grad_log10','plot_grad_heatmap','plot_grad_hist','plot_grad_norm','plot_grad_flow','plot_grad_lr')}, 'diagnose':'diagnosis'}
 
