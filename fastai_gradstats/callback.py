@@ -17,7 +17,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip
 from fastai.torch_core import rank_distrib
 from .capture import OutputHooks, clean_name, grad_modules, grad_params, param_grads, pick
-from .engine import Engine, finish, sums, MAX, SUM_SQ, NONFINITE, W_SQ, DOT
+from .engine import Engine, finish, octaves, sums, MAX, SUM_SQ, NONFINITE, W_SQ, DOT
 from .files import check_free, need_parquet
 from .record import GradRecord, Rows, Steps, Stream, _param_rows, columns, counts, floats, views
 
@@ -253,6 +253,8 @@ class GradStatsCallback(_GradCallback):
                  include:str=None, # regular expression searched in module and parameter names
                  every:int=1, # record one iteration (outputs) and one step (parameters) in `every`
                  threshold:float=1., # `above` counts elements larger than this
+                 hist=False, # count elements per octave of |gradient|: True of at most 4,096 elements of each tensor, 'all' of all
+                 keep:int=10_000, # at most so many iterations are kept: of neighbours the worse one; None: all
                  extra:dict=None, # name -> f(gradient) -> 0-d tensor: one more float column each
                  folder=None # stream to files in this folder while training; one that holds no record yet
                 ):
@@ -261,12 +263,15 @@ class GradStatsCallback(_GradCallback):
             modules = L(modules)
             grad_modules(nn.ModuleList(m for m in modules if isinstance(m, nn.Module)), modules)
         self.kind,self.modules,self.every,self.threshold = kind,modules,_positive('every', every),_threshold(threshold)
+        if hist not in (False,True,'all'): raise ValueError(f"hist: accepted are False, True and 'all', got {hist!r}")
+        self.hist,self.keep = hist,keep if keep is None else _positive('keep', keep)
         self.include,self.extra,self.folder = _regex(include),_extra(extra),_folder(self, folder)
         self.reset()
 
-    _tables = 'tensors','breaks'
-    def _engine(self): return Engine(self.threshold, self.extra)
-    def _new_record(self): return GradRecord(Rows(floats+list(self.extra), counts), threshold=self.threshold)
+    @property
+    def _tables(self): return ('tensors','breaks','hist') if self.hist else ('tensors','breaks')
+    def _engine(self): return Engine(self.threshold, self.extra, hist=self.hist)
+    def _new_record(self): return GradRecord(Rows(floats+list(self.extra), counts, self.keep), threshold=self.threshold)
     @property
     def _skipped(self): return self._record._rows.skipped
 
@@ -431,14 +436,14 @@ def _flush(self:GradStatsCallback):
     "What lies in the buffers goes to the record: the one place that waits for the device"
     st,rows = self._state,self._record._rows
     if not st.its: return
-    n,keys,numel,s = st.engine.fetch()
+    n,keys,numel,s,h = st.engine.fetch()
     its,orders,st.its,st.orders = np.array(st.its).T,st.orders,[],[]
     at,tensor = np.repeat(np.arange(len(n)), n),keys>=0
     for i,k in zip(at[~tensor], s[~tensor,MAX].astype(int)):
         if k<len(orders[i]): rows.breaks.append((*its[[0,1,3],i].tolist(), st.names[orders[i][k-1]] if k else '(input)', st.names[orders[i][k]]))
     n = np.bincount(at[tensor], minlength=len(n))
     if not n.all(): its,n = its[:,n>0],n[n>0]   # nothing but a forward
-    rows.append(its, n, keys[tensor], *finish(s[tensor], numel[tensor]))
+    rows.append(its, n, keys[tensor], *finish(s[tensor], numel[tensor]), octaves(h[tensor]) if self.hist else None)
 
 # %% ../nbs/04_callback.ipynb #ad116d0d
 def _delegate(cls):
@@ -638,7 +643,7 @@ def _flush(self:GradNormCallback):
     "What lies in the buffers goes to the record"
     st = self._state
     if not st.its: return
-    (n,keys,_,s),its = st.engine.fetch(),list(zip(*st.its))
+    (n,keys,_,s,_),its = st.engine.fetch(),list(zip(*st.its))
     st.its = []
     at = np.repeat(np.arange(len(n)), n)
     def total(rows, col): return np.bincount(at[rows], s[rows,col], minlength=len(n))

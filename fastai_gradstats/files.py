@@ -26,6 +26,8 @@ schema = dict(
     steps = _where | dict(lr='float64 of the last group', loss='float64 of the last batch, unscaled', bs='int64 samples', norm='float64 d loss / d parameters, L2, before clipping',
         clip_coef='float64 factor', clipped_norm='float64 norm the optimizer got', weight_norm='float64 L2', nonfinite='int64 elements', skipped='bool the step was skipped'),
     params = _where | dict(name='category parameter', group='int32 of the optimizer', norm='float32 d loss / d tensor, L2, before clipping', weight_norm='float32 L2', dot='float32 sum of gradient times weight'),
+    hist = _where | dict(kind='category output or param', name='category module or parameter', out='int32 tensor of the output', call='int32 call of the module',
+        octave='int32 floor of log2 |d loss / d element|', count='int64 elements'),
     breaks = dict(fit='int32 number of the `fit`', phase='category fit or lr_find', iteration='int32 training batch', after='category last module with a finite output', before='category first without'))
 fixed = dict(phase=['fit','lr_find'], kind=['output','param'])
 

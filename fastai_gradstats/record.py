@@ -18,7 +18,7 @@ from importlib import import_module
 import numpy as np, pandas as pd
 from fastcore.basics import patch, ifnone
 from fastcore.foundation import L
-from .files import check_free, claim, describe, need_parquet, read_folder, schema, write_part
+from .files import check_free, claim, describe, empty, need_parquet, read_folder, schema, write_part
 
 # %% ../nbs/03_record.ipynb #2a7311ed
 phases = ['fit','lr_find']
@@ -31,27 +31,37 @@ update_columns = ['update_norm','update_ratio']   # where GradNormCallback measu
 step_columns = where + ['lr','loss','bs','norm','clip_coef','clipped_norm','weight_norm','nonfinite','skipped']
 
 # %% ../nbs/03_record.ipynb #73ede3a3
+def _pick(n, idx):
+    "Places of the members of the groups `idx`, where group `i` has `n[i]`, one after the other"
+    m = n[idx]
+    return np.repeat((np.cumsum(n)-n)[idx]-(np.cumsum(m)-m), m) + np.arange(m.sum())
+
+def _pick_hist(h, rows):
+    "Histograms of these rows"
+    if h is None: return None
+    i = _pick(h[0], rows)
+    return h[0][rows],h[1][i],h[2][i]
+
 class Part:
-    "Consecutive iterations and their rows"
-    def __init__(self, where, n, keys, floats, counts, window=None):
+    "Consecutive iterations and their rows; `hist`: per row how many octaves, then these octaves and the elements in each"
+    def __init__(self, where, n, keys, floats, counts, window=None, hist=None):
         self.where,self.n = np.asarray(where, np.int32).reshape(5,-1),np.asarray(n, np.int64)
         self.keys,self.floats,self.counts = keys.astype(np.int32, copy=False),floats,counts
-        self.window = ifnone(window, np.zeros(len(self.n), np.int64))
+        self.window,self.hist = ifnone(window, np.zeros(len(self.n), np.int64)),hist
 
     def __len__(self): return len(self.n)
 
     def take(self, idx):
         "Only the iterations `idx` (ascending)"
-        start = np.cumsum(self.n)-self.n
-        n = self.n[idx]
-        rows = np.repeat(start[idx]-(np.cumsum(n)-n), n) + np.arange(n.sum())
-        return Part(self.where[:,idx], n, self.keys[rows], self.floats[:,rows], self.counts[:,rows], self.window[idx])
+        rows = _pick(self.n, idx)
+        return Part(self.where[:,idx], self.n[idx], self.keys[rows], self.floats[:,rows], self.counts[:,rows], self.window[idx], _pick_hist(self.hist, rows))
 
     @staticmethod
     def cat(parts):
         "One part from several"
         if len(parts)==1: return parts[0]
-        return Part(*(np.concatenate([getattr(p,a) for p in parts], axis=-1) for a in ('where','n','keys','floats','counts','window')))
+        return Part(*(np.concatenate([getattr(p,a) for p in parts], axis=-1) for a in ('where','n','keys','floats','counts','window')),
+                    hist=None if parts[0].hist is None else tuple(map(np.concatenate, zip(*(p.hist for p in parts)))))
 
 # %% ../nbs/03_record.ipynb #4b78228c
 class Rows:
@@ -92,13 +102,14 @@ def append(self:Rows,
            n, # (iterations,) rows of each
            keys, # (rows,)
            floats, # (len(self.floats), rows) float32
-           counts # (len(self.counts), rows) uint32
+           counts, # (len(self.counts), rows) uint32
+           hist=None # see `Part`
           ):
     "Add iterations; inside each, rows are put in network order"
-    part = Part(where, n, np.asarray(keys), floats, counts)
+    part = Part(where, n, np.asarray(keys), floats, counts, hist=hist)
     if not len(part): return
     o = np.lexsort((self.order()[part.keys], np.repeat(np.arange(len(part)), part.n)))
-    part.keys,part.floats,part.counts = part.keys[o],floats[:,o],counts[:,o]
+    part.keys,part.floats,part.counts,part.hist = part.keys[o],floats[:,o],counts[:,o],_pick_hist(hist, o)
     self.parts.append(part)
     if self.sink is not None: self.sink.append(part)   # before anything is thinned
     if self.keep is not None: self._thin()
@@ -173,6 +184,15 @@ def frame(self:Rows, parts=None):
     d.update({c:a.astype(np.int64) for c,a in zip(self.counts, p.counts)}, **dict(zip(self.floats, p.floats)), skipped=rep(self.is_skipped(p)))
     return pd.DataFrame({c:d[c] for c in columns if c in d}|d, copy=False)   # a user's own statistics come last
 
+@patch
+def hist_frame(self:Rows, parts=None):
+    "A row per tensor and octave, of all iterations or those of `parts`"
+    parts = ifnone(parts, self.parts)
+    if not parts or parts[0].hist is None: return empty('hist')
+    n,octave,count = Part.cat(parts).hist
+    d = self.frame(parts)[where+['kind','name','out','call']]
+    return d.take(np.repeat(np.arange(len(d)), n)).reset_index(drop=True).assign(octave=octave.astype(np.int32), count=count.astype(np.int64))
+
 # %% ../nbs/03_record.ipynb #0e9c2f6b
 class GradRecord:
     "All that was recorded. `df` has a row per iteration and tensor, `steps` a row per optimizer step; either may be empty"
@@ -182,14 +202,16 @@ class GradRecord:
                  params=None, # norms per step and parameter
                  threshold=1., # what `above` counts from
                  breaks=(), # (fit, phase, iteration, after, before) where a forward pass met a NaN or inf
-                 facts=None # per fit what rows cannot say: a list of dicts, see `GradStatsCallback`
+                 facts=None, # per fit what rows cannot say: a list of dicts, see `GradStatsCallback`
+                 hist=None # elements per octave: a frame; None: those in `rows`
                 ):
         self._rows,self._steps,self._params,self.threshold = ifnone(rows, Rows(floats, counts)),ifnone(steps, Steps()),ifnone(params, _param_rows()),threshold
-        self._cache,self._breaks,self.facts = {},list(breaks),ifnone(facts, [])
+        self._cache,self._breaks,self.facts,self._hist = {},list(breaks),ifnone(facts, []),hist
 
     def _frame(self, what):
         "A frame from its store, built again only after something was added"
         o = getattr(self, what)
+        if o is None: return self._rows.hist_frame() if isinstance(self._rows, Rows) else empty('hist')
         if isinstance(o, pd.DataFrame): return o
         stamp = len(o.parts), sum(map(id, o.parts)), len(o.skipped)
         if self._cache.get(what, (None,))[0]!=stamp: self._cache[what] = stamp,o.frame()
@@ -226,6 +248,11 @@ def steps(self:GradRecord)->pd.DataFrame:
     return self._frame('_steps')
 
 @patch(as_prop=True)
+def hist_df(self:GradRecord)->pd.DataFrame:
+    "Elements of a gradient per octave: `count` of them have 2**octave <= |g| < 2**(octave+1); zeros and what is not finite are in `df`. Of large tensors an unbiased estimate from a sample, unless `hist='all'`"
+    return self._frame('_hist')
+
+@patch(as_prop=True)
 def breaks(self:GradRecord):
     "(fit, phase, iteration, after, before) where a forward pass met a NaN or inf"
     return getattr(self._rows, 'breaks', self._breaks)
@@ -248,7 +275,7 @@ def select(self:GradRecord,
         for c,v in want.items():
             if v is not None and c in df: df = df[df[c].isin(v if isinstance(v, (list,tuple,set,L,range,np.ndarray)) else [v])]
         return df.reset_index(drop=True)
-    return GradRecord(keep(self.df), keep(self.steps), keep(self._frame('_params')), self.threshold, self.breaks, self.facts)
+    return GradRecord(keep(self.df), keep(self.steps), keep(self._frame('_params')), self.threshold, self.breaks, self.facts, keep(self.hist_df))
 
 # %% ../nbs/03_record.ipynb #9516c349
 @patch
@@ -511,7 +538,7 @@ def save(self:GradRecord,
         if format=='parquet': raise
         format = 'csv'
     format,path = ifnone(format, 'parquet'),check_free(folder, schema)
-    dfs = dict(tensors=self.df, steps=self.steps, params=_params_frame(self._frame('_params')), breaks=_breaks_frame(self.breaks))
+    dfs = dict(tensors=self.df, steps=self.steps, params=_params_frame(self._frame('_params')), breaks=_breaks_frame(self.breaks), hist=self.hist_df)
     dfs = {t:d for t,d in dfs.items() if len(d)}
     claim(path, schema, threshold=self.threshold, parts={t:describe(t, d, self.threshold) for t,d in dfs.items()})
     for t,d in dfs.items(): write_part(path, t, d, threshold=self.threshold, format=format)
@@ -530,7 +557,7 @@ def load(cls:GradRecord,
         key = np.where(rows['phase']=='fit', -1, rows['fit']).astype(np.int64)<<32 | rows['step'].to_numpy(np.int64)
         rows = rows.assign(skipped=np.isin(key, np.unique(key[rows['skipped']])))
     threshold = next((m['threshold'] for m in (metas.get('tensors'), info) if m and 'threshold' in m), 1.)
-    return GradRecord(rows, d['steps'], d['params'], threshold, d['breaks'].astype(dict(phase=object, after=object, before=object)).itertuples(index=False, name=None))
+    return GradRecord(rows, d['steps'], d['params'], threshold, d['breaks'].astype(dict(phase=object, after=object, before=object)).itertuples(index=False, name=None), hist=d['hist'])
 
 # %% ../nbs/03_record.ipynb #c7ebf034
 class _Sink(list):
@@ -598,6 +625,7 @@ def _send(stream, t, s, over):
         if not ok.any(): return
         todo,rest = ([p],[]) if ok.all() else ([p.take(np.flatnonzero(ok))],[p.take(np.flatnonzero(~ok))])
     stream.part(t, _params_frame(s.frame(todo)) if t=='params' else s.frame(todo))
+    if t=='tensors' and 'hist' in stream.tables: stream.part('hist', s.hist_frame(todo))
     s.sink[:] = rest
 
 # %% ../nbs/03_record.ipynb #728921da
@@ -616,7 +644,7 @@ def compare(runs # name of a run -> whatever `as_record` takes
         dfs = [d.assign(run=_category(np.full(len(d), i), names)) for i,d in enumerate(dfs)]
         full = [d for d in dfs if len(d)] or dfs[:1]
         return pd.concat(full, ignore_index=True)[['run', *dict.fromkeys(c for d in full for c in d if c!='run')]]
-    return GradRecord(cat('_rows'), cat('_steps'), cat('_params'), next((r.threshold for r in rs if len(r.df)), 1.))
+    return GradRecord(cat('_rows'), cat('_steps'), cat('_params'), next((r.threshold for r in rs if len(r.df)), 1.), hist=cat('_hist'))
 
 # %% ../nbs/03_record.ipynb #d72692c8
 @patch
