@@ -462,6 +462,7 @@ def _same(g, w):
     "Both in one dimension, in the same order"
     return (flat(g),flat(w)) if g.stride()==w.stride() else (g.reshape(-1),w.reshape(-1))
 
+# %% ../nbs/01_engine.ipynb #dc18e32b
 @patch
 def put_all(self:HostBuffer, keys, gs, ws=None):
     "Add gradients of one dtype, and with `ws` their products with the weights"
