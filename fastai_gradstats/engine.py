@@ -455,12 +455,12 @@ def put_all(self:Engine, keys, gs, ws=None):
     "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w"
     groups,gs,ws = {},[g.detach() for g in gs],ws and [w.detach() for w in ws]
     for k,g,w in zip(keys, gs, ws or gs):
-        if type(g) is not Tensor and hasattr(g, 'to_local'): groups.setdefault(g.device_mesh, []).append((k,g,w))
+        if type(g) is not Tensor and hasattr(g, 'to_local'): groups.setdefault((g.device_mesh,g.placements,_wide(g)), []).append((k,g,w))
         elif g.layout!=torch.strided or g.is_complex(): self._odd(k, g, w if ws else None)
         else: groups.setdefault((g.device,_wide(g)), []).append((k,g,w))
     for where,o in groups.items():
         keys,gs,wl = zip(*o)
-        if isinstance(where, tuple): self.buffer(where[0]).put_all(keys, gs, wl if ws else None)
+        if len(where)==2: self.buffer(where[0]).put_all(keys, gs, wl if ws else None)
         else: self._shards(keys, gs, wl if ws else None)
 
 @patch
@@ -479,7 +479,7 @@ def _odd(self:Engine, k, g, w):
 # %% ../nbs/01_engine.ipynb #d3966236
 @patch
 def _shards(self:Engine, keys, gs, ws):
-    "Sums over all shards of `DTensor`s of one mesh"
+    "Sums over all shards of `DTensor`s of one mesh, placement and dtype"
     import torch.distributed as dist
     loc = lambda ts: [t.to_local() for t in ts]
     b,mesh = self.buffer(gs[0].to_local().device),gs[0].device_mesh
