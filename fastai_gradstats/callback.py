@@ -16,7 +16,7 @@ from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip
 from fastai.torch_core import rank_distrib
-from .capture import OutputHooks, clean_name, grad_modules, grad_params, param_grads, pick
+from .capture import OutputHooks, _child, clean_name, compiled_modules, grad_modules, grad_params, param_grads, pick, silent
 from .engine import Engine, finish, sums, MAX, SUM_SQ, NONFINITE, W_SQ, DOT
 from .record import GradRecord, Rows, Steps, _param_rows, columns, counts, floats, views
 
@@ -35,7 +35,7 @@ class _State(SimpleNamespace):
     "Counters over the callback's life, and the buffer of what is not yet in the record"
     def __init__(self, engine=None):
         super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], orders=[], order=[], sums=[], new_fit=False,
-                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False)
+                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False, said=None, compiled=())
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
 
@@ -88,7 +88,15 @@ def before_fit(self:_GradCallback):
     if sum(c is self for c in self.learn.cbs)>1: raise ValueError(f"{self}: this callback was added to the Learner twice")
     if owner is not None and owner() is not self.learn and st.fit>=0:
         raise ValueError(f"{self} holds the record of another Learner: use a new one for this Learner, or `reset()` it first")
+    if self.__dict__.get('kind')!='output' and any(_child(m)=='_fsdp_wrapped_module' for m in self.learn.model.modules()):   # not `self.kind`, which may be the model's
+        raise ValueError(f"{self}: FullyShardedDataParallel flattens parameters, whose gradients cannot be told apart; use `torch.distributed.fsdp.fully_shard`, or record outputs only (kind='output')")
     st.new_fit = True
+
+@patch
+def _say(self:_GradCallback, msg):
+    "Warn once a fit"
+    if self._state.said!=self._state.fit: warn(msg)
+    self._state.said = self._state.fit
 
 # %% ../nbs/04_callback.ipynb #72e55ebb
 class _Guard:
@@ -250,10 +258,11 @@ def _params(self:GradStatsCallback):
 def _start(self:GradStatsCallback):
     st = self._state
     if isinstance(self.learn.model, nn.DataParallel) and st.modules:
-        warn("nn.DataParallel runs a copy of the model on each device: output gradients are not recorded, parameter gradients are")
+        self._say("nn.DataParallel runs a copy of the model on each device: output gradients are not recorded, parameter gradients are")
         st.modules = {}
     st.names = list(st.modules)
-    st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward())
+    st.compiled = compiled_modules(self.learn.model)
+    st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward(), st.compiled)
     st.hooks.live,st.fired = False,0
 
 @patch
@@ -351,6 +360,22 @@ def _param_keys(self:GradStatsCallback):
     st = self._state
     if not st.keys: st.keys = [self._record._rows.key('param', i, n) for i,n in enumerate(st.params)]
     return st.keys
+
+# %% ../nbs/04_callback.ipynb #e13f332b
+@patch
+def after_backward(self:GradStatsCallback):
+    _GradCallback.after_backward(self)
+    st = self._state
+    if st.compiled and st.due and st.at is not None and not st.cancelled: self._check_compiled()
+
+@patch
+def _check_compiled(self:GradStatsCallback):
+    st = self._state
+    missed = [repr(st.names[i]) for i in silent(st.hooks, list(st.modules.values()), st.compiled)]
+    if missed:
+        self._say(f"torch.compile runs code from before this callback was there: output gradients of {', '.join(missed[:5])}{' ...' if missed[5:] else ''} are not recorded. "
+                  "Call `torch._dynamo.reset()` before `fit`, or record parameters only (kind='param')")
+    st.compiled = ()   # until the next epoch
 
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch
