@@ -35,7 +35,7 @@ class _State(SimpleNamespace):
     "Counters over the callback's life, and the buffer of what is not yet in the record"
     def __init__(self, engine=None):
         super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], orders=[], order=[], sums=[], new_fit=False,
-                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False, said=None, compiled=())
+                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False, said=None, compiled=(), look=False)
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
 
@@ -132,9 +132,9 @@ def before_train(self:_GradCallback):
         st.phase = int('lr_finder' in self.learn.__dict__)
         if st.phase: st.count[1] = [0,0]   # lr_find counts for itself
     st.params = self._params()
-    st.keys = {}
+    st.keys,st.look = {},True
     st.live,st.quiet = True,rank_distrib()!=0
-    if not st.quiet: self._start()
+    self._start()
 
 @patch
 def _stop(self:_GradCallback):
@@ -257,6 +257,7 @@ def _params(self:GradStatsCallback):
 @patch
 def _start(self:GradStatsCallback):
     st = self._state
+    if st.quiet: return
     if isinstance(self.learn.model, nn.DataParallel) and st.modules:
         self._say("nn.DataParallel runs a copy of the model on each device: output gradients are not recorded, parameter gradients are")
         st.modules = {}
@@ -333,6 +334,15 @@ def before_backward(self:GradStatsCallback):
     self._check_forward()
     st.engine.scale = _scale(self.learn)
 
+# %% ../nbs/04_callback.ipynb #11f7b355
+@patch
+def _grads(self:_GradCallback):
+    "What `param_grads` finds; outside the first process only shards"
+    st = self._state
+    if st.look: st.params,st.look = {n:p for n,p in grad_params(self.learn.model).items() if n in st.params},False   # after a validation, FSDP shows no shards before the first step
+    gs = param_grads(list(st.params.values()))
+    return [o for o in gs if hasattr(o[2], 'to_local')] if st.quiet else gs
+
 # %% ../nbs/04_callback.ipynb #a5d06cac
 def _due_norms(learn, step):
     "Is a callback about to read this step that needs the weights too?"
@@ -344,9 +354,7 @@ def _read(self:GradStatsCallback, step):
     st = self._state
     if step%self.every: return
     st.read,scale = st.engine.mark(),st.engine.scale
-    gs = param_grads(list(st.params.values()))
-    if not gs: return
-    if st.quiet and not hasattr(gs[0][2], 'to_local'): return   # other processes only help to add up shards
+    if not (gs := self._grads()): return
     keys = self._param_keys()
     peer = _due_norms(self.learn, step)
     st.engine.scale = None
@@ -483,8 +491,9 @@ def _clipped(self:GradNormCallback):
     "What the optimizer is about to get"
     st = self._state
     if st.read is None or not st.measure: return
-    gs = [g for _,_,g in param_grads(list(st.params.values()))]
+    mark,gs = st.engine.mark(),[g for _,_,g in self._grads()]
     st.engine.put_all([CLIPPED]*len(gs), gs)
+    if st.quiet: st.engine.rewind(mark)
 
 # %% ../nbs/04_callback.ipynb #19ca067a
 def _shared(learn, by_rows):
@@ -502,9 +511,8 @@ def _read(self:GradNormCallback, step):
     st = self._state
     if step%self.every: return
     st.read,peer = st.engine.mark(),_shared(self.learn, st.engine.by_rows)
-    gs = param_grads(list(st.params.values()))
-    sharded = gs and hasattr(gs[0][2], 'to_local')
-    if st.quiet and not sharded: return
+    gs = self._grads()
+    if st.quiet and not gs: return
     if not st.keys: st.keys = self._group_keys()
     if peer: st.engine.take(peer._state.engine, peer._state.read, {k:st.keys[i] for i,k in enumerate(peer._state.keys)})
     elif gs: st.engine.put_all([st.keys[i] for i,_,_ in gs], [g for _,_,g in gs], [p for _,p,_ in gs])

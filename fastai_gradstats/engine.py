@@ -483,7 +483,8 @@ def _shards(self:Engine, keys, gs, ws):
     import torch.distributed as dist
     loc = lambda ts: [t.to_local() for t in ts]
     b,mesh = self.buffer(gs[0].to_local().device),gs[0].device_mesh
-    n0 = len(b.keys)
+    n0,extra,scale = len(b.keys),b.extra,b.scale
+    b.extra,b.scale = {},None
     b.put_all(keys, loc(gs), ws and loc(ws))
     b.numel[n0:] = [g.numel() for g in gs]
     for dim,pl in enumerate(gs[0].placements):
@@ -494,6 +495,10 @@ def _shards(self:Engine, keys, gs, ws):
         dist.all_reduce(acc, group=mesh.get_group(dim))
         acc[:,MAX] = mx
         b.acc[n0:len(b.keys)] = acc if isinstance(b.acc, Tensor) else acc.numpy()
+    b.extra = extra
+    if extra:
+        for r,g in enumerate(gs, n0): b.extras(r, g.full_tensor())
+    b.scale = scale
 
 # %% ../nbs/01_engine.ipynb #3ed57704
 @patch
