@@ -277,15 +277,17 @@ def _block(t:Tensor, # 1-d float32 on a CPU
            some_zero=False # are zeros to be expected?
           )->list:
     "The sums of `_exact` from fast operations, where they are right"
-    x,n = t.numpy(),len(t)
-    a = np.abs(x, out=scratch[1][:n])
-    top,low = float(a.max()),0 if some_zero else float(a.min())
+    n,a = len(t),scratch[0][:len(t)]
+    torch.abs(t, out=a)
+    low,top = (0,a.max()) if some_zero else a.aminmax()
+    top,x = top.item(),scratch[1][:n]
     if top==0: return [0,0,0,0,0,0,n,0,0]
-    if not 1e-16<top<1e16: return _exact(x, threshold)   # NaN too
-    sa,s,sq = scratch[0][:n].sum().item(),t.sum().item(),_dot(x, x)
+    if not 1e-16<top<1e16: return _exact(t.numpy(), threshold)   # NaN too
+    sa,s,sq,zeros = a.sum().item(),t.sum().item(),t.dot(t).item(),0 if low else n-np.count_nonzero(x.view(np.int32))
+    if sa*sa>.8*sq*(n-zeros): sq = _dot(x, x)
     q = s*s/n
-    if q>sq/4: return _exact(x, threshold)
-    return [top, sa, sq, s, sq-q, q, 0 if low else n-np.count_nonzero(a.view(np.int32)), 0, np.count_nonzero(np.greater(a, threshold, out=scratch[2][:n])) if top>threshold else 0]
+    if q>sq/4: return _exact(t.numpy(), threshold)
+    return [top, sa, sq, s, sq-q, q, zeros, 0, np.count_nonzero(np.greater(x, threshold, out=scratch[2][:n])) if top>threshold else 0]
 
 # %% ../nbs/01_engine.ipynb #e222bdc7
 def _segments(x:np.ndarray, # 1-d, the tensors one after the other
