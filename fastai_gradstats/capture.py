@@ -191,5 +191,8 @@ def silent(hooks:OutputHooks,
            compiled:set # ids of those that run compiled
           )->list: # indices
     "The compiled modules that took part in backward and whose hook did not run"
-    ran = {id(c) for i in hooks.ran for c in (modules[i],*modules[i].children())}
-    return [i for i,m in enumerate(modules) if id(m) in compiled-ran and any(_nonzero(g) for _,_,g in param_grads(list(m.parameters(recurse=False))))]
+    left = compiled - {id(c) for i in hooks.ran for c in (modules[i],*modules[i].children())}
+    def used(m):
+        ps = list(m.parameters(recurse=False)) or list(m.parameters())
+        return any(_nonzero(g) for _,_,g in param_grads(ps)) if ps else not hooks.ran   # a ReLU says nothing of itself
+    return [i for i,m in enumerate(modules) if id(m) in left and used(m)]
