@@ -16,7 +16,7 @@ from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip
 from fastai.torch_core import rank_distrib
-from .capture import OutputHooks, clean_name, grad_modules, grad_params, param_grads, pick
+from .capture import OutputHooks, _child, clean_name, compiled_modules, grad_modules, grad_params, param_grads, pick, silent
 from .engine import Engine, finish, octaves, sums, MAX, SUM_SQ, NONFINITE, W_SQ, DOT
 from .files import check_free, need_parquet
 from .record import GradRecord, Rows, Steps, Stream, _param_rows, columns, counts, floats, views
@@ -36,7 +36,7 @@ class _State(SimpleNamespace):
     "Counters over the callback's life, and the buffer of what is not yet in the record"
     def __init__(self, engine=None):
         super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], orders=[], order=[], sums=[], new_fit=False,
-                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False, stream=None)
+                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False, said=None, compiled=(), look=False, stream=None)
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
 
@@ -90,7 +90,15 @@ def before_fit(self:_GradCallback):
     if sum(c is self for c in self.learn.cbs)>1: raise ValueError(f"{self}: this callback was added to the Learner twice")
     if owner is not None and owner() is not self.learn and st.fit>=0:
         raise ValueError(f"{self} holds the record of another Learner: use a new one for this Learner, or `reset()` it first")
+    if self.__dict__.get('kind')!='output' and any(_child(m)=='_fsdp_wrapped_module' for m in self.learn.model.modules()):   # not `self.kind`, which may be the model's
+        raise ValueError(f"{self}: FullyShardedDataParallel flattens parameters, whose gradients cannot be told apart; use `torch.distributed.fsdp.fully_shard`, or record outputs only (kind='output')")
     st.new_fit = True
+
+@patch
+def _say(self:_GradCallback, msg):
+    "Warn once a fit"
+    if self._state.said!=self._state.fit: warn(msg)
+    self._state.said = self._state.fit
 
 # %% ../nbs/04_callback.ipynb #72e55ebb
 class _Guard:
@@ -138,11 +146,10 @@ def before_train(self:_GradCallback):
         if st.phase: st.count[1] = [0,0]   # lr_find counts for itself
     st.params = self._params()
     if fresh: self._record.facts.append(_facts(self.learn, st))
-    st.keys = {}
+    st.keys,st.look = {},True
     st.live,st.quiet,st.before,st.first = True,rank_distrib()!=0,None,len(self._record._steps.parts)
-    if not st.quiet:
-        self._open()
-        self._start()
+    if not st.quiet: self._open()
+    self._start()
 
 @patch
 def _stop(self:_GradCallback):
@@ -305,11 +312,13 @@ def _params(self:GradStatsCallback):
 @patch
 def _start(self:GradStatsCallback):
     st = self._state
+    if st.quiet: return
     if isinstance(self.learn.model, nn.DataParallel) and st.modules:
-        warn("nn.DataParallel runs a copy of the model on each device: output gradients are not recorded, parameter gradients are")
+        self._say("nn.DataParallel runs a copy of the model on each device: output gradients are not recorded, parameter gradients are")
         st.modules = {}
     st.names = list(st.modules)
-    st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward())
+    st.compiled = compiled_modules(self.learn.model)
+    st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward(), st.compiled)
     st.hooks.live,st.fired = False,0
 
 @patch
@@ -380,6 +389,15 @@ def before_backward(self:GradStatsCallback):
     self._check_forward()
     st.engine.scale = _scale(self.learn)
 
+# %% ../nbs/04_callback.ipynb #11f7b355
+@patch
+def _grads(self:_GradCallback):
+    "What `param_grads` finds; outside the first process only shards"
+    st = self._state
+    if st.look: st.params,st.look = {n:p for n,p in grad_params(self.learn.model).items() if n in st.params},False   # after a validation, FSDP shows no shards before the first step
+    gs = param_grads(list(st.params.values()))
+    return [o for o in gs if hasattr(o[2], 'to_local')] if st.quiet else gs
+
 # %% ../nbs/04_callback.ipynb #a5d06cac
 def _due_norms(learn, step):
     "Is a callback about to read this step that needs the weights too?"
@@ -391,9 +409,7 @@ def _read(self:GradStatsCallback, step):
     st = self._state
     if step%self.every: return
     st.read,scale = st.engine.mark(),st.engine.scale
-    gs = param_grads(list(st.params.values()))
-    if not gs: return
-    if st.quiet and not hasattr(gs[0][2], 'to_local'): return   # other processes only help to add up shards
+    if not (gs := self._grads()): return
     keys = self._param_keys()
     peer = _due_norms(self.learn, step)
     st.engine.scale = None
@@ -407,6 +423,22 @@ def _param_keys(self:GradStatsCallback):
     st = self._state
     if not st.keys: st.keys = [self._record._rows.key('param', i, n) for i,n in enumerate(st.params)]
     return st.keys
+
+# %% ../nbs/04_callback.ipynb #e13f332b
+@patch
+def after_backward(self:GradStatsCallback):
+    _GradCallback.after_backward(self)
+    st = self._state
+    if st.compiled and st.due and st.at is not None and not st.cancelled: self._check_compiled()
+
+@patch
+def _check_compiled(self:GradStatsCallback):
+    st = self._state
+    missed = [repr(st.names[i]) for i in silent(st.hooks, list(st.modules.values()), st.compiled)]
+    if missed:
+        self._say(f"torch.compile runs code from before this callback was there: output gradients of {', '.join(missed[:5])}{' ...' if missed[5:] else ''} are not recorded. "
+                  "Call `torch._dynamo.reset()` before `fit`, or record parameters only (kind='param')")
+    st.compiled = ()   # until the next epoch
 
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch
@@ -519,8 +551,9 @@ def _clipped(self:GradNormCallback):
     "What the optimizer is about to get"
     st = self._state
     if st.read is None or not st.measure: return
-    gs = [g for _,_,g in param_grads(list(st.params.values()))]
+    mark,gs = st.engine.mark(),[g for _,_,g in self._grads()]
     st.engine.put_all([CLIPPED]*len(gs), gs)
+    if st.quiet: st.engine.rewind(mark)
 
 # %% ../nbs/04_callback.ipynb #19ca067a
 def _shared(learn, by_rows):
@@ -538,9 +571,8 @@ def _read(self:GradNormCallback, step):
     st = self._state
     if step%self.every: return
     st.read,peer = st.engine.mark(),_shared(self.learn, st.engine.by_rows)
-    gs = param_grads(list(st.params.values()))
-    sharded = gs and hasattr(gs[0][2], 'to_local')
-    if st.quiet and not sharded: return
+    gs = self._grads()
+    if st.quiet and not gs: return
     if not st.keys: st.keys = self._group_keys()
     self._before_update([p for _,p,_ in gs], [st.keys[i] for i,_,_ in gs], step)
     if peer: st.engine.take(peer._state.engine, peer._state.read, {k:st.keys[i] for i,k in enumerate(peer._state.keys)})

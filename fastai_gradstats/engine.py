@@ -528,12 +528,12 @@ def put_all(self:Engine, keys, gs, ws=None):
     "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w"
     groups,gs,ws = {},[g.detach() for g in gs],ws and [w.detach() for w in ws]
     for k,g,w in zip(keys, gs, ws or gs):
-        if type(g) is not Tensor and hasattr(g, 'to_local'): groups.setdefault(g.device_mesh, []).append((k,g,w))
+        if type(g) is not Tensor and hasattr(g, 'to_local'): groups.setdefault((g.device_mesh,g.placements,_wide(g)), []).append((k,g,w))
         elif g.layout!=torch.strided or g.is_complex(): self._odd(k, g, w if ws else None)
         else: groups.setdefault((g.device,_wide(g)), []).append((k,g,w))
     for where,o in groups.items():
         keys,gs,wl = zip(*o)
-        if isinstance(where, tuple):
+        if len(where)==2:
             b = self.buffer(where[0])
             n = len(b.keys)
             b.put_all(keys, gs, wl if ws else None)
@@ -556,11 +556,12 @@ def _odd(self:Engine, k, g, w):
 # %% ../nbs/01_engine.ipynb #d3966236
 @patch
 def _shards(self:Engine, keys, gs, ws):
-    "Sums over all shards of `DTensor`s of one mesh"
+    "Sums over all shards of `DTensor`s of one mesh, placement and dtype"
     import torch.distributed as dist
     loc = lambda ts: [t.to_local() for t in ts]
     b,mesh = self.buffer(gs[0].to_local().device),gs[0].device_mesh
-    n0 = len(b.keys)
+    n0,extra,scale = len(b.keys),b.extra,b.scale
+    b.extra,b.scale = {},None
     b.put_all(keys, loc(gs), ws and loc(ws))
     b.numel[n0:] = [g.numel() for g in gs]
     for dim,pl in enumerate(gs[0].placements):
@@ -571,6 +572,10 @@ def _shards(self:Engine, keys, gs, ws):
         dist.all_reduce(acc, group=mesh.get_group(dim))
         acc[:,MAX] = mx
         b.acc[n0:len(b.keys)] = acc if isinstance(b.acc, Tensor) else acc.numpy()
+    b.extra = extra
+    if extra:
+        for r,g in enumerate(gs, n0): b.extras(r, g.full_tensor())
+    b.scale = scale
 
 # %% ../nbs/01_engine.ipynb #3ed57704
 @patch
