@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from functools import wraps
 from time import thread_time
 from fastai.basics import *
-from fastai.callback.hook import ActivationStats
 from fastai_gradstats import GradNormCallback, GradStatsCallback
 from .models import learner
+from .peers import ours, others
 
 class Clock:
     "Adds up the time in the functions it wraps"
@@ -27,7 +27,7 @@ class Clock:
 hooks = [(nn.Module, 'register_forward_hook'), (nn.Module, 'register_forward_pre_hook'), (nn.Module, 'register_full_backward_hook'), (nn.Module, 'register_backward_hook'),
          (Tensor, 'register_hook'), (Tensor, 'register_post_accumulate_grad_hook')]
 flushes = [(c, '_flush') for c in (GradStatsCallback,GradNormCallback)]   # no event: after the last batch of an epoch
-others = {'TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','NoValid'}   # part of the step itself
+part = {'TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','NoValid'}   # part of the step itself
 
 @contextmanager
 def watch(clock, steps):
@@ -39,7 +39,7 @@ def watch(clock, steps):
         one(self, *args)
         steps.append((thread_time()-t, clock.ours-ours, clock.calls-n))
     def register(f): return lambda self, g, *args, **kwargs: f(self, clock.wrap(g), *args, **kwargs)
-    Callback.__call__ = lambda self, e: (call if type(self).__name__ in others else timed)(self, e)
+    Callback.__call__ = lambda self, e: (call if type(self).__name__ in part else timed)(self, e)
     Learner.one_batch = one_batch
     for (c,n),f in zip(hooks+flushes, old): setattr(c, n, (register if (c,n) in hooks else clock.wrap)(f))
     try: yield
@@ -47,15 +47,7 @@ def watch(clock, steps):
         Callback.__call__,Learner.one_batch = call,one
         for (c,n),f in zip(hooks+flushes, old): setattr(c, n, f)
 
-def both(**kwargs): return [GradStatsCallback(**kwargs), GradNormCallback(**{k:v for k,v in kwargs.items() if k=='every'})]
-configs = {
-    'norm':              lambda: [GradNormCallback()],
-    'param':             lambda: [GradStatsCallback(kind='param')],
-    'output':            lambda: [GradStatsCallback(kind='output')],
-    'both':              lambda: both(),
-    'both, every=10':    lambda: both(every=10),
-    'both, hist':        lambda: both(hist=True),
-    'ActivationStats':   lambda: [ActivationStats()]}
+configs = ours | {'ActivationStats': others['ActivationStats']}
 
 def share(name, # a key of `models`
           rounds=3,
