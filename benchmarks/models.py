@@ -1,0 +1,41 @@
+"The models that are measured, each in a Learner with one fixed batch"
+from fastai.basics import *
+from fastai.layers import ConvLayer
+from torchvision.models import resnet18, resnet34
+
+class Transformer(nn.Module):
+    "An encoder with a vocabulary, and a class per token"
+    def __init__(self, layers, vocab, d=128, classes=10):
+        super().__init__()
+        self.emb = nn.Embedding(vocab, d)
+        self.enc = nn.TransformerEncoder(nn.TransformerEncoderLayer(d, 4, 4*d, batch_first=True), layers, enable_nested_tensor=False)
+        self.head = nn.Linear(d, classes)
+    def forward(self, x): return self.head(self.enc(self.emb(x))).transpose(1, 2)
+
+def convnet():
+    "Cheap convolutions; at batch size 64 the outputs have 40 times the elements of the parameters"
+    return nn.Sequential(*(ConvLayer(i, o, stride=2) for i,o in ((3,16), (16,32), (32,64))), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+def images(bs, side): return torch.randn(bs, 3, side, side),torch.randint(10, (bs,))
+def tokens(vocab, bs=16, n=64): return torch.randint(vocab, (bs,n)),torch.randint(10, (bs,n))
+
+models = {  # name -> functions that make the model and its batch
+    'resnet18':      (partial(resnet18, num_classes=10), partial(images, 32, 64)),
+    'resnet34':      (partial(resnet34, num_classes=10), partial(images, 32, 64)),
+    'convnet':       (convnet, partial(images, 64, 32)),
+    'transformer-4': (partial(Transformer, 4, 1_000), partial(tokens, 1_000)),
+    'transformer-6': (partial(Transformer, 6, 30_000), partial(tokens, 30_000))}
+
+class NoValid(Callback):
+    "Training only"
+    def before_validate(self): raise CancelValidException('not measured')
+
+def learner(name, # a key of `models`
+            steps, # batches in an epoch
+            cbs=()
+           )->Learner:
+    "The same weights and batch whenever it is called"
+    set_seed(0)
+    model,batch = models[name]
+    model,b = model(),batch()
+    return Learner(DataLoaders([b]*steps, [b]), model, loss_func=nn.CrossEntropyLoss(), cbs=[NoValid(), *cbs])
