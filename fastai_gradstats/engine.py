@@ -448,10 +448,11 @@ class _Batch:
         self.views = [[o.view(gs[i].shape) for i,o in zip(idx, b[:self.end].split(self.n.tolist()))] for b in small]
 
 @patch
-def plan(self:HostBuffer, keys, gs):
+def plan(self:HostBuffer, gs):
     "The large tensors and batches of small ones"
-    k = tuple(keys)
+    k = gs[0].dtype==torch.float64,tuple(g.shape for g in gs)
     if k not in self.plans:
+        if len(self.plans)>=64: self.plans.clear()
         small = [i for i,g in enumerate(gs) if 0<g.numel()<=SMALL and g.dtype!=torch.float64]
         per = self.room//SMALL
         self.plans[k] = sorted({i for i,g in enumerate(gs) if g.numel()}-set(small)),[_Batch(small[i:i+per], gs, self.small) for i in range(0, len(small), per)]
@@ -468,7 +469,7 @@ def put_all(self:HostBuffer, keys, gs, ws=None):
     "Add gradients of one dtype, and with `ws` their products with the weights"
     self.reduce()
     scale,self.scale = self.scale,None
-    large,batches = self.plan(keys, gs)
+    large,batches = self.plan(gs)
     rows = [self.row(k, g.numel()) for k,g in zip(keys, gs)]
     if self.extra:
         for r,g in zip(rows, gs): self.extras(r, g)

@@ -4,7 +4,7 @@ import numpy as np,pytest,torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai_gradstats import GradNormCallback,GradStatsCallback,digits_learner
-from fastai_gradstats.engine import DROP,SAMPLE,Engine,octaves
+from fastai_gradstats.engine import DROP,SAMPLE,SUM_SQ,Engine,octaves
 from fastai_gradstats.record import GradRecord,Rows,counts,floats
 from oracles import Spy,fit
 
@@ -170,3 +170,11 @@ def test_one_copy_per_output():
         return c.ops
     a,b = ops(5),ops(50)
     assert b-a==45*2      # the test's own `empty`, and one copy
+
+def test_plans_go_by_shape():
+    "Other tensors under the same keys: the same clipped rows of another model, or after unfreezing"
+    e,gs = Engine(norms_only=True),[torch.ones(5,3), torch.ones(4000), torch.ones(3000), torch.ones(2,2), torch.ones(7, dtype=torch.float64), torch.ones(3)]
+    for i in (0,2): e.put_all([-2]*2, gs[i:i+2])
+    for g in gs[4:]: e.put_all([-2], [g])
+    e.close()
+    assert e.fetch()[3][:,SUM_SQ].tolist()==[15,4000,3000,4,7,3]
