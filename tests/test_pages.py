@@ -7,7 +7,7 @@ from conftest import ROOT
 
 PAGE = 'nbs/when_right.ipynb'
 def text(nb): return '\n'.join(''.join(c['source']) for c in json.loads((ROOT/nb).read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown')
-def named(s): return re.findall(r'(tests/\w+\.py)::(\w+)', s)
+def named(s): return re.findall(r'(tests/\w+\.py)::(?:<wbr>)?(\w+)', s)
 
 def rows():
     "Rows of the page's tables, without their headers"
