@@ -5,8 +5,11 @@ Modules:
 - `fastai_gradstats.callback`: `GradStatsCallback` and `GradNormCallback`: when things are read, and nothing else
 - `fastai_gradstats.capture`: Where gradients are taken: hooks on outputs, reads of parameters
 - `fastai_gradstats.demo`: Gradients of a real network training on real data, in two minutes on a CPU
+- `fastai_gradstats.diagnosis`: Rules over a record, a table of findings
 - `fastai_gradstats.engine`: The same numbers for many tensors at once, without a sync
+- `fastai_gradstats.files`: Records on disk: complete parts, written once
 - `fastai_gradstats.plot`: A record in, Axes out
+- `fastai_gradstats.probe`: Gradients away from the training path: along rays through weight space, and sample by sample
 - `fastai_gradstats.record`: What was recorded, as `L`, DataFrame and file
 - `fastai_gradstats.stats`: What is measured: one small function per statistic"""
 
@@ -19,9 +22,11 @@ _home = {n:m for m,ns in dict(
     stats    = 'decade measure statistics',
     engine   = 'Engine',
     capture  = 'OutputHooks clean_name grad_modules grad_params param_grads',
-    record   = 'GradRecord NonFinite as_record',
+    record   = 'Clip GradRecord NonFinite as_record compare',
     callback = 'GradNormCallback GradStatsCallback',
-    plot     = 'plot_grad_flow plot_grad_heatmap plot_grad_log10 plot_grad_lr plot_grad_norm',
+    plot     = 'plot_grad_flow plot_grad_heatmap plot_grad_hist plot_grad_log10 plot_grad_lr plot_grad_norm plot_ray',
+    diagnosis = 'Findings diagnose',
+    probe    = 'grad_along_ray per_sample_norms',
     demo     = 'abs_10_power convnet digits digits_learner thread_answer',
 ).items() for n in ns.split()}
 __all__ = list(_home)

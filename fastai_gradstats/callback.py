@@ -10,15 +10,16 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/callback.html.md"""
 __all__ = ['GradStatsCallback', 'GradNormCallback']
 
 # %% ../nbs/04_callback.ipynb #cc3aadd2
-import re, weakref
+import re, sys, weakref
 from types import SimpleNamespace
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip
 from fastai.torch_core import rank_distrib
-from .capture import OutputHooks, clean_name, grad_modules, grad_params, param_grads, pick
-from .engine import Engine, finish, sums, MAX, SUM_SQ, NONFINITE, W_SQ, DOT
-from .record import GradRecord, Rows, Steps, _param_rows, columns, counts, floats, views
+from .capture import OutputHooks, _child, clean_name, compiled_modules, grad_modules, grad_params, param_grads, pick, silent
+from .engine import Engine, finish, octaves, sums, MAX, SUM_SQ, NONFINITE, W_SQ, DOT
+from .files import check_free, need_parquet
+from .record import GradRecord, Rows, Steps, Stream, _param_rows, columns, counts, floats, views
 
 # %% ../nbs/04_callback.ipynb #e91db4cf
 def _positive(name, v):
@@ -35,7 +36,7 @@ class _State(SimpleNamespace):
     "Counters over the callback's life, and the buffer of what is not yet in the record"
     def __init__(self, engine=None):
         super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], orders=[], order=[], sums=[], new_fit=False,
-                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False)
+                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False, said=None, compiled=(), look=False, stream=None)
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
 
@@ -43,7 +44,7 @@ class _State(SimpleNamespace):
 class _GradCallback(Callback):
     "Counts iterations and steps and says when to read"
     order,run_valid = MixedPrecision.order+.5,False   # after accumulation (6) and unscaling (10), before clipping (11)
-    _learn,_weights = None,False   # does it need the weights beside the gradients?
+    _learn,_weights,folder = None,False,None   # does it need the weights beside the gradients?
 
     @property
     def learn(self): return self._learn
@@ -51,7 +52,8 @@ class _GradCallback(Callback):
     def learn(self, v):
         "fastai sets None when a callback is removed"
         if v is None and self._learn is not None: self._stop()
-        self.__dict__['_learn'] = v
+        old,self.__dict__['_learn'] = self._learn,v
+        self._show(old, v)
 
     @property
     def record(self)->GradRecord:
@@ -88,7 +90,15 @@ def before_fit(self:_GradCallback):
     if sum(c is self for c in self.learn.cbs)>1: raise ValueError(f"{self}: this callback was added to the Learner twice")
     if owner is not None and owner() is not self.learn and st.fit>=0:
         raise ValueError(f"{self} holds the record of another Learner: use a new one for this Learner, or `reset()` it first")
+    if self.__dict__.get('kind')!='output' and any(_child(m)=='_fsdp_wrapped_module' for m in self.learn.model.modules()):   # not `self.kind`, which may be the model's
+        raise ValueError(f"{self}: FullyShardedDataParallel flattens parameters, whose gradients cannot be told apart; use `torch.distributed.fsdp.fully_shard`, or record outputs only (kind='output')")
     st.new_fit = True
+
+@patch
+def _say(self:_GradCallback, msg):
+    "Warn once a fit"
+    if self._state.said!=self._state.fit: warn(msg)
+    self._state.said = self._state.fit
 
 # %% ../nbs/04_callback.ipynb #72e55ebb
 class _Guard:
@@ -115,18 +125,31 @@ def after_epoch(self:_GradCallback):
     "`validate` sends `before_epoch` and trains nothing"
     if isinstance(g := self.learn.__dict__.get('_do_epoch_train'), _Guard): g.remove()
 
+# %% ../nbs/04_callback.ipynb #5a10d001
+def _facts(learn, st):
+    "What rows cannot say, once per fit: the watched parameters as (name, requires_grad, dimensions), is fp16 in use, and with a scaler?"
+    half = any(p.dtype==torch.float16 for p in st.params.values())
+    for c in learn.cbs:
+        a = c.__dict__.get('autocast')   # MixedPrecision's
+        half |= isinstance(a, torch.autocast) and a._enabled and a.fast_dtype==torch.float16
+    s = learn.__dict__.get('scaler')
+    return dict(fit=st.fit, phase=st.phase, params=[(n, p.requires_grad, p.dim()) for n,p in st.params.items()], half=bool(half), scaled=bool(s and s.is_enabled()))
+
 # %% ../nbs/04_callback.ipynb #37bb1d7f
 @patch
 def before_train(self:_GradCallback):
     st = self._state
-    if st.new_fit:
+    fresh = st.new_fit
+    if fresh:
         st.owner,st.new_fit,st.fit = weakref.ref(self.learn),False,st.fit+1
         st.phase = int('lr_finder' in self.learn.__dict__)
         if st.phase: st.count[1] = [0,0]   # lr_find counts for itself
     st.params = self._params()
-    st.keys = {}
-    st.live,st.quiet = True,rank_distrib()!=0
-    if not st.quiet: self._start()
+    if fresh: self._record.facts.append(_facts(self.learn, st))
+    st.keys,st.look = {},True
+    st.live,st.quiet,st.before,st.first = True,rank_distrib()!=0,None,len(self._record._steps.parts)
+    if not st.quiet: self._open()
+    self._start()
 
 @patch
 def _stop(self:_GradCallback):
@@ -137,6 +160,39 @@ def _stop(self:_GradCallback):
     st.live = False
     self._end()
     self._flush()
+    self._write(sys.exc_info()[0] is not None)   # what ends early may end for good
+
+# %% ../nbs/04_callback.ipynb #d51624bb
+@patch
+def _show(self:_GradCallback, old, new): pass
+
+def _folder(cb, v):
+    if v is None: return None
+    need_parquet("folder: writing files")
+    return check_free(v, cb._tables)
+
+@patch
+def _open(self:_GradCallback):
+    st = self._state
+    if self.folder is None or st.stream is not None: return
+    st.stream = Stream(self._record, self.folder, self._tables, rank_distrib())
+    st.stream.attempt(lambda: None)   # claims the folder
+
+@patch
+def _full(self:_GradCallback, full):
+    "Is it time to fetch, or to write?"
+    late = self._state.stream is not None and self._state.stream.late()
+    if full or late: self._flush()
+    if late: self._write()
+
+@patch
+def _write(self:_GradCallback, all=False):
+    "Iterations whose step is not over wait, unless this may be the end"
+    st = self._state
+    if st.stream is not None: st.stream.write(None if all else lambda w: (w[4]<st.count[st.phase][1]) | (w[1]!=st.phase) | (w[1]==1) & (w[0]<st.fit))
+
+@patch
+def after_fit(self:_GradCallback): self._write(True)
 
 # %% ../nbs/04_callback.ipynb #774672a0
 @patch
@@ -204,18 +260,25 @@ class GradStatsCallback(_GradCallback):
                  include:str=None, # regular expression searched in module and parameter names
                  every:int=1, # record one iteration (outputs) and one step (parameters) in `every`
                  threshold:float=1., # `above` counts elements larger than this
-                 extra:dict=None # name -> f(gradient) -> 0-d tensor: one more float column each
+                 hist=False, # count elements per octave of |gradient|: True of at most 4,096 elements of each tensor, 'all' of all
+                 keep:int=10_000, # at most so many iterations are kept: of neighbours the worse one; None: all
+                 extra:dict=None, # name -> f(gradient) -> 0-d tensor: one more float column each
+                 folder=None # stream to files in this folder while training; one that holds no record yet
                 ):
         if kind not in ('output','param','both'): raise ValueError(f"kind: accepted are 'output', 'param' and 'both', got {kind!r}")
         if modules is not None:
             modules = L(modules)
             grad_modules(nn.ModuleList(m for m in modules if isinstance(m, nn.Module)), modules)
         self.kind,self.modules,self.every,self.threshold = kind,modules,_positive('every', every),_threshold(threshold)
-        self.include,self.extra = _regex(include),_extra(extra)
+        if hist not in (False,True,'all'): raise ValueError(f"hist: accepted are False, True and 'all', got {hist!r}")
+        self.hist,self.keep = hist,keep if keep is None else _positive('keep', keep)
+        self.include,self.extra,self.folder = _regex(include),_extra(extra),_folder(self, folder)
         self.reset()
 
-    def _engine(self): return Engine(self.threshold, self.extra)
-    def _new_record(self): return GradRecord(Rows(floats+list(self.extra), counts), threshold=self.threshold)
+    @property
+    def _tables(self): return ('tensors','breaks','hist') if self.hist else ('tensors','breaks')
+    def _engine(self): return Engine(self.threshold, self.extra, hist=self.hist)
+    def _new_record(self): return GradRecord(Rows(floats+list(self.extra), counts, self.keep), threshold=self.threshold)
     @property
     def _skipped(self): return self._record._rows.skipped
 
@@ -249,11 +312,13 @@ def _params(self:GradStatsCallback):
 @patch
 def _start(self:GradStatsCallback):
     st = self._state
+    if st.quiet: return
     if isinstance(self.learn.model, nn.DataParallel) and st.modules:
-        warn("nn.DataParallel runs a copy of the model on each device: output gradients are not recorded, parameter gradients are")
+        self._say("nn.DataParallel runs a copy of the model on each device: output gradients are not recorded, parameter gradients are")
         st.modules = {}
     st.names = list(st.modules)
-    st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward())
+    st.compiled = compiled_modules(self.learn.model)
+    st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward(), st.compiled)
     st.hooks.live,st.fired = False,0
 
 @patch
@@ -324,6 +389,15 @@ def before_backward(self:GradStatsCallback):
     self._check_forward()
     st.engine.scale = _scale(self.learn)
 
+# %% ../nbs/04_callback.ipynb #11f7b355
+@patch
+def _grads(self:_GradCallback):
+    "What `param_grads` finds; outside the first process only shards"
+    st = self._state
+    if st.look: st.params,st.look = {n:p for n,p in grad_params(self.learn.model).items() if n in st.params},False   # after a validation, FSDP shows no shards before the first step
+    gs = param_grads(list(st.params.values()))
+    return [o for o in gs if hasattr(o[2], 'to_local')] if st.quiet else gs
+
 # %% ../nbs/04_callback.ipynb #a5d06cac
 def _due_norms(learn, step):
     "Is a callback about to read this step that needs the weights too?"
@@ -335,9 +409,7 @@ def _read(self:GradStatsCallback, step):
     st = self._state
     if step%self.every: return
     st.read,scale = st.engine.mark(),st.engine.scale
-    gs = param_grads(list(st.params.values()))
-    if not gs: return
-    if st.quiet and not hasattr(gs[0][2], 'to_local'): return   # other processes only help to add up shards
+    if not (gs := self._grads()): return
     keys = self._param_keys()
     peer = _due_norms(self.learn, step)
     st.engine.scale = None
@@ -351,6 +423,22 @@ def _param_keys(self:GradStatsCallback):
     st = self._state
     if not st.keys: st.keys = [self._record._rows.key('param', i, n) for i,n in enumerate(st.params)]
     return st.keys
+
+# %% ../nbs/04_callback.ipynb #e13f332b
+@patch
+def after_backward(self:GradStatsCallback):
+    _GradCallback.after_backward(self)
+    st = self._state
+    if st.compiled and st.due and st.at is not None and not st.cancelled: self._check_compiled()
+
+@patch
+def _check_compiled(self:GradStatsCallback):
+    st = self._state
+    missed = [repr(st.names[i]) for i in silent(st.hooks, list(st.modules.values()), st.compiled)]
+    if missed:
+        self._say(f"torch.compile runs code from before this callback was there: output gradients of {', '.join(missed[:5])}{' ...' if missed[5:] else ''} are not recorded. "
+                  "Call `torch._dynamo.reset()` before `fit`, or record parameters only (kind='param')")
+    st.compiled = ()   # until the next epoch
 
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch
@@ -373,21 +461,21 @@ def _close(self:GradStatsCallback):
         st.order,st.sums = [],[]
         full = st.engine.close()
         st.done = st.engine.mark()
-        if full: self._flush()
+        self._full(full)
 
 @patch
 def _flush(self:GradStatsCallback):
     "What lies in the buffers goes to the record: the one place that waits for the device"
     st,rows = self._state,self._record._rows
     if not st.its: return
-    n,keys,numel,s = st.engine.fetch()
+    n,keys,numel,s,h = st.engine.fetch()
     its,orders,st.its,st.orders = np.array(st.its).T,st.orders,[],[]
     at,tensor = np.repeat(np.arange(len(n)), n),keys>=0
     for i,k in zip(at[~tensor], s[~tensor,MAX].astype(int)):
         if k<len(orders[i]): rows.breaks.append((*its[[0,1,3],i].tolist(), st.names[orders[i][k-1]] if k else '(input)', st.names[orders[i][k]]))
     n = np.bincount(at[tensor], minlength=len(n))
     if not n.all(): its,n = its[:,n>0],n[n>0]   # nothing but a forward
-    rows.append(its, n, keys[tensor], *finish(s[tensor], numel[tensor]))
+    rows.append(its, n, keys[tensor], *finish(s[tensor], numel[tensor]), octaves(h[tensor]) if self.hist else None)
 
 # %% ../nbs/04_callback.ipynb #ad116d0d
 def _delegate(cls):
@@ -409,13 +497,18 @@ class GradNormCallback(_GradCallback):
     "The gradient's L2 norm at each step, before and after clipping, with norms per parameter"
     order,_weights = _GradCallback.order+.1,True   # after GradStatsCallback, whose read it shares
     def __init__(self,
-                 every:int=1 # record one step in `every`
+                 every:int=1, # record one step in `every`
+                 update_every:int=None, # measure how far each parameter moved, on one step in `update_every`
+                 show:bool=False, # a column `grad_norm` in the epoch table: mean norm of the epoch's steps
+                 folder=None # stream to files in this folder while training; one that holds no record yet
                 ):
-        self.every = _positive('every', every)
+        self.every,self.update_every,self.show,self.folder = _positive('every', every),update_every and _positive('update_every', update_every),show,_folder(self, folder)
+        if update_every==0: _positive('update_every', update_every)
         self.reset()
 
+    _tables = 'steps','params'
     def _engine(self): return Engine(norms_only=True)
-    def _new_record(self): return GradRecord(steps=Steps(), params=_param_rows())
+    def _new_record(self): return GradRecord(steps=Steps(), params=_param_rows(updates=bool(self.update_every)))
     @property
     def _skipped(self): return self._record._steps.skipped
     @property
@@ -458,8 +551,9 @@ def _clipped(self:GradNormCallback):
     "What the optimizer is about to get"
     st = self._state
     if st.read is None or not st.measure: return
-    gs = [g for _,_,g in param_grads(list(st.params.values()))]
+    mark,gs = st.engine.mark(),[g for _,_,g in self._grads()]
     st.engine.put_all([CLIPPED]*len(gs), gs)
+    if st.quiet: st.engine.rewind(mark)
 
 # %% ../nbs/04_callback.ipynb #19ca067a
 def _shared(learn, by_rows):
@@ -477,10 +571,10 @@ def _read(self:GradNormCallback, step):
     st = self._state
     if step%self.every: return
     st.read,peer = st.engine.mark(),_shared(self.learn, st.engine.by_rows)
-    gs = param_grads(list(st.params.values()))
-    sharded = gs and hasattr(gs[0][2], 'to_local')
-    if st.quiet and not sharded: return
+    gs = self._grads()
+    if st.quiet and not gs: return
     if not st.keys: st.keys = self._group_keys()
+    self._before_update([p for _,p,_ in gs], [st.keys[i] for i,_,_ in gs], step)
     if peer: st.engine.take(peer._state.engine, peer._state.read, {k:st.keys[i] for i,k in enumerate(peer._state.keys)})
     elif gs: st.engine.put_all([st.keys[i] for i,_,_ in gs], [g for _,_,g in gs], [p for _,p,_ in gs])
     st.engine.value(LOSS, self.learn.loss.reshape(()))
@@ -492,17 +586,79 @@ def _group_keys(self:GradNormCallback):
     group = {id(p):i for i,g in enumerate(self.learn.opt.param_lists) for p in g}
     return [self._record._params.key('param', i, n, group.get(id(p), -1)) for i,(n,p) in enumerate(self._state.params.items())]
 
+# %% ../nbs/04_callback.ipynb #d2f926ec
+MOVED = -3
+
+@patch
+def _before_update(self:GradNormCallback, ps, keys, step):
+    "Keep the weights of a step that is measured; none where it was skipped already"
+    st = self._state
+    if self.update_every and not st.skip and step%self.update_every==0: st.before = ps,keys,[p.detach().clone() for p in ps]
+
+@patch
+def _moved(self:GradNormCallback):
+    "Squared differences of the weights, after the step"
+    st = self._state
+    if getattr(st, 'before', None) is None: return
+    (ps,keys,old),st.before = st.before,None
+    if st.read is None: return
+    with torch.no_grad(): torch._foreach_sub_(old, [p.detach() for p in ps])
+    st.engine.put_all([MOVED-k for k in keys], old)
+    if st.quiet: st.engine.rewind(st.read)
+
+# %% ../nbs/04_callback.ipynb #3af9c1d6
+def _updates(at, keys, s, par, weight_norm):
+    "Update norm and ratio of each parameter row; NaN where not measured"
+    moved = {(i,MOVED-k):v for i,k,v in zip(at[keys<=MOVED].tolist(), keys[keys<=MOVED].tolist(), s[keys<=MOVED,SUM_SQ].tolist())}
+    u = np.sqrt(np.array([moved.get(o, np.nan) for o in zip(at[par].tolist(), keys[par].tolist())], float))
+    with np.errstate(all='ignore'): return np.stack([u, u/weight_norm]).astype(np.float32)
+
+@patch
+def _total_update(self:GradNormCallback, at, keys, s, weight_norm):
+    "Update norm and ratio of each step"
+    if not self.update_every: return {}
+    m,n = keys<=MOVED,len(weight_norm)
+    u = np.where(np.bincount(at[m], minlength=n)>0, np.sqrt(np.bincount(at[m], s[m,SUM_SQ], minlength=n)), np.nan)
+    with np.errstate(all='ignore'): return dict(update_norm=u, update_ratio=u/weight_norm)
+
+# %% ../nbs/04_callback.ipynb #84dc5601
+class _Shown(Callback):
+    "Names the column"
+    order = Recorder.order+.5
+    def before_fit(self):
+        if (r := self.learn.__dict__.get('recorder')) is not None: r.metric_names.insert(len(r.metric_names)-r.add_time, 'grad_norm')
+    def __reduce_ex__(self, proto): return Callback,()
+
+@patch
+def _show(self:GradNormCallback, old, new):
+    "Come and go with the callback"
+    if not self.show: return
+    if old is not None: old.remove_cbs([c for c in old.cbs if isinstance(c, _Shown)])
+    if new is not None: new.add_cb(_Shown())
+
+@patch
+def after_epoch(self:GradNormCallback):
+    _GradCallback.after_epoch(self)
+    st,first = self._state,self._state.__dict__.pop('first', None)
+    if not self.show or first is None or (r := self.learn.__dict__.get('recorder')) is None: return
+    self._flush()
+    parts = self._record._steps.parts[first:]
+    v = np.concatenate([p['norm'][~p['skipped'].astype(bool)] for p in parts]) if parts else np.empty(0)
+    r.log.append(float(v.mean()) if len(v) else math.nan)
+
 # %% ../nbs/04_callback.ipynb #7fa0a7d6
 @patch
 def _stepped(self:GradNormCallback, step):
     "The step is over: its row is complete"
     st = self._state
-    if step%self.every or st.quiet: return
+    if step%self.every: return
+    self._moved()
+    if st.quiet: return
     if st.read is None: st.engine.value(LOSS, self.learn.loss.reshape(()))   # cancelled before there was anything to read
     st.its.append((*st.at, self.learn.opt.hypers[-1]['lr'], st.bs, st.skip, math.nan if st.max_norm is None else st.max_norm))
     full = st.engine.close()
     st.done,st.read = st.engine.mark(),None
-    if full: self._flush()
+    self._full(full)
 
 @patch
 def _close(self:GradNormCallback):
@@ -519,7 +675,7 @@ def _flush(self:GradNormCallback):
     "What lies in the buffers goes to the record"
     st = self._state
     if not st.its: return
-    (n,keys,_,s),its = st.engine.fetch(),list(zip(*st.its))
+    (n,keys,_,s,_),its = st.engine.fetch(),list(zip(*st.its))
     st.its = []
     at = np.repeat(np.arange(len(n)), n)
     def total(rows, col): return np.bincount(at[rows], s[rows,col], minlength=len(n))
@@ -534,7 +690,7 @@ def _flush(self:GradNormCallback):
         coef = np.where(measured, np.where(norm>0, got/norm, 1), coef)
     loss = s[keys==LOSS,MAX]
     self._record._steps.append(**dict(zip(['fit','phase','epoch','iteration','step','lr','bs','skipped'], its)), loss=loss, norm=norm, clip_coef=coef,
-        clipped_norm=got, weight_norm=np.sqrt(total(par, W_SQ)), nonfinite=total(par, NONFINITE))
+        clipped_norm=got, weight_norm=np.sqrt(total(par, W_SQ)), nonfinite=total(par, NONFINITE), **self._total_update(at, keys, s, np.sqrt(total(par, W_SQ))))
     self._add_params(np.array(its[:5]), at, keys, s, par)
 
 @patch
@@ -542,4 +698,5 @@ def _add_params(self:GradNormCallback, where, at, keys, s, par):
     "Norms per parameter"
     n = np.bincount(at[par], minlength=where.shape[1])
     with np.errstate(all='ignore'): f = np.stack([np.sqrt(s[par,SUM_SQ]), np.sqrt(s[par,W_SQ]), s[par,DOT]]).astype(np.float32)
+    if self.update_every: f = np.concatenate([f, _updates(at, keys, s, par, f[1])])
     if len(keep := np.flatnonzero(n)): self._record._params.append(where[:,keep], n[keep], keys[par], f, np.empty((0,f.shape[1]), np.uint32))

@@ -11,10 +11,11 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/capture.html.md"""
 __all__ = ['clean_name', 'grad_modules', 'grad_params', 'param_grads', 'OutputHooks']
 
 # %% ../nbs/02_capture.ipynb #e7292a26
-import re
+import inspect, re
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache, partial
 from weakref import ref
 import torch
 from torch import nn, Tensor
@@ -107,16 +108,32 @@ class _ForwardHook:
         if hooks is not None and hooks.live and torch.is_grad_enabled(): hooks._seen(self.i, out)
     def __reduce_ex__(self, _): return getattr, (nullcontext(), '__exit__')  # takes three arguments, returns None
 
+# %% ../nbs/02_capture.ipynb #ab74e8f5
+@cache
+def _compiled_hook():
+    "The hook of modules that run inside `torch.compile`, made when there is one: dynamo takes seconds to import. It notes that it ran"
+    why = "fastai_gradstats records this module's output gradient; with kind='param' there is no hook"
+    kw = dict(reason=why) if 'reason' in inspect.signature(torch.compiler.disable).parameters else {}
+    class _CompiledHook(_ForwardHook):
+        @partial(torch.compiler.disable, **kw)   # of the class: disabled on the object, a copy would not be the no-op
+        def __call__(self, m, inp, out):
+            hooks = self.hooks()
+            if hooks is None or not hooks.live or not torch.is_grad_enabled(): return
+            hooks.ran.add(self.i)
+            hooks._seen(self.i, out)
+    return _CompiledHook
+
 # %% ../nbs/02_capture.ipynb #67b0f2c2
 class OutputHooks:
     "Calls `f(i, call, out, grad)` in backward for every tensor that module `i` returned in forward with a gradient to come"
     def __init__(self,
                  modules:list, # modules to hook
                  f, # called with module index, number of the module's call since `start`, place of the tensor in the output, gradient
-                 forward=None # called in forward with module index and each tensor of its output
+                 forward=None, # called in forward with module index and each tensor of its output
+                 compiled=() # ids of the modules that run inside `torch.compile`
                 ):
-        self.f,self.forward,self.live,self.leaves,self.calls = f,forward,True,[],[0]*len(modules)
-        self.handles = [m.register_forward_hook(_ForwardHook(self, i)) for i,m in enumerate(modules)]
+        self.f,self.forward,self.live,self.leaves,self.calls,self.ran = f,forward,True,[],[0]*len(modules),set()
+        self.handles = [m.register_forward_hook((_compiled_hook() if id(m) in compiled else _ForwardHook)(self, i)) for i,m in enumerate(modules)]
 
     def start(self):
         "A new iteration: `call` counts from 0 again"
@@ -152,3 +169,30 @@ def _seen(self, i, out):
         if t.is_leaf: self.leaves.append(h)
 
 OutputHooks._seen = _seen
+
+# %% ../nbs/02_capture.ipynb #6f08ff0d
+def compiled_modules(model:nn.Module)->set: # ids
+    "The modules of `model` that run inside `torch.compile`"
+    res = set()
+    for m in model.modules():
+        ms = (m._orig_mod.modules() if _child(m)=='_orig_mod' else m.modules() if getattr(m, '_compiled_call_impl', None) is not None
+              else list(m.modules())[1:] if hasattr(m.__dict__.get('forward'), '_torchdynamo_orig_callable') else ())
+        res.update(id(o) for o in ms)
+    return res
+
+# %% ../nbs/02_capture.ipynb #1eab5081
+def _nonzero(g):
+    "Does a gradient, or this process's part of it, hold anything? fastai leaves zeros after `freeze`"
+    if hasattr(g, 'to_local'): g = g.to_local()
+    return bool((g if g.layout==torch.strided else g._values()).any())
+
+def silent(hooks:OutputHooks,
+           modules:list, # those that have the hooks
+           compiled:set # ids of those that run compiled
+          )->list: # indices
+    "The compiled modules that took part in backward and whose hook did not run"
+    left = compiled - {id(c) for i in hooks.ran for c in (modules[i],*modules[i].children())}
+    def used(m):
+        ps = list(m.parameters(recurse=False)) or list(m.parameters())
+        return any(_nonzero(g) for _,_,g in param_grads(ps)) if ps else not hooks.ran   # a ReLU says nothing of itself
+    return [i for i,m in enumerate(modules) if id(m) in left and used(m)]

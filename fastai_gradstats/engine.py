@@ -80,11 +80,74 @@ class _Plan:
         "Views of these shapes into the scratch"
         return [buf.view(-1)[s*W:s*W+math.prod(shape)].view(shape) for s,shape in zip(self.start, shapes)]
 
+# %% ../nbs/01_engine.ipynb #41570002
+SAMPLE,DROP = 2**12,255   # elements of a tensor that are counted; exponent of what is not finite, and of zeros here
+
+def _stride(n):
+    "The smallest step that leaves at most `SAMPLE` of `n` elements and shares no factor with common shapes"
+    s = -(-n//SAMPLE)
+    while s>1 and math.gcd(s, 210)>1: s += 1
+    return s
+
+# %% ../nbs/01_engine.ipynb #41570004
+class _Octaves:
+    "Elements per octave of |g|, for the rows of a buffer"
+    def __init__(self, device, every):
+        self.every,self.rng,self.waiting = every,np.random.default_rng(0),[]   # its own generator: training draws from others
+        self.scratch,self.acc = torch.zeros(64, SAMPLE, device=device),torch.zeros(2**10, 256, dtype=torch.int32, device=device)
+
+    def put(self, rs, gs, scale=None):
+        "Copy samples of the gradients `gs` of rows `rs`"
+        for r,g in zip(rs, gs):
+            x = flat(g.abs() if g.is_complex() else g)
+            stride = 1 if self.every else _stride(len(x))
+            for o in x[self.rng.integers(stride):][::stride].split(SAMPLE) if len(x) else ():
+                if len(self.waiting)==len(self.scratch): self.reduce()
+                s = self.scratch[len(self.waiting),:len(o)].copy_(o)
+                if scale is not None: s.div_(scale)
+                self.waiting.append((r,stride))
+
+    def host(self, n):
+        "Counts of the first `n` rows"
+        self.reduce()
+        return self.acc[:n].cpu().numpy().copy()
+
+def octaves(h:np.ndarray # (rows, 256) counts by exponent bits
+           )->tuple: # octaves in each row, these octaves (floor of log2 |g|), elements in each
+    "What is not 0"
+    r,e = np.nonzero(h[:,:DROP])
+    return np.bincount(r, minlength=len(h)),(e-127).astype(np.int8),h[r,e]
+
+# %% ../nbs/01_engine.ipynb #41570005
+@patch
+def reduce(self:_Octaves):
+    "Count what lies in the scratch, and zero it"
+    if not self.waiting: return
+    x,(r,stride) = self.scratch[:len(self.waiting)],zip(*self.waiting)
+    while max(r)>=len(self.acc): self.acc = torch.cat([self.acc, torch.zeros_like(self.acc)])
+    r,stride = (torch.tensor(o, device=x.device) for o in (r,stride))
+    e = (x.view(torch.int32)>>23).bitwise_and_(255).masked_fill_(x==0, DROP)
+    e = (e+256*torch.arange(len(x), device=x.device)[:,None]).view(-1)
+    if x.device.type=='cpu': n = torch.from_numpy(np.bincount(e.numpy(), minlength=256*len(x)))
+    else: n = torch.zeros(256*len(x), dtype=torch.int64, device=x.device).index_add_(0, e, torch.ones_like(e, dtype=torch.int64))
+    self.acc.index_add_(0, r, (n.view(-1,256)*stride[:,None]).int())
+    self.waiting = []
+    x.zero_()
+
+@patch
+def cut(self:_Octaves, a, n, to=None):
+    "Move rows `a` to `n` to the front (`to=0`), or forget them"
+    self.reduce()
+    n = min(n, len(self.acc))
+    if to is not None: self.acc[:max(n-a, 0)] = self.acc[a:n].clone()
+    self.acc[a if to is None else max(n-a, 0):n] = 0
+
 # %% ../nbs/01_engine.ipynb #417bc14a
 class _Buffer:
     "What both kinds of buffer share: a row of sums per tensor, its key and size, and marks where an iteration ended"
-    def __init__(self, device, threshold, extra, norms_only=False, rows=2**13):
+    def __init__(self, device, threshold, extra, norms_only=False, hist=False, rows=2**13):
         self.device,self.threshold,self.extra,self.norms_only = device,threshold,extra,norms_only
+        self.octaves = _Octaves(device, hist=='all') if hist else None
         self.scale,self.keys,self.numel,self.absent,self.marks,self.gone = None,[],[],[],[],0
         self.acc = self.zeros(rows)
 
@@ -103,6 +166,7 @@ def cut(self:_Buffer, n):
     self.reduce()
     n -= self.gone
     self.acc[n:len(self.keys)] = 0
+    if self.octaves: self.octaves.cut(n, len(self.keys))
     for o in (self.keys,self.numel,self.absent): del o[n:]
 
 @patch
@@ -113,12 +177,15 @@ def close(self:_Buffer):
 
 @patch
 def fetch(self:_Buffer):
-    "Keys, sizes, sums and rows per iteration of the closed iterations; only what came after them stays"
+    "Rows per iteration, keys, sizes, sums and counts per octave of the closed iterations; only what came after them stays"
     self.reduce()
     k,n = self.marks[-1] if self.marks else 0,len(self.keys)
     s = self.host(k)
     s[:,ZEROS] += self.absent[:k]
-    res = np.array(self.keys[:k], np.int64),np.array(self.numel[:k], np.int64),s,np.diff(self.marks, prepend=0)
+    h = self.octaves.host(k) if self.octaves else np.zeros((0,256), np.int32)
+    h = np.pad(h, ((0,k-len(h)),(0,0))) if self.octaves else h
+    res = np.diff(self.marks, prepend=0),np.array(self.keys[:k], np.int64),np.array(self.numel[:k], np.int64),s,h
+    if self.octaves: self.octaves.cut(k, n, to=0)
     self.acc[:n-k] = self.copy(k, n)   # may overlap
     self.acc[n-k:n] = 0
     self.marks,self.gone = [],self.gone+k
@@ -277,15 +344,17 @@ def _block(t:Tensor, # 1-d float32 on a CPU
            some_zero=False # are zeros to be expected?
           )->list:
     "The sums of `_exact` from fast operations, where they are right"
-    x,n = t.numpy(),len(t)
-    a = np.abs(x, out=scratch[1][:n])
-    top,low = float(a.max()),0 if some_zero else float(a.min())
+    n,a = len(t),scratch[0][:len(t)]
+    torch.abs(t, out=a)
+    low,top = (0,a.max()) if some_zero else a.aminmax()
+    top,x = top.item(),scratch[1][:n]
     if top==0: return [0,0,0,0,0,0,n,0,0]
-    if not 1e-16<top<1e16: return _exact(x, threshold)   # NaN too
-    sa,s,sq = scratch[0][:n].sum().item(),t.sum().item(),_dot(x, x)
+    if not 1e-16<top<1e16: return _exact(t.numpy(), threshold)   # NaN too
+    sa,s,sq,zeros = a.sum().item(),t.sum().item(),t.dot(t).item(),0 if low else n-np.count_nonzero(x.view(np.int32))
+    if sa*sa>.8*sq*(n-zeros): sq = _dot(x, x)
     q = s*s/n
-    if q>sq/4: return _exact(x, threshold)
-    return [top, sa, sq, s, sq-q, q, 0 if low else n-np.count_nonzero(a.view(np.int32)), 0, np.count_nonzero(np.greater(a, threshold, out=scratch[2][:n])) if top>threshold else 0]
+    if q>sq/4: return _exact(t.numpy(), threshold)
+    return [top, sa, sq, s, sq-q, q, zeros, 0, np.count_nonzero(np.greater(x, threshold, out=scratch[2][:n])) if top>threshold else 0]
 
 # %% ../nbs/01_engine.ipynb #e222bdc7
 def _segments(x:np.ndarray, # 1-d, the tensors one after the other
@@ -393,6 +462,7 @@ def _same(g, w):
     "Both in one dimension, in the same order"
     return (flat(g),flat(w)) if g.stride()==w.stride() else (g.reshape(-1),w.reshape(-1))
 
+# %% ../nbs/01_engine.ipynb #dc18e32b
 @patch
 def put_all(self:HostBuffer, keys, gs, ws=None):
     "Add gradients of one dtype, and with `ws` their products with the weights"
@@ -430,24 +500,27 @@ class Engine:
                  threshold=1., # what `above` counts from
                  extra=None, # name -> f(gradient) -> 0-d tensor
                  norms_only=False, # only sum_sq, nonfinite, w_sq and dot are needed
+                 hist=False, # count elements per octave: True of a sample, 'all' of all
                  by_rows=None # take the path without a look at any number; None: on all devices but the CPU
                 ):
-        self.threshold,self.extra,self.norms_only,self.by_rows,self.buffers,self.scale = threshold,extra or {},norms_only,by_rows,{},None
+        self.threshold,self.extra,self.norms_only,self.hist,self.by_rows,self.buffers,self.scale = threshold,extra or {},norms_only,hist,by_rows,{},None
 
     def buffer(self, device):
         "The buffer of a device; backward runs one thread per device, each has its own"
         if device not in self.buffers:
             rows = device.type!='cpu' if self.by_rows is None else self.by_rows
-            self.buffers[device] = (DeviceBuffer if rows else HostBuffer)(device, self.threshold, self.extra, self.norms_only)
+            self.buffers[device] = (DeviceBuffer if rows else HostBuffer)(device, self.threshold, self.extra, self.norms_only, self.hist)
         return self.buffers[device]
 
     def put(self, key, g):
         "One gradient, reduced or copied at once"
         b = self.buffer(g.device)
         b.scale = self.scale(g.device) if self.scale else None
-        if g.is_complex(): return b.odd(key, g)
-        if g.layout!=torch.strided: g,full = g.coalesce().values(),g.numel(); return b.put(key, g, full-g.numel())
-        return b.put(key, g)
+        n = g.numel()
+        if g.layout!=torch.strided: g = g.coalesce().values()
+        r = b.odd(key, g) if g.is_complex() else b.put(key, g, n-g.numel())
+        if b.octaves: b.octaves.put([r], [g], b.scale)
+        return r
 
 # %% ../nbs/01_engine.ipynb #f614e4fb
 @patch
@@ -455,12 +528,16 @@ def put_all(self:Engine, keys, gs, ws=None):
     "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w"
     groups,gs,ws = {},[g.detach() for g in gs],ws and [w.detach() for w in ws]
     for k,g,w in zip(keys, gs, ws or gs):
-        if type(g) is not Tensor and hasattr(g, 'to_local'): groups.setdefault(g.device_mesh, []).append((k,g,w))
+        if type(g) is not Tensor and hasattr(g, 'to_local'): groups.setdefault((g.device_mesh,g.placements,_wide(g)), []).append((k,g,w))
         elif g.layout!=torch.strided or g.is_complex(): self._odd(k, g, w if ws else None)
         else: groups.setdefault((g.device,_wide(g)), []).append((k,g,w))
     for where,o in groups.items():
         keys,gs,wl = zip(*o)
-        if isinstance(where, tuple): self.buffer(where[0]).put_all(keys, gs, wl if ws else None)
+        if len(where)==2:
+            b = self.buffer(where[0])
+            n = len(b.keys)
+            b.put_all(keys, gs, wl if ws else None)
+            if b.octaves: b.octaves.put(range(n, len(b.keys)), gs)
         else: self._shards(keys, gs, wl if ws else None)
 
 @patch
@@ -479,11 +556,12 @@ def _odd(self:Engine, k, g, w):
 # %% ../nbs/01_engine.ipynb #d3966236
 @patch
 def _shards(self:Engine, keys, gs, ws):
-    "Sums over all shards of `DTensor`s of one mesh"
+    "Sums over all shards of `DTensor`s of one mesh, placement and dtype"
     import torch.distributed as dist
     loc = lambda ts: [t.to_local() for t in ts]
     b,mesh = self.buffer(gs[0].to_local().device),gs[0].device_mesh
-    n0 = len(b.keys)
+    n0,extra,scale = len(b.keys),b.extra,b.scale
+    b.extra,b.scale = {},None
     b.put_all(keys, loc(gs), ws and loc(ws))
     b.numel[n0:] = [g.numel() for g in gs]
     for dim,pl in enumerate(gs[0].placements):
@@ -494,6 +572,10 @@ def _shards(self:Engine, keys, gs, ws):
         dist.all_reduce(acc, group=mesh.get_group(dim))
         acc[:,MAX] = mx
         b.acc[n0:len(b.keys)] = acc if isinstance(b.acc, Tensor) else acc.numpy()
+    b.extra = extra
+    if extra:
+        for r,g in enumerate(gs, n0): b.extras(r, g.full_tensor())
+    b.scale = scale
 
 # %% ../nbs/01_engine.ipynb #3ed57704
 @patch
@@ -536,12 +618,12 @@ def rewind(self:Engine, mark):
 
 @patch
 def fetch(self:Engine):
-    "All closed iterations: rows per iteration, keys, sizes and sums, in the order in which they came (device by device inside an iteration)"
+    "All closed iterations: rows per iteration, keys, sizes, sums and counts per octave, in the order in which they came (device by device inside an iteration)"
     res = [b.fetch() for b in self.buffers.values()]
-    if not res: return np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros((0,len(sums)+len(self.extra)))
-    keys,numel,s,ns = (list(o) for o in zip(*res))
-    if len(res)==1: return ns[0],keys[0],numel[0],s[0]
+    if not res: return np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros((0,len(sums)+len(self.extra))),np.zeros((0,256), np.int32)
+    if len(res)==1: return res[0]
+    ns,*rest = zip(*res)
     k = max(map(len, ns))
     ns = [np.pad(n, (k-len(n),0)) for n in ns]   # a device that came late has no rows in the first iterations
     o = np.argsort(np.concatenate([np.repeat(np.arange(k), n) for n in ns]), kind='stable')
-    return sum(ns),*(np.concatenate(a)[o] for a in (keys,numel,s))
+    return sum(ns),*(np.concatenate(a)[o] for a in rest)

@@ -131,6 +131,21 @@ def test_said_once_a_fit():
     assert [len(said(lambda: fit(learn, 3))) for _ in range(2)]==[1,1]
     assert len(learn.grad_stats.df)==0
 
+@pytest.mark.parametrize('at', [(0,), (0,1)], ids=['block','relu'])
+def test_too_late_without_parameters(at):
+    "A block or an activation owns no parameter: hooks that came too late are noticed all the same."
+    net = lambda: nn.Sequential(nn.Sequential(nn.Conv2d(3,8,3), nn.ReLU()), nn.Flatten(), nn.Linear(288,10))
+    learn = learner(inplace, model=net)
+    fit(learn)
+    m = learn.model
+    for i in at: m = m[i]
+    learn.add_cb(GradStatsCallback(modules=[m]))
+    w = said(lambda: fit(learn))
+    assert len(w)==1 and repr('.'.join(map(str, at))) in w[0]
+    torch._dynamo.reset()
+    assert said(lambda: fit(learn))==[]
+    assert learn.grad_stats.select(kind='output').df['name'].nunique()==1
+
 def test_compiled_between_fits():
     "Compiling a model that has been recorded is compiling it with no hook on it; the next fit puts them on before the first compiled call."
     learn,ref = learner(cbs=[*both(), (spy := Spy())]),learner(cbs=both())
@@ -237,7 +252,8 @@ def test_first_nonfinite_under_compile():
     a,b = (fit(learner(w, both(), net)).grad_stats.first_nonfinite() for w in (whole,noop))
     assert str(a)==str(b)
 
-def test_hook_copies_and_pickles():
+@pytest.mark.parametrize('wrap', (noop,inplace))
+def test_hook_copies_and_pickles(wrap):
     "The hook that dynamo runs is replaced by a no-op in copies, as the other is."
     seen = []
     class Copy(Callback):
@@ -245,7 +261,7 @@ def test_hook_copies_and_pickles():
         def after_backward(self):
             f = io.BytesIO(); pickle.dump(self.model, f)
             seen.append((deepcopy(self.model), pickle.loads(f.getvalue()), b'gradstats' in f.getvalue()))
-    learn = fit(learner(cbs=[*both(), Copy()]))
+    learn = fit(learner(wrap, [*both(), Copy()]))
     n = len(learn.grad_stats.df)
     for *ms,named in seen:
         assert not named

@@ -127,6 +127,8 @@ both = {'plain': ((), {}),
         'accumulated': ((accumulate,), {}),
         'adam': ((), dict(opt_func=Adam)),
         'extra': ((), dict(stats=dict(extra=cubes))),
+        'updates': ((), dict(norm=dict(update_every=2), opt_func=Adam)),
+        'updates, own clip': ((Clip,), dict(stats=False, norm=dict(every=2, update_every=2))),
         'nan in 0': ((partial(Poison, 0),), {}),
         'nan in 1': ((partial(Poison, 1),), {})}
 cases = {('ddp',k): (noop, (DDP,*c), kw) for k,(c,kw) in both.items() if k in ('plain','two epochs','every 2 and 3','clip','own clip','norm alone')}

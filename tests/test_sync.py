@@ -80,14 +80,15 @@ TABLE = dict(
     stats     = 'torch',
     engine    = 'torch numpy fastcore .stats',
     capture   = 'torch',
-    record    = 'numpy pandas fastcore pyarrow',
-    callback  = 'fastai torch fastcore numpy pandas .capture .engine .record',
+    files     = 'numpy pandas fastcore pyarrow',
+    record    = 'numpy pandas fastcore pyarrow .files',
+    callback  = 'fastai torch fastcore numpy pandas .capture .engine .files .record',
     plot      = 'numpy pandas matplotlib fastcore .record',
     diagnosis = 'numpy pandas fastcore .record',
     report    = 'numpy pandas matplotlib fastcore .record .plot .diagnosis',
     probe     = 'torch numpy pandas fastcore .stats',
     demo      = 'fastai torch torchvision sklearn fastcore numpy pandas matplotlib '
-                '.stats .engine .capture .record .callback .plot .diagnosis .report .probe')
+                '.stats .engine .capture .files .record .callback .plot .diagnosis .report .probe')
 TABLE['all'] = ' '.join(f'.{m}' for m in TABLE)
 TABLE['__main__'] = TABLE['demo'] + ' .demo'
 TABLE['__init__'] = TABLE['_modidx'] = ''
@@ -112,7 +113,7 @@ def test_imports(mod):
     extra = set(imports(mod)) - set(TABLE[mod].split()) - sys.stdlib_module_names
     assert not extra, f'{mod} may not import {extra}'
 
-@pytest.mark.parametrize('mod', [m for m in ('record', 'plot', 'diagnosis', 'report') if m in MODULES])
+@pytest.mark.parametrize('mod', [m for m in ('files', 'record', 'plot', 'diagnosis', 'report') if m in MODULES])
 def test_reads_without_torch(mod):
     "A record is read, drawn and diagnosed in a process that imports neither torch nor fastai."
     run(sys.executable, '-c', f"import sys, {PKG}.{mod}; bad={{'torch', 'fastai'}} & sys.modules.keys(); assert not bad, bad")

@@ -1,0 +1,172 @@
+"Histograms against numpy, the bound of a record, and what the engine of a GPU asks of its device."
+import tracemalloc
+import numpy as np,pytest,torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastai_gradstats import GradNormCallback,GradStatsCallback,digits_learner
+from fastai_gradstats.engine import DROP,SAMPLE,Engine,octaves
+from fastai_gradstats.record import GradRecord,Rows,counts,floats
+from oracles import Spy,fit
+
+def of(g, hist='all', scale=None, **kw):
+    "Elements per octave of one gradient"
+    e = Engine(hist=hist, **kw)
+    if scale: e.scale = lambda device: torch.tensor(scale)
+    e.put(0, g)
+    e.close()
+    n,o,c = octaves(e.fetch()[4])
+    assert len(n)==1 and n[0]==len(o)
+    return dict(zip(o.tolist(), c.tolist()))
+
+def want(g):
+    "The same by numpy: `frexp` gives 2**(e-1) <= |x| < 2**e; float32 numbers below 2**-126 are one octave"
+    x = np.abs(g.float().numpy().ravel())
+    x = x[np.isfinite(x)&(x>0)]
+    o,c = np.unique(np.maximum(np.frexp(x)[1]-1, -127), return_counts=True)
+    return dict(zip(o.tolist(), c.tolist()))
+
+@pytest.mark.parametrize('by_rows', (None, True))
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float16, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize('n', (1, 5, SAMPLE, SAMPLE+1, 300_000))
+def test_all_elements(n, dtype, by_rows):
+    g = torch.Generator().manual_seed(n)
+    x = (torch.randn(n, generator=g)*10**torch.randint(-6, 4, (n,), generator=g)).to(dtype)
+    x[::7] = 0
+    if n>2: x[1],x[2] = torch.nan,torch.inf
+    assert of(x, by_rows=by_rows)==want(x)
+
+def test_edges():
+    "Powers of two and one ulp below; the smallest and largest numbers; zeros and what is not finite apart"
+    p = 2.**torch.arange(-149, 128, dtype=torch.float64)
+    x = torch.cat([p.float(), -p.float(), torch.nextafter(p.float(), torch.tensor(0.)), torch.tensor([0., -0., torch.inf, -torch.inf, torch.nan, 3.4e38])])
+    assert of(x)==want(x)
+    assert of(torch.zeros(9))=={} and of(torch.full((9,), torch.nan))=={} and of(torch.empty(0))=={}
+
+def test_amp_scale(): assert of(torch.randn(1000, generator=torch.Generator().manual_seed(0))*2**12, scale=2.**12)==want(torch.randn(1000, generator=torch.Generator().manual_seed(0)))
+
+@pytest.mark.parametrize('shape', ((64,64,3,3), (512,288), (7,4099)))
+def test_sample_is_unbiased(shape):
+    "One position of each 3x3 kernel is 1000 times larger: over many draws the mean count of its octaves is right, as is the sum of all"
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    x.view(-1)[4::9] *= 1000
+    e = Engine(hist=True)
+    for i in range(200): e.put(0, x)
+    e.close()
+    h = e.fetch()[4]
+    h = h[:,:DROP]
+    got,all_ = h.mean(0),np.zeros(DROP)
+    for o,c in want(x).items(): all_[o+127] = c
+    sd = h.std(0, ddof=1)/np.sqrt(len(h))
+    ok = all_>200
+    assert ok.sum()>8 and (np.abs(got-all_)[ok]<5*sd[ok]+1e-9).all()
+    assert abs(got.sum()-x.numel())<.01*x.numel()
+    assert 0<h.std(0)[ok].max()      # a sample indeed
+
+def test_small_tensors_are_counted_whole(): x = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0)); assert of(x, True)==want(x)
+
+def test_training():
+    "Of each tensor all elements that are finite and not 0, at each iteration; parameter rows those of the gradients the optimizer got; training is the same without"
+    def go(*cbs): return fit(digits_learner(cbs=[*cbs]))
+    learn,plain = go(GradStatsCallback(hist='all'), spy := Spy()),go()
+    assert all(torch.equal(a, b) for a,b in zip(learn.model.state_dict().values(), plain.model.state_dict().values()))
+    df,h = learn.grad_stats.df,learn.grad_stats.hist_df
+    key = ['iteration','kind','name']
+    n = df.assign(n=df['numel']-df['zeros']-df['nonfinite']).groupby(key, observed=True)['n'].sum()
+    assert (h.groupby(key, observed=True)['count'].sum()==n[n>0]).all()
+    for i,gs in enumerate(spy.grads):
+        for name,g in gs.items():
+            r = h[(h['iteration']==i)&(h['kind']=='param')&(h['name']==name)]
+            assert dict(zip(r['octave'], r['count']))==want(torch.from_numpy(g))
+
+def test_hist_survives_keep_and_files(tmp_path):
+    learn = fit(digits_learner(cbs=GradStatsCallback(hist=True, keep=6, folder=tmp_path/'a')))
+    h,df = learn.grad_stats.hist_df,learn.grad_stats.df
+    assert set(h['iteration'])==set(df['iteration']) and df['iteration'].nunique()<=6
+    learn.grad_stats.save(tmp_path/'b')
+    assert GradRecord.load(tmp_path/'b').hist_df.astype(dict(kind=str, name=str, phase=str)).equals(h.astype(dict(kind=str, name=str, phase=str)))
+    disk = GradRecord.load(tmp_path/'a').hist_df       # nothing thinned there
+    assert disk['iteration'].nunique()==22
+    part = disk[disk['iteration'].isin(h['iteration'])].reset_index(drop=True)
+    assert (part[['iteration','octave','count']]==h[['iteration','octave','count']]).all(axis=None)
+
+# --- bounded memory
+
+def simulate(n, keep, tensors=20, chunk=500, seed=0):
+    "A record of `n` made-up iterations; spikes and NaN at known places"
+    rows,rng = Rows(floats, counts, keep),np.random.default_rng(seed)
+    for i in range(tensors): rows.key('param', i, f'p{i}')
+    peaks = []
+    for a in range(0, n, chunk):
+        it = np.arange(a, a+chunk)
+        f = np.abs(rng.normal(size=(len(floats),chunk*tensors))).astype(np.float32)
+        c = np.ones((len(counts),chunk*tensors), np.uint32)
+        f[:,(it==31_337).repeat(tensors)] = 1e6
+        f[:,(it==77_777).repeat(tensors)] = np.nan
+        rows.append(np.stack([it*0,it*0,it*0,it,it]), np.full(chunk, tensors), np.tile(np.arange(tensors), chunk), f, c)
+        peaks.append(tracemalloc.get_traced_memory()[1]); tracemalloc.reset_peak()
+    return rows,peaks
+
+def test_memory_is_flat():
+    "100,000 iterations with keep=1000: no more memory late than early, the spike and the NaN still there"
+    tracemalloc.start()
+    try: rows,peaks = simulate(100_000, 1000)
+    finally: tracemalloc.stop()
+    assert max(peaks[20:])<=1.25*max(peaks[:20])
+    df = rows.frame()
+    its = df['iteration'].unique()
+    assert len(its)<=1000 and {31_337,77_777}<=set(its) and (np.diff(its)>0).all()
+    assert df.groupby('iteration').size().eq(20).all()
+
+def test_bytes_per_row():
+    "At most 48 bytes per tensor and iteration, with all that belongs to them"
+    rows,_ = simulate(2000, None)
+    p = rows.parts
+    b = sum(a.nbytes for o in p for a in (o.where,o.n,o.keys,o.floats,o.counts,o.window))
+    assert b/(2000*20)<=48
+
+@pytest.mark.parametrize('keep', (0, -3, 1.5, True, 'all'))
+def test_bad_keep(keep):
+    with pytest.raises(ValueError, match='keep'): GradStatsCallback(keep=keep)
+
+@pytest.mark.parametrize('hist', ('some', 2, None))
+def test_bad_hist(hist):
+    with pytest.raises(ValueError, match='hist'): GradStatsCallback(hist=hist)
+
+# --- the device path
+
+class Count(TorchDispatchMode):
+    "How many kernels run (a view is none), and how many operations ask the device for a number"
+    def __init__(self): super().__init__(); self.ops,self.reads = 0,0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops += not func.is_view
+        self.reads += func.name() in ('aten::_local_scalar_dense','aten::nonzero','aten::bincount')
+        return func(*args, **kwargs or {})
+
+@pytest.mark.parametrize('weights', (False, True))
+@pytest.mark.parametrize('hist', (False, True))
+def test_no_read_in_a_step(hist, weights):
+    "On meta tensors a read raises; operations for parameters are a constant, whatever their number (histograms copy each tensor)"
+    def ops(n):
+        e,gs = Engine(by_rows=True, hist=hist),[torch.randn(30,40, device='meta') for _ in range(n)]
+        ws = gs if weights else None
+        for _ in range(2):   # plans are made once
+            with Count() as c:
+                e.put_all(list(range(n)), gs, ws)
+                e.close()
+        assert c.reads==0
+        return c.ops
+    a,b = ops(5),ops(50)
+    assert b-a<=(45+16 if hist else 8), (a,b)   # the scratch of histograms is reduced every 64 tensors
+
+def test_one_copy_per_output():
+    "An output costs its copy; the sums come once an iteration"
+    def ops(n):
+        e = Engine(by_rows=True)
+        for _ in range(2):
+            with Count() as c:
+                for i in range(n): e.put(i, torch.empty(8,16, device='meta'))
+                e.close()
+        assert c.reads==0
+        return c.ops
+    a,b = ops(5),ops(50)
+    assert b-a==45*2      # the test's own `empty`, and one copy

@@ -1,0 +1,63 @@
+"Gradients along rays against theory; what is probed is left as it was."
+import random
+import numpy as np,pytest,torch
+from torch import nn
+
+from fastai_gradstats import digits_learner,grad_along_ray
+
+FAR = np.geomspace(30, 300, 5)
+def net(L):
+    "Kaiming's weights: PyTorch's smaller ones leave the softmax of a single layer unsaturated up to a scale of 50"
+    torch.manual_seed(0)
+    ls = [nn.Linear(64 if not i else 32, 10 if i==L-1 else 32, bias=False) for i in range(L)]
+    for l in ls: nn.init.kaiming_normal_(l.weight)
+    return nn.Sequential(nn.Flatten(), *(o for l in ls for o in (l,nn.ReLU())))[:-1]
+def mse(p, y): return nn.functional.mse_loss(p, nn.functional.one_hot(y, 10).float())
+def slopes(m, **kw): return grad_along_ray(digits_learner(m, data={}, **kw), FAR)['slope']
+
+@pytest.mark.parametrize('L', [1,2,3,4,6])
+def test_cross_entropy(L): np.testing.assert_allclose(slopes(net(L)), L-1, atol=.02)
+
+@pytest.mark.parametrize('L', [1,3])
+def test_mse(L): np.testing.assert_allclose(slopes(net(L), loss_func=mse), 2*L-1, atol=.02)
+
+def bits(learn):
+    return [t.clone() for t in learn.model.state_dict().values()],[None if p.grad is None else p.grad.clone() for p in learn.model.parameters()], \
+        [m.training for m in learn.model.modules()],torch.get_rng_state(),np.random.get_state()[1].copy(),random.getstate(),learn.dls.train.rng.getstate()
+
+def same(a, b):
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, np.ndarray): return np.array_equal(a, b)
+    return len(a)==len(b) and all(map(same, a, b)) if isinstance(a, (list,tuple)) else a==b
+
+@pytest.mark.parametrize('model', ['convnet','resnet18'])
+@pytest.mark.parametrize('stop', [None,ZeroDivisionError,KeyboardInterrupt])
+def test_untouched(model, stop):
+    learn,n = digits_learner(model, data=dict(bs=8)|(dict(size=16, channels=3) if model=='resnet18' else {})),0
+    x,y = learn.dls.one_batch()
+    learn.loss_func(learn.model(x), y).backward()
+    learn.model.eval()
+    def loss(p, t):
+        nonlocal n
+        n += 1
+        if stop and n==2: raise stop('now')
+        return nn.functional.cross_entropy(p, t)
+    learn.loss_func,before = loss,bits(learn)
+    if stop:
+        with pytest.raises(stop): grad_along_ray(learn, [1,2,3])
+    else: assert not np.isfinite(grad_along_ray(learn, [1,1e40])['loss']).all()
+    assert n and same(before, bits(learn))
+
+def test_batchnorm():
+    "Weights in front of BatchNorm: -1"
+    conv = digits_learner(cbs=[])
+    np.testing.assert_allclose(grad_along_ray(conv, FAR, params=r'\.0\.weight$')['slope'], -1, atol=.02)
+
+def test_trained_collapses():
+    "A net that has every sample right: exactly 0 far out"
+    learn = digits_learner(net(2), data={})
+    with learn.no_bar(), learn.no_logging(): learn.fit(15, .01)
+    b = learn.dls.train.one_batch()
+    assert (learn.model(b[0]).argmax(1)==b[1]).all()
+    ray = grad_along_ray(learn, [1,300], batch=b)
+    assert ray['norm'].iloc[0]>0 and ray['norm'].iloc[1]==0

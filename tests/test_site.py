@@ -1,0 +1,72 @@
+"The built site opens in a browser without errors and asks no other host for anything."
+import importlib.util,re,shutil,subprocess,sys,threading
+from functools import partial
+from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler,ThreadingHTTPServer
+
+import pytest
+
+from conftest import checkout,run
+
+pytestmark = [pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec('smalldocs'), reason='smalldocs is not installed: pip install "fastai-gradstats[docs]"'),
+    pytest.mark.skipif(not shutil.which('chromium'), reason='chromium is not installed')]
+
+class Loads(HTMLParser):
+    "What a page loads: `src` of anything, `href` of `<link>`."
+    def __init__(self, text): super().__init__(); self.urls = []; self.feed(text)
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        self.urls += [u for u in (a.get('src'), a.get('href') if tag=='link' and a.get('rel') not in ('canonical', 'alternate') else None) if u]
+
+def foreign(text): return [u for u in Loads(text).urls if re.match(r'(https?:)?//', u) and not u.startswith('http://127.0.0.1')]
+
+class Handler(SimpleHTTPRequestHandler):
+    "Serves a folder and keeps the paths that were not there"
+    def __init__(self, *args, missing, **kw): self.missing = missing; super().__init__(*args, **kw)
+    def log_message(self, *args): pass
+    def send_error(self, code, *args, **kw):
+        self.missing.append(f'{code} {self.path}')
+        super().send_error(code, *args, **kw)
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The site, built in a copy of the project; its address, and what was asked for and is not there"
+    dest,missing = checkout(tmp_path_factory.mktemp('site')),[]
+    run(sys.executable, 'docs/build.py', cwd=dest)
+    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=dest/'_docs', missing=missing))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield dest/'_docs',f'http://127.0.0.1:{server.server_port}',missing
+    server.shutdown()
+
+flags = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update '
+         '--disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=3000 --dump-dom').split()
+
+def visit(url, profile):
+    "The page's final DOM, and what it wrote to the console"
+    res = subprocess.run(['chromium', *flags, f'--user-data-dir={profile}', url], capture_output=True, text=True, timeout=120)
+    assert res.returncode==0 and '</html>' in res.stdout, res.stderr
+    return res.stdout,[l for l in res.stderr.splitlines() if 'CONSOLE' in l]
+
+def test_detects(tmp_path):
+    "An error in the console and a picture of another host are seen."
+    page = tmp_path/'bad.html'
+    page.write_text('<img src="https://example.invalid/a.png"><link href="//example.invalid/a.css" rel="stylesheet"><a href="https://example.invalid">x</a><script>nothing()</script>')
+    dom,log = visit(page.as_uri(), tmp_path/'profile')
+    assert any('nothing is not defined' in l for l in log)
+    assert foreign(dom)==['https://example.invalid/a.png', '//example.invalid/a.css']
+
+def test_pages(site, tmp_path):
+    folder,url,missing = site
+    pages,bad = sorted(p.relative_to(folder).as_posix() for p in folder.rglob('*.html')),{}
+    assert {'index.html', 'get_started.html', 'stats.html'} <= set(pages)
+    formulas = 0
+    for p in pages:
+        (dom,log),static = visit(f'{url}/{p}', tmp_path/'profile'),(folder/p).read_text(encoding='utf-8')
+        n = static.count('class="math')
+        formulas += n
+        problems = [*log, *foreign(static), *foreign(dom)]
+        if dom.count('class="katex"') < n or 'katex-error' in dom: problems.append('a formula is not rendered')
+        if problems: bad[p] = problems
+    missing = [m for m in missing if m!='404 /favicon.ico']   # browsers ask for it unasked
+    assert not bad and not missing and formulas, (bad, missing, formulas)
