@@ -14,16 +14,19 @@ from .models import NoValid, learner, models
 from .peers import ours, others, close
 
 class Ops(TorchDispatchMode):
-    "Counts aten operations, and those that bring something from the device to the host"
+    "Counts aten operations, those of them that are work for the device (no view, no allocation), and those that bring something to the host"
     def __init__(self):
         super().__init__()
+        self.on = True
         self.clear()
-    def clear(self): self.n,self.reads = 0,0
+    def clear(self): self.ops,self.work,self.reads = 0,0,0
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         r = f(*args, **(kwargs or {}))
         off = lambda o: isinstance(o, Tensor) and o.device.type!='cpu'
         host = lambda o: isinstance(o, Tensor) and o.device.type=='cpu'
-        self.n += 1
+        if not self.on or f.namespace!='aten': return r
+        self.ops += 1
+        self.work += not (f.is_view or 'empty' in f.name() or 'detach' in f.name())
         self.reads += any(map(off, args)) and (f is torch.ops.aten._local_scalar_dense.default or host(r)) or (f is torch.ops.aten.copy_.default and host(args[0]) and off(args[1]))
         return r
 
@@ -35,11 +38,14 @@ class LastStep(Callback):
 
 class NoBackward(Callback):
     "In place of a backward, which PyTorch cannot run on a GPU that is not there: gradients without values, and the hooks that wait for them"
-    def __init__(self): self.hooks = []
+    def __init__(self, ops): self.ops,self.hooks = ops,[]
     def before_batch(self): self.hooks.clear()
     def before_backward(self):
         for p in self.model.parameters(): p.grad = torch.empty_like(p)
-        for t,f in reversed(self.hooks): f(torch.empty_like(t))
+        self.ops.on = False
+        todo = [(f, torch.empty_like(t)) for t,f in reversed(self.hooks)]
+        self.ops.on = True
+        for f,g in todo: f(g)
         raise CancelBackwardException('done')
     @contextmanager
     def catch(self):
@@ -50,7 +56,8 @@ class NoBackward(Callback):
 
 def device_step(model, batch, cbs, device='cuda')->Ops:
     "The operations of a training step of a Learner on a device that has no numbers: 'cuda' (faked, by `FakeTensorMode`) or 'meta', where every look at a number raises"
-    ops,nb,fake = Ops(),NoBackward(),device!='meta'
+    ops,fake = Ops(),device!='meta'
+    nb = NoBackward(ops)
     with FakeTensorMode() if fake else nullcontext():
         with torch.device(device): m,b = model(),batch()
         m.to = lambda *args, **kwargs: m
@@ -66,7 +73,7 @@ def host_reads(name, cbs=None)->pd.DataFrame:
     for k,f in (cbs or {k:f for k,f in ours.items() if 'every' not in k}).items():
         try: o,meta = device_step(*models[name], f()),device_step(*models[name], f(), 'meta')
         except TypeError as e: rows.append(dict(model=name, callbacks=k, note=str(e))); continue
-        rows.append(dict(model=name, callbacks=k, reads=o.reads-bare.reads, reads_meta=meta.reads, ops=o.n-bare.n, ops_bare=bare.n))
+        rows.append(dict(model=name, callbacks=k, reads=o.reads-bare.reads, reads_meta=meta.reads, work=o.work-bare.work, ops=o.ops-bare.ops, ops_bare=bare.ops))
     return pd.DataFrame(rows)
 
 def l3():

@@ -38,7 +38,7 @@ def race(name, # a key of `models`
             for c in np.roll(list(ls), r):
                 if c in fail: continue
                 try: times[c,n,r] = run(c)
-                except Exception as e: fail[c] = f'{type(e).__name__}: {e}'.splitlines()[0]
+                except Exception as e: fail[c] = ' '.join(f'{type(e).__name__}: {e}'.split())
     torch.set_num_threads(before)
     for l in ls.values(): close(l)
     return table(name, cbs, threads, times, fail)

@@ -19,9 +19,12 @@ def convnet():
 def images(bs, side): return torch.randn(bs, 3, side, side),torch.randint(10, (bs,))
 def tokens(vocab, bs=16, n=64): return torch.randint(vocab, (bs,n)),torch.randint(10, (bs,n))
 
+def linear(): return nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 10))
+
 models = {  # name -> functions that make the model and its batch
     'resnet18':      (partial(resnet18, num_classes=10), partial(images, 32, 64)),
     'resnet34':      (partial(resnet34, num_classes=10), partial(images, 32, 64)),
+    'linear':        (linear, partial(images, 8, 4)),
     'convnet':       (convnet, partial(images, 64, 32)),
     'transformer-4': (partial(Transformer, 4, 1_000), partial(tokens, 1_000)),
     'transformer-6': (partial(Transformer, 6, 30_000), partial(tokens, 30_000))}

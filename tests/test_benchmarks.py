@@ -1,0 +1,89 @@
+"The benchmarks run, and what they count on the device path is as promised. No times are asserted."
+import sys
+from functools import partial
+
+import pandas as pd
+import pytest
+from fastai.basics import Callback,Learner
+from torch import nn
+
+from conftest import ROOT,run
+sys.path.insert(0, str(ROOT))
+from benchmarks import counts,curves,end_to_end,peers,share
+from benchmarks.models import images
+
+def net(n): return lambda: nn.Sequential(nn.Flatten(), *(nn.Linear(48, 48) for _ in range(n)))
+batch = partial(images, 2, 4)
+default = {k:f for k,f in peers.ours.items() if k in ('norm','param','output','both')}
+each = pytest.mark.parametrize('name', default)
+
+class Looks(Callback):
+    "What everybody does: a number from the device for every parameter"
+    def before_step(self): self.got = [p.grad.norm().cpu() for p in self.model.parameters()]
+
+def test_reads_are_counted():
+    assert counts.device_step(net(3), batch, [Looks()]).reads==6
+    assert counts.device_step(net(3), batch, []).reads==0
+    class Item(Callback):
+        def before_step(self): next(self.model.parameters()).grad.sum().item()
+    for d in ('cuda','meta'):
+        with pytest.raises(Exception, match='item|_local_scalar_dense|meta tensors'): counts.device_step(net(3), batch, [Item()], d)
+
+@each
+@pytest.mark.parametrize('device', ['cuda','meta'])
+def test_no_host_reads(name, device): assert counts.device_step(net(3), batch, default[name](), device).reads==0
+
+@pytest.mark.parametrize('name', ['norm','param'])
+def test_constant_work(name):
+    "The device gets as much to do for 80 parameters as for 8"
+    a,b = (counts.device_step(net(n), batch, default[name]()).work - counts.device_step(net(n), batch, []).work for n in (4,40))
+    assert a==b>0
+
+def test_share():
+    d = share.share('linear', rounds=1, steps=2, only=['norm','both','ActivationStats'])
+    assert list(d['callbacks'])==['norm','both','ActivationStats']
+    assert (d['share %']>0).all() and (d['calls']>0).all()
+
+def test_clock_counts_nested_calls_once():
+    c = share.Clock()
+    inner = c.wrap(lambda: sum(range(100_000)))
+    c.wrap(lambda: inner())()
+    assert c.calls==1
+    inner()
+    assert c.calls==2
+
+def test_watch_leaves_nothing():
+    def state(): return [getattr(*o) for o in share.hooks+share.flushes]+[Callback.__call__,Learner.one_batch]
+    before = state()
+    with pytest.raises(ZeroDivisionError), share.watch(share.Clock(), []): 1/0
+    assert state()==before
+
+def test_race():
+    "A peer that raises is a row that says so"
+    class Bad(Callback):
+        def before_step(self): raise ValueError('no such thing')
+    def missing(): raise ImportError('not installed')
+    d = end_to_end.race('linear', threads=(1,), rounds=2, steps=2, cbs={'both':peers.both, 'bad':lambda: [Bad()], 'missing':missing}).set_index('callbacks')
+    assert list(d.index)==['bare','bare, again','both','bad','missing']
+    assert d.loc['bare','cpu']==1 and (d.loc[['bare','both'],['cpu','wall']]>0).all(axis=None)
+    assert 'no such thing' in d.loc['bad','note'] and 'not installed' in d.loc['missing','note']
+
+def test_kept():
+    d = counts.kept('linear', steps=5).set_index('callbacks')
+    assert d.loc['both','tensors']==4+2
+    assert d.loc["thread's hook",'bytes_per_step']>=8*8*(16+10)
+
+def test_bounded():
+    d = counts.bounded(20_000, tensors=5, keep=100)
+    assert (d['kept']<=100).all()
+    assert d['peak_mb'].iloc[-1]<d['peak_mb'].iloc[0]*1.2
+
+def test_curves():
+    assert [x for _,x,*_ in curves.recorded(20, 2)]==[10,20]
+    assert [x for _,x,*_ in curves.every('linear', (1,2), 5)]==[1,2]
+
+def test_main(tmp_path):
+    run(sys.executable, '-W', 'ignore', '-m', 'benchmarks', '--only', 'machine', 'bounded', '--out', str(tmp_path), cwd=ROOT)
+    assert set(pd.read_csv(tmp_path/'machine.csv')['what'])>={'date','cpu','cores','torch'}
+    text = (tmp_path/'README.md').read_text()
+    assert '| iterations | kept | peak_mb |' in text and '## Share' not in text
