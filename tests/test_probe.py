@@ -3,7 +3,8 @@ import random
 import numpy as np,pytest,torch
 from torch import nn
 
-from fastai_gradstats import digits_learner,grad_along_ray
+from fastai.optimizer import Adam
+from fastai_gradstats import digits_learner,grad_along_ray,per_sample_norms
 
 FAR = np.geomspace(30, 300, 5)
 def net(L):
@@ -61,3 +62,56 @@ def test_trained_collapses():
     assert (learn.model(b[0]).argmax(1)==b[1]).all()
     ray = grad_along_ray(learn, [1,300], batch=b)
     assert ray['norm'].iloc[0]>0 and ray['norm'].iloc[1]==0
+
+def test_whole_bn_net():
+    "All parameters at once, BatchNorm's own and the last layer: +1"
+    np.testing.assert_allclose(grad_along_ray(digits_learner(cbs=[]), FAR)['slope'], 1, atol=.02)
+
+def grads(learn, b):
+    "Each parameter's gradient of the mean loss on `b`, by autograd"
+    return torch.autograd.grad(learn.loss_func(learn.model(b[0]), b[1]), list(learn.model.parameters()))
+def length(ts): return torch.cat([t.flatten() for t in ts]).double().norm().item()
+
+def test_directions():
+    "'gradient' goes uphill, as steeply as |g| for a step as long as the weights; far out in a 'random' direction the power is L-1"
+    learn = digits_learner(net(3), data={})
+    b = learn.dls.one_batch()
+    down,up = grad_along_ray(learn, [-1e-3,1e-3], direction='gradient', batch=b)['loss']
+    np.testing.assert_allclose((up-down)/2e-3, length(grads(learn, b))*length(learn.model.parameters()), rtol=.01)
+    np.testing.assert_allclose(grad_along_ray(learn, FAR*10, direction='random', batch=b)['slope'], 2, atol=.02)
+
+class Moody(nn.Module):
+    "Branches on a value, which `vmap` refuses"
+    def __init__(self): super().__init__(); self.lin = nn.Linear(64, 10)
+    def forward(self, x):
+        x = self.lin(x.flatten(1))
+        return x*2 if x.sum().item()>0 else x
+
+def singles(learn, b, n):
+    "(norms of the gradients of single samples, norm of their mean) by a loop over autograd"
+    gs = [grads(learn, (b[0][i:i+1], b[1][i:i+1])) for i in range(n)]
+    return [length(g) for g in gs],length([torch.stack(o).mean(0) for o in zip(*gs)])
+
+@pytest.mark.parametrize('model,how', [(Moody(),'loop'),('convnet','torch.func.vmap')])
+def test_per_sample(model, how):
+    "A loop where vmap refuses; BatchNorm with its running statistics, which stay as they are"
+    learn = digits_learner(model, data={}, cbs=[])
+    if how!='loop':
+        with torch.no_grad(): learn.model(learn.dls.one_batch()[0])   # running statistics that are not 0 and 1
+    b = learn.dls.one_batch()
+    before = bits(learn)
+    got = per_sample_norms(learn, 8, batch=b)
+    assert same(before, bits(learn)) and got.attrs['how'].startswith(how)
+    want,mean = singles(learn if how=='loop' else (learn.model.eval(), learn)[1], b, 8)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(got.attrs['mean_norm'], mean, rtol=1e-5)
+
+def test_optimizer_untouched():
+    "Adam's averages and step counts are where they were"
+    learn = digits_learner(net(2), data={}, opt_func=Adam)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
+    state = lambda: [(k, v.clone() if isinstance(v, torch.Tensor) else v) for p in learn.model.parameters() for k,v in learn.opt.state[p].items()]
+    before = state()
+    grad_along_ray(learn, [1,2], direction='gradient')
+    per_sample_norms(learn, 4)
+    assert len(before)>=6 and same(before, state())
