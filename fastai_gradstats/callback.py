@@ -169,7 +169,7 @@ def _open(self:_GradCallback):
     st = self._state
     if self.folder is None or st.stream is not None: return
     st.stream = Stream(self._record, self.folder, self._tables, rank_distrib())
-    st.stream.attempt(lambda: None)   # claims the folder
+    st.stream.attempt(st.stream.facts)   # claims the folder
 
 @patch
 def _full(self:_GradCallback, full):

@@ -5,12 +5,13 @@ from fastai.basics import Learner,SGD,accuracy,partial
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from conftest import ROOT
+from conftest import ROOT,run
 from oracles import fit,loaders
 from types import SimpleNamespace
 import torch
 from torch import nn
-from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback
+from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,diagnose
+from fastai_gradstats.record import as_record
 
 pytest.importorskip('pyarrow')
 
@@ -80,3 +81,28 @@ def test_show(tmp_path):
     learn.remove_cb(gnc)
     fit(learn)
     assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','time'] and len(learn.cbs)==len(plain.cbs)
+
+class Halves(nn.Module):
+    "One layer is never used, the last but one is frozen, a rectifier is dead"
+    def __init__(self):
+        super().__init__()
+        self.a,self.dead,self.frozen,self.head,self.idle = nn.Linear(4, 8),nn.Linear(8, 8),nn.Linear(8, 8),nn.Linear(8, 3),nn.Linear(8, 3)
+        nn.init.constant_(self.dead.bias, -100.)
+        self.frozen.requires_grad_(False)
+    def forward(self, x): return self.head(self.frozen(self.dead(self.a(x)).relu()))
+
+@pytest.mark.parametrize('include', [None, '^(a|dead|frozen)'])
+def test_diagnosis_of_files(tmp_path, include):
+    "Findings from a folder, streamed or saved, read where neither torch nor fastai is loaded, are those of the live record"
+    learn = learner([GradStatsCallback(folder=tmp_path/'a', include=include), GradNormCallback(folder=tmp_path/'a', update_every=2)])
+    learn.model = Halves()
+    learn.create_opt()
+    fit(learn); fit(learn)
+    want,rec = diagnose(learn),as_record(learn)
+    assert {'frozen','dead_units','unused'}-({'unused'} if include else set()) <= set(want['rule']) and not {'unused','frozen','fp16_flush'} & set(want.query('severity=="not checked"')['rule'])
+    if include: assert 'unused' not in set(want['rule']) and [n for n,*_ in rec.facts[0]['params']]==['a.weight','a.bias','dead.weight','dead.bias','frozen.weight','frozen.bias']
+    rec.save(tmp_path/'parquet'); rec.save(tmp_path/'csv', format='csv')
+    code = "import sys; from fastai_gradstats import diagnose; [diagnose(d).to_json(d+'.json') for d in sys.argv[1:]]; assert not {'torch','fastai'} & sys.modules.keys()"
+    folders = [str(tmp_path/n) for n in ('a','parquet','csv')]
+    run(sys.executable, '-c', code, *folders, cwd=ROOT)
+    for d in folders: assert open(d+'.json').read()==want.to_json()
