@@ -44,7 +44,7 @@ class _State(SimpleNamespace):
 class _GradCallback(Callback):
     "Counts iterations and steps and says when to read"
     order,run_valid = MixedPrecision.order+.5,False   # after accumulation (6) and unscaling (10), before clipping (11)
-    _learn,_weights,folder = None,False,None   # does it need the weights beside the gradients?
+    _learn,_weights,folder,show = None,False,None,False   # does it need the weights beside the gradients?
 
     @property
     def learn(self): return self._learn
@@ -139,7 +139,7 @@ def before_train(self:_GradCallback):
     st.params = self._params()
     if fresh: self._record.facts.append(_facts(self.learn, st))
     st.keys = {}
-    st.live,st.quiet,st.before,st.first = True,rank_distrib()!=0,None,len(self._record._steps.parts)
+    st.live,st.quiet,st.before,st.first = True,rank_distrib()!=0 and not self.show,None,len(self._record._steps.parts)   # a column that is watched is the same in all processes
     if not st.quiet:
         self._open()
         self._start()
@@ -162,12 +162,12 @@ def _show(self:_GradCallback, old, new): pass
 def _folder(cb, v):
     if v is None: return None
     need_parquet("folder: writing files")
-    return check_free(v, cb._tables)
+    return v if rank_distrib() else check_free(v, cb._tables)   # the first process writes
 
 @patch
 def _open(self:_GradCallback):
     st = self._state
-    if self.folder is None or st.stream is not None: return
+    if self.folder is None or st.stream is not None or rank_distrib(): return
     st.stream = Stream(self._record, self.folder, self._tables, rank_distrib())
     st.stream.attempt(st.stream.facts)   # claims the folder
 
@@ -395,7 +395,6 @@ def _read(self:GradStatsCallback, step):
     st.with_weights = peer
     st.engine.put_all([keys[i] for i,_,_ in gs], [g for _,_,g in gs], [p for _,p,_ in gs] if peer else None)
     st.engine.scale = scale
-    if st.quiet: st.engine.rewind(st.read)
 
 @patch
 def _param_keys(self:GradStatsCallback):
@@ -405,7 +404,8 @@ def _param_keys(self:GradStatsCallback):
 
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch
-def _stepped(self:GradStatsCallback, step): pass
+def _stepped(self:GradStatsCallback, step):
+    if self._state.quiet and self._state.read is not None: self._state.engine.rewind(self._state.read)   # only now: GradNormCallback may have shared it
 
 # %% ../nbs/04_callback.ipynb #54671b33
 @patch

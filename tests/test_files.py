@@ -1,7 +1,8 @@
 "Records on disk: what was written comes back, whatever went wrong on the way."
-import os,subprocess,sys,warnings
+import json,multiprocessing as mp,os,random,re,subprocess,sys,time,warnings
+from datetime import timedelta
 import numpy as np,pandas as pd,pytest
-from fastai.basics import Learner,SGD,accuracy,partial
+from fastai.basics import Callback,Learner,SGD,accuracy,partial
 from fastai.callback.progress import CSVLogger
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
@@ -10,13 +11,16 @@ from oracles import fit,loaders
 from types import SimpleNamespace
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,diagnose
-from fastai_gradstats.record import as_record
+from fastai_gradstats.files import claim
+from fastai_gradstats.record import Stream,as_record
 
 pytest.importorskip('pyarrow')
 
-def learner(cbs, n=60, **kwargs):
-    torch.manual_seed(0)
+def learner(cbs, n=60, seed=0, **kwargs):
+    torch.manual_seed(seed)
     x,y = torch.randn(n, 4),torch.randint(0, 3, (n,))
     return Learner(loaders(x, y, bs=10), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), loss_func=nn.CrossEntropyLoss(), cbs=cbs, **kwargs)
 
@@ -106,3 +110,121 @@ def test_diagnosis_of_files(tmp_path, include):
     folders = [str(tmp_path/n) for n in ('a','parquet','csv')]
     run(sys.executable, '-c', code, *folders, cwd=ROOT)
     for d in folders: assert open(d+'.json').read()==want.to_json()
+
+## Other processes
+
+@pytest.fixture(scope='module')
+def ctx():
+    "Processes forked from one that has imported fastai"
+    c = mp.get_context('forkserver')
+    c.set_forkserver_preload(['fastai.callback.all', 'torch.distributed.fsdp', 'pyarrow.parquet', 'fastai_gradstats.all', 'hypothesis'])
+    return c
+
+class Done(Callback):
+    "Counts finished iterations where another process sees them"
+    order,run_valid = 1000,False
+    def __init__(self, n): self.n = n
+    def after_batch(self): self.n.value += 1
+
+def train(folder, n, accumulate, seed, epochs):
+    "Its numbers depend on `seed` and `accumulate` alone"
+    cbs = *both(folder, update_every=2),Done(n),*[GradientAccumulation(20)]*accumulate
+    fit(learner(cbs, seed=seed), epochs)
+    return cbs[:2]
+
+EVERY = 4
+def forever(*args):
+    torch.set_num_threads(1)
+    Stream.every = EVERY
+    train(*args, epochs=100_000)
+
+def beginning(part, whole):
+    "`part` is the first rows of `whole`, all of an iteration or none"
+    if not len(part): return
+    assert part['iteration'].iloc[-1]<whole['iteration'].iloc[len(part)]
+    plain = lambda d: d.astype({c:object for c in d if d[c].dtype=='category'})
+    pd.testing.assert_frame_equal(plain(part), plain(whole.iloc[:len(part)]), check_dtype=False, check_exact=True)
+
+@pytest.mark.slow
+def test_killed(tmp_path, ctx):
+    "kill -9 at random moments of 20 runs"
+    rng,lost = random.Random(0),[]
+    for seed in range(20):
+        d,n,acc = tmp_path/str(seed),ctx.Value('q', 0, lock=False),seed%2
+        p = ctx.Process(target=forever, args=(d, n, acc, seed))
+        p.start()
+        while not n.value and p.is_alive(): time.sleep(.001)
+        time.sleep(rng.uniform(0, .4))
+        p.kill(); p.join()
+        assert p.exitcode==-9
+        rec,(gcb,gnc) = GradRecord.load(d),train(None, SimpleNamespace(value=0), acc, seed, n.value//6+2)
+        for part,whole in ((rec.df,gcb.df), (rec.steps,gnc.df), (rec.by(),gnc.by())): beginning(part, whole)
+        assert rec.facts==json.loads(json.dumps(gcb.record.facts))
+        lost.append((n.value-len(rec), n.value//(1+acc)-len(rec.steps)))
+    assert np.max(lost)<=EVERY+1 and np.min(lost)>=-1 and len(set(lost))>3, lost
+
+def claim_all(folder, barrier, queue):
+    "Try to take 50 folders at the same time as another process"
+    won = []
+    for i in range(50):
+        barrier.wait(30)
+        try:
+            claim(folder/str(i), ['steps'])
+            won.append(i)
+        except ValueError as e: assert re.search('already holds a record|taken by another process', str(e)), e
+    queue.put(won)
+
+def test_race(tmp_path, ctx):
+    "Of two processes that want a folder, one gets it"
+    b,q = ctx.Barrier(2),ctx.Queue()
+    ps = [ctx.Process(target=claim_all, args=(tmp_path, b, q)) for _ in range(2)]
+    for p in ps: p.start()
+    won = [q.get(timeout=60) for _ in ps]
+    for p in ps: p.join()
+    assert sorted(sum(won, []))==list(range(50)) and [p.exitcode for p in ps]==[0,0]
+    assert all(json.loads((tmp_path/f'{i}'/'gradstats.json').read_text())['format']==1 for i in range(50))
+
+class Half(Callback):
+    "Each rank works on its half of the batch"
+    order = -7
+    def before_batch(self): self.learn.xb,self.learn.yb = ([t.chunk(2)[torch.distributed.get_rank()] for t in b] for b in (self.xb,self.yb))
+
+class Ready(Callback):
+    "The first rank is training and has claimed the folder"
+    order,run_valid = 0,False
+    def __init__(self, event): self.event = event
+    def before_batch(self): self.event.set()
+
+wraps = dict(ddp=torch.nn.parallel.DistributedDataParallel, fsdp=lambda m: fully_shard(m, mesh=init_device_mesh('cpu', (2,)), reshard_after_forward=True))
+
+def rank(r, folder, events, queue):
+    "One of two ranks; the second makes its callbacks when the first is training"
+    os.environ.update(RANK=str(r), WORLD_SIZE='2')
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=r, world_size=2, timeout=timedelta(seconds=60))
+    for how,e in events.items():
+        learn = learner([Half(), Ready(e)])
+        learn.model = wraps[how](learn.model)
+        if r: assert e.wait(60)
+        gcb,gnc = both(folder/how, show=True)
+        fit(learn.add_cbs([gcb, gnc]), 2)
+        queue.put((how, r, [[float(v) for v in o] for o in learn.recorder.values], gcb.df, gnc.df))
+    torch.distributed.destroy_process_group()
+
+def test_ranks(tmp_path, ctx):
+    "Two ranks that name one folder: the first writes; both see the same `grad_norm`"
+    events,q = {how:ctx.Event() for how in wraps},ctx.Queue()
+    ps = [ctx.Process(target=rank, args=(r, tmp_path, events, q)) for r in (0,1)]
+    for p in ps: p.start()
+    got = [q.get(timeout=90) for _ in range(2*len(wraps))]
+    for p in ps: p.join()
+    one = GradNormCallback()
+    fit(learner(one), 2)
+    for how in wraps:
+        (_,_,a,gdf,ndf),(_,_,b,rest,_) = sorted((o for o in got if o[0]==how), key=lambda o: o[1])
+        rec = GradRecord.load(tmp_path/how)
+        pd.testing.assert_frame_equal(rec.df, gdf)
+        pd.testing.assert_frame_equal(rec.steps, ndf)
+        assert {f.name.split('-')[1] for f in (tmp_path/how).glob('*.parquet')}=={'0'} and not len(rest)
+        want = one.df.groupby('epoch')['norm'].mean()
+        for v in (a,b): np.testing.assert_allclose([o[-1] for o in v], want, rtol=1e-5)
