@@ -1,6 +1,7 @@
 "Records on disk: what was written comes back, whatever went wrong on the way."
-import json,multiprocessing as mp,os,random,re,subprocess,sys,time,warnings
+import json,multiprocessing as mp,os,random,re,shutil,subprocess,sys,time,warnings
 from datetime import timedelta
+from pathlib import Path
 import numpy as np,pandas as pd,pytest
 from fastai.basics import Callback,Learner,SGD,accuracy,partial
 from fastai.callback.progress import CSVLogger
@@ -14,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,diagnose
-from fastai_gradstats.files import claim
+from fastai_gradstats.files import category,claim,dtype,fixed,schema
 from fastai_gradstats.record import Stream,as_record
 
 pytest.importorskip('pyarrow')
@@ -110,6 +111,97 @@ def test_diagnosis_of_files(tmp_path, include):
     folders = [str(tmp_path/n) for n in ('a','parquet','csv')]
     run(sys.executable, '-c', code, *folders, cwd=ROOT)
     for d in folders: assert open(d+'.json').read()==want.to_json()
+
+def golden():
+    "A record with every table, both phases, NaN and inf, a skipped step, an extra column and facts"
+    def table(t, n, **cols): return pd.DataFrame({c:cols[c] if c in cols else category([0]*n, fixed[c]) if c in fixed else np.arange(n).astype(d) for c in schema[t] if (d := dtype(t, c))})
+    phase = category([0,0,1,0], fixed['phase'])
+    rows = table('tensors', 4, phase=phase, kind=category([0,1,0,1], fixed['kind']), name=category([0,1,0,1], ['body.0','body.0.weight']),
+                 max_abs=np.float32([.5,np.inf,np.nan,1e-20]), skipped=[False,True,False,False], numel=[2**40,3,4,5]).assign(cubes=np.float32([1,2,3,np.nan]))
+    steps = table('steps', 4, phase=phase, norm=[.1,np.nan,3.,1e300], skipped=[False,True,False,False]).assign(update_norm=[.1,np.nan,.3,.4], update_ratio=[1.,np.nan,3,4])
+    params = table('params', 4, phase=phase, name=category([0,1,0,1], ['body.0.weight','body.0.bias']))
+    facts = [dict(fit=i, phase=0, params=[['body.0.weight',True,2],['body.0.bias',False,1]], half=False, scaled=False) for i in (0,1,3)]
+    return GradRecord(rows, steps, params, .5, [(1,'fit',1,'(input)','body.0')], facts)
+
+def test_golden():
+    "A folder written by the first version that had this format"
+    rec,want = GradRecord.load(ROOT/'tests'/'golden'),golden()
+    pd.testing.assert_frame_equal(rec.df, want.df, check_exact=True)
+    pd.testing.assert_frame_equal(rec.steps, want.steps, check_exact=True)
+    pd.testing.assert_frame_equal(rec._frame('_params'), want._frame('_params'), check_exact=True)
+    assert (rec.threshold,list(rec.breaks),rec.facts)==(want.threshold,want.breaks,want.facts)
+
+def copy_golden(to): return Path(shutil.copytree(ROOT/'tests'/'golden', to/'a'))
+
+def _empty(d): shutil.rmtree(d); d.mkdir()
+def _other(d): _empty(d); (d/'notes.txt').write_text('hello')
+def _mark(d, **kw): (d/'gradstats.json').write_text(json.dumps(json.loads((d/'gradstats.json').read_text())|kw))
+def _file(d): shutil.rmtree(d); d.write_text('hello')
+def _part(d, format=1):
+    "One part again, with another format number inside"
+    import pyarrow.parquet as pq
+    fn = d/'steps-0-000000.parquet'
+    t = pq.read_table(fn)
+    pq.write_table(t.replace_schema_metadata({'fastai_gradstats':json.dumps(dict(format=format))} if format else {}), fn)
+
+@pytest.mark.parametrize('spoil,say', [
+    (_empty, 'no record; expected are files like tensors-0-000000.parquet, found nothing'), (_other, 'found notes.txt'), (shutil.rmtree, 'no such folder'),
+    (_file, 'is a file, expected a folder'), (partial(_mark, format=2), 'gradstats.json: format 2 found, this version reads format 1'),
+    (partial(_mark, facts=[1]), "'facts' is not"), (partial(_part, format=7), 'steps-0-000000.parquet: format 7 found, this version reads format 1'),
+    (partial(_part, format=None), 'not a gradstats file'), (lambda d: (d/'params-0-000000.parquet').write_bytes(b'hello'), 'params-0-000000.parquet: damaged'),
+    (lambda d: (d/'gradstats.json').write_text('{"format": 1, "tab'), 'gradstats.json: damaged'), (lambda d: (d/'gradstats.json').write_text('[1]'), 'not a gradstats file')],
+    ids='empty other none file mark facts part foreign damaged cut list'.split())
+def test_bad_input(tmp_path, spoil, say):
+    spoil(d := copy_golden(tmp_path))
+    with pytest.raises((ValueError,FileNotFoundError), match=re.escape(say)) as e: GradRecord.load(d)
+    assert str(d) in str(e.value)
+
+def test_skip(tmp_path):
+    "What is damaged is named and left out, facts too"
+    d = copy_golden(tmp_path)
+    _part(d, 7); _mark(d, facts=[1])
+    with pytest.warns(UserWarning, match='2 parts left out.*steps-0-000000'): rec = GradRecord.load(d, errors='skip')
+    pd.testing.assert_frame_equal(rec.df, golden().df)
+    assert not len(rec.steps) and rec.facts==[]
+
+## Disks that fail
+
+def survives(folder, spoil, n=3):
+    "Train, spoil the folder after an epoch: one warning, the record whole"
+    class Spoil(Callback):
+        def before_epoch(self):
+            if self.epoch==1: spoil(folder)
+    gcb,gnc = both(folder)
+    with pytest.warns(UserWarning) as w: fit(learner([gcb, gnc, Spoil()]), n)
+    said = [str(o.message) for o in w if 'folder:' in str(o.message)]
+    a,b = GradStatsCallback(),GradNormCallback()
+    fit(learner([a, b]), n)
+    pd.testing.assert_frame_equal(gcb.df, a.df)
+    pd.testing.assert_frame_equal(gnc.df, b.df)
+    return said
+
+def test_removed(tmp_path):
+    "The folder goes away, or something else takes its place"
+    for spoil in (shutil.rmtree, _file):
+        said = survives(tmp_path/spoil.__name__, spoil)
+        assert len(said)==2 and all('cannot write' in s for s in said)   # one for each callback
+
+def test_not_allowed(tmp_path):
+    "A parent that is a file, as permissions do not stop root"
+    (tmp_path/'f').write_text('')
+    said = survives(tmp_path/'f'/'a', lambda d: None)
+    assert len(said)==2 and all('cannot write' in s and 'NotADirectory' in s for s in said)
+
+def test_tmpfs(tmp_path):
+    "A disk of 64 KB"
+    (d := tmp_path/'small').mkdir()
+    if subprocess.run(['mount','-t','tmpfs','-o','size=64k','none',d], capture_output=True).returncode: pytest.skip('no permission to mount')
+    try:
+        said = survives(d/'a', lambda f: None, n=12)
+        assert said and len(said)<=2 and all('No space left' in s for s in said)
+        rec = GradRecord.load(d/'a')   # what got there is whole
+        assert not list((d/'a').glob('.*.tmp')) and len(rec)%6==0
+    finally: subprocess.run(['umount',d], check=True)
 
 ## Other processes
 
