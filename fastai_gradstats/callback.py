@@ -607,6 +607,8 @@ def after_epoch(self:GradNormCallback):
     self._flush()
     parts = self._record._steps.parts[first:]
     v = np.concatenate([p['norm'][~p['skipped'].astype(bool)] for p in parts]) if parts else np.empty(0)
+    missing,at = r.metric_names.index('grad_norm')-len(r.log),1 if r.cancel_train else len(r.log)   # of a training or validation that was cancelled
+    if missing>0: r.log = r.log[:at]+[math.nan]*missing+r.log[at:]
     r.log.append(float(v.mean()) if len(v) else math.nan)
 
 # %% ../nbs/04_callback.ipynb #7fa0a7d6

@@ -3,12 +3,12 @@ import json,multiprocessing as mp,os,random,re,shutil,subprocess,sys,time,warnin
 from datetime import timedelta
 from pathlib import Path
 import numpy as np,pandas as pd,pytest
-from fastai.basics import Callback,Learner,SGD,accuracy,partial
+from fastai.basics import Callback,CancelTrainException,Learner,SGD,accuracy,partial
 from fastai.callback.progress import CSVLogger
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from conftest import ROOT,run
-from oracles import fit,loaders
+from oracles import TrainOnly,fit,loaders
 from types import SimpleNamespace
 import torch
 from torch import nn
@@ -320,3 +320,24 @@ def test_ranks(tmp_path, ctx):
         assert {f.name.split('-')[1] for f in (tmp_path/how).glob('*.parquet')}=={'0'} and not len(rest)
         want = one.df.groupby('epoch')['norm'].mean()
         for v in (a,b): np.testing.assert_allclose([o[-1] for o in v], want, rtol=1e-5)
+
+class CancelTrain(Callback):
+    def before_batch(self):
+        if self.training and self.epoch==1: raise CancelTrainException('not this one')
+
+@pytest.mark.parametrize('cancel,missing', [(TrainOnly, {1:[2,3],0:[2,3]}), (CancelTrain, {1:[1,4]})])
+def test_show_cancelled(cancel, missing):
+    "A cancelled training or validation leaves NaN in its own columns; `validate` is untouched"
+    learn = learner([GradNormCallback(show=True), cancel()], metrics=accuracy)
+    fit(learn, 2)
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','grad_norm','time']
+    for i,v in enumerate(learn.recorder.values):
+        assert len(v)==4 and [j+1 for j,o in enumerate(v) if np.isnan(o)]==missing.get(i, [])
+    if cancel is CancelTrain: np.testing.assert_allclose(learn.recorder.values[1][1:3], learn.validate(), rtol=1e-6)
+
+def test_show_stops():
+    "Two columns stand side by side, and EarlyStoppingCallback watches them"
+    learn = learner([GradNormCallback(show=True), GradNormCallback(show=True)])
+    fit(learn, 8, cbs=EarlyStoppingCallback(monitor='grad_norm', comp=np.greater, patience=2))
+    v = np.array([list(o) for o in learn.recorder.values])
+    assert v.shape==(3,4) and (v[:,2]==v[:,3]).all() and (np.diff(v[:,2])<0).all()
