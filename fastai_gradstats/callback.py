@@ -44,7 +44,7 @@ class _State(SimpleNamespace):
 class _GradCallback(Callback):
     "Counts iterations and steps and says when to read"
     order,run_valid = MixedPrecision.order+.5,False   # after accumulation (6) and unscaling (10), before clipping (11)
-    _learn,_weights,folder = None,False,None   # does it need the weights beside the gradients?
+    _learn,_weights,folder,show = None,False,None,False   # does it need the weights beside the gradients?
 
     @property
     def learn(self): return self._learn
@@ -147,7 +147,7 @@ def before_train(self:_GradCallback):
     st.params = self._params()
     if fresh: self._record.facts.append(_facts(self.learn, st))
     st.keys,st.look = {},True
-    st.live,st.quiet,st.before,st.first = True,rank_distrib()!=0,None,len(self._record._steps.parts)
+    st.live,st.quiet,st.before,st.first = True,rank_distrib()!=0 and not self.show,None,len(self._record._steps.parts)   # a column that is watched is the same in all processes
     if not st.quiet: self._open()
     self._start()
 
@@ -169,14 +169,14 @@ def _show(self:_GradCallback, old, new): pass
 def _folder(cb, v):
     if v is None: return None
     need_parquet("folder: writing files")
-    return check_free(v, cb._tables)
+    return v if rank_distrib() else check_free(v, cb._tables)   # the first process writes
 
 @patch
 def _open(self:_GradCallback):
     st = self._state
-    if self.folder is None or st.stream is not None: return
+    if self.folder is None or st.stream is not None or rank_distrib(): return
     st.stream = Stream(self._record, self.folder, self._tables, rank_distrib())
-    st.stream.attempt(lambda: None)   # claims the folder
+    st.stream.attempt(st.stream.facts)   # claims the folder
 
 @patch
 def _full(self:_GradCallback, full):
@@ -416,7 +416,6 @@ def _read(self:GradStatsCallback, step):
     st.with_weights = peer
     st.engine.put_all([keys[i] for i,_,_ in gs], [g for _,_,g in gs], [p for _,p,_ in gs] if peer else None)
     st.engine.scale = scale
-    if st.quiet: st.engine.rewind(st.read)
 
 @patch
 def _param_keys(self:GradStatsCallback):
@@ -442,7 +441,8 @@ def _check_compiled(self:GradStatsCallback):
 
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch
-def _stepped(self:GradStatsCallback, step): pass
+def _stepped(self:GradStatsCallback, step):
+    if self._state.quiet and self._state.read is not None: self._state.engine.rewind(self._state.read)   # only now: GradNormCallback may have shared it
 
 # %% ../nbs/04_callback.ipynb #54671b33
 @patch
@@ -644,6 +644,8 @@ def after_epoch(self:GradNormCallback):
     self._flush()
     parts = self._record._steps.parts[first:]
     v = np.concatenate([p['norm'][~p['skipped'].astype(bool)] for p in parts]) if parts else np.empty(0)
+    missing,at = r.metric_names.index('grad_norm')-len(r.log),1 if r.cancel_train else len(r.log)   # of a training or validation that was cancelled
+    if missing>0: r.log = r.log[:at]+[math.nan]*missing+r.log[at:]
     r.log.append(float(v.mean()) if len(v) else math.nan)
 
 # %% ../nbs/04_callback.ipynb #7fa0a7d6

@@ -70,11 +70,9 @@ def describe(table, df, threshold=1.):
     return dict(format=FORMAT, table=table, threshold=threshold, units={c:u.partition(' ')[2] for c,u in schema[table].items()},
                 names={c:df[c].cat.categories.tolist() for c in df if df[c].dtype=='category'})
 
-def write_part(path, table, df, number=0, rank=0, threshold=1., format='parquet'):
-    "Write `df` as part `number` of `table`: complete, or not at all"
-    fn = Path(path)/f'{table}-{rank}-{number:06}.{format}'
+def _put(fn, b):
+    "Write the bytes `b`: all, or none"
     tmp = fn.with_name(f'.{fn.name}.{os.getpid()}.tmp')
-    b = writers[format](df, describe(table, df, threshold))
     try:
         tmp.write_bytes(b)
         os.replace(tmp, fn)
@@ -82,6 +80,11 @@ def write_part(path, table, df, number=0, rank=0, threshold=1., format='parquet'
         try: tmp.unlink(missing_ok=True)
         except OSError: pass   # the error that matters is on its way
         raise
+
+def write_part(path, table, df, number=0, rank=0, threshold=1., format='parquet'):
+    "Write `df` as part `number` of `table`: complete, or not at all"
+    fn = Path(path)/f'{table}-{rank}-{number:06}.{format}'
+    _put(fn, writers[format](df, describe(table, df, threshold)))
     return fn
 
 # %% ../nbs/02a_files.ipynb #1004c292
@@ -111,6 +114,8 @@ def check_free(folder, tables):
     return p
 
 # %% ../nbs/02a_files.ipynb #27ddbf85
+def _json(**info): return json.dumps(info, indent=1).encode()
+
 def claim(p, tables, **info):
     "Take the folder for this process, or say who has it"
     check_free(p, tables)
@@ -118,8 +123,7 @@ def claim(p, tables, **info):
     if pid!=os.getpid() or not (p/MARK).exists():
         p.mkdir(parents=True, exist_ok=True)
         try:
-            with open(p/MARK, 'x', encoding='utf-8') as f:
-                json.dump(dict(format=FORMAT, created=time.strftime('%Y-%m-%d %H:%M:%S'), process=os.getpid(), tables=schema, **info), f, indent=1)
+            with open(p/MARK, 'xb', buffering=0) as f: f.write(_json(format=FORMAT, created=time.strftime('%Y-%m-%d %H:%M:%S'), process=os.getpid(), tables=schema, **info))
         except FileExistsError: raise ValueError(f"folder: {p} was taken by another process just now; each run needs a folder of its own") from None
         pid,taken = os.getpid(),set()
     _mine[p] = pid,taken | set(tables)
@@ -205,8 +209,28 @@ def _listed(path):
 def _mark(path):
     try: s = (path/MARK).read_text(encoding='utf-8')
     except FileNotFoundError: return None
-    try: return json.loads(s or '{}')   # empty: claimed a moment ago
+    try: mark = json.loads(s or '{}')   # empty: claimed a moment ago
     except ValueError as e: raise BadPart(f"{path/MARK}: damaged ({e})") from e
+    if mark!={}: _check_format(path/MARK, mark)
+    return mark
+
+# %% ../nbs/02a_files.ipynb #6ffd6def
+def write_facts(path, table, facts):
+    "Replace what `gradstats.json` says of the fits that one callback saw"
+    mark = _mark(path)
+    if mark is None: raise FileNotFoundError(f"{path/MARK} is gone")
+    _put(path/MARK, _json(**mark|dict(facts=mark.get('facts', {})|{table:facts})))
+
+def _check_facts(fn, facts):
+    want = dict(fit=int, phase=int, params=list, half=bool, scaled=bool)
+    def ok(f): return isinstance(f, dict) and all(isinstance(f.get(k), t) for k,t in want.items()) and all(isinstance(p, list) and list(map(type, p))==[str,bool,int] for p in f['params'])
+    if not isinstance(facts, dict) or not all(isinstance(v, list) and all(map(ok, v)) for v in facts.values()):
+        raise BadPart(f"{fn}: 'facts' is not a table's list of {{{', '.join(f'{k}: {t.__name__}' for k,t in want.items())}}} with params of [name, requires_grad, dimensions]; found {str(facts)[:200]}")
+    return facts
+
+def pick_facts(facts):
+    "The first list that names parameters, else the first that is not empty"
+    return next((f for f in facts if any(o['params'] for o in f)), next(filter(None, facts), []))
 
 # %% ../nbs/02a_files.ipynb #b5b27220
 def read_folder(folder, errors='raise'):
@@ -223,7 +247,7 @@ def read_folder(folder, errors='raise'):
     (parts,gaps),mark = _listed(path),attempt(_mark, path)
     if not parts and mark is None and not bad:
         raise ValueError(f"{path}: no record; expected are files like tensors-0-000000.parquet, found {', '.join(sorted(f.name for f in path.iterdir())[:5]) or 'nothing'}")
-    if mark and not parts: attempt(_check_format, path/MARK, mark)
+    if mark: mark['facts'] = attempt(_check_facts, path/MARK, mark.get('facts', {})) or {}
     def missing(g): raise BadPart(f"{g}: missing, although later parts are there")
     for g in gaps: attempt(missing, g)
     if any(f.suffix=='.parquet' for v in parts.values() for *_,f in v): need_parquet(f"reading {path}")

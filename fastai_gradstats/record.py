@@ -18,7 +18,7 @@ from importlib import import_module
 import numpy as np, pandas as pd
 from fastcore.basics import patch, ifnone
 from fastcore.foundation import L
-from .files import check_free, claim, describe, empty, need_parquet, read_folder, schema, write_part
+from .files import check_free, claim, describe, empty, need_parquet, pick_facts, read_folder, schema, write_facts, write_part
 
 # %% ../nbs/03_record.ipynb #2a7311ed
 phases = ['fit','lr_find']
@@ -511,7 +511,7 @@ def _merge(rs):
     "One record from the last that has tensors and the last that has steps"
     pick = lambda a: next((getattr(r,a) for r in reversed(rs) if len(getattr(r,a))), None)
     last = lambda a,d: next((getattr(r,a) for r in reversed(rs) if len(r._rows)), d)
-    return GradRecord(pick('_rows'), pick('_steps'), pick('_params'), last('threshold', 1.), last('breaks', ()), next((r.facts for r in reversed(rs) if r.facts), None))
+    return GradRecord(pick('_rows'), pick('_steps'), pick('_params'), last('threshold', 1.), last('breaks', ()), pick_facts([r.facts for r in sorted(rs[::-1], key=lambda r: not len(r._rows))]))
 
 # %% ../nbs/03_record.ipynb #ce003301
 def _breaks_frame(breaks):
@@ -540,7 +540,7 @@ def save(self:GradRecord,
     format,path = ifnone(format, 'parquet'),check_free(folder, schema)
     dfs = dict(tensors=self.df, steps=self.steps, params=_params_frame(self._frame('_params')), breaks=_breaks_frame(self.breaks), hist=self.hist_df)
     dfs = {t:d for t,d in dfs.items() if len(d)}
-    claim(path, schema, threshold=self.threshold, parts={t:describe(t, d, self.threshold) for t,d in dfs.items()})
+    claim(path, schema, threshold=self.threshold, parts={t:describe(t, d, self.threshold) for t,d in dfs.items()}, facts={'tensors':self.facts} if self.facts else {})
     for t,d in dfs.items(): write_part(path, t, d, threshold=self.threshold, format=format)
     return path
 
@@ -557,7 +557,8 @@ def load(cls:GradRecord,
         key = np.where(rows['phase']=='fit', -1, rows['fit']).astype(np.int64)<<32 | rows['step'].to_numpy(np.int64)
         rows = rows.assign(skipped=np.isin(key, np.unique(key[rows['skipped']])))
     threshold = next((m['threshold'] for m in (metas.get('tensors'), info) if m and 'threshold' in m), 1.)
-    return GradRecord(rows, d['steps'], d['params'], threshold, d['breaks'].astype(dict(phase=object, after=object, before=object)).itertuples(index=False, name=None), hist=d['hist'])
+    return GradRecord(rows, d['steps'], d['params'], threshold, d['breaks'].astype(dict(phase=object, after=object, before=object)).itertuples(index=False, name=None),
+                      pick_facts([f for t in ('tensors','steps') if (f := info.get('facts', {}).get(t))]), d['hist'])
 
 # %% ../nbs/03_record.ipynb #c7ebf034
 class _Sink(list):
@@ -569,7 +570,7 @@ class Stream:
     every,seconds,limit = 500,30.,2_000_000   # iterations and seconds between parts, whichever comes first; rows that may wait on a failing disk
     def __init__(self, record, folder, tables, rank=0):
         self.record,self.folder,self.tables,self.rank = record,check_free(folder, tables),tables,rank
-        self.number,self.claimed,self.failed,self.broken,self.n,self.last = dict.fromkeys(tables, 0),False,False,0,0,monotonic()
+        self.number,self.claimed,self.failed,self.broken,self.known,self.n,self.last = dict.fromkeys(tables, 0),False,False,0,0,0,monotonic()
         self.stores = {t:getattr(record, a) for t,a in dict(tensors='_rows', steps='_steps', params='_params').items() if t in tables}
         for s in self.stores.values(): s.sink = _Sink()
 
@@ -594,6 +595,12 @@ def attempt(self:Stream, f):
     self.n,self.last = 0,monotonic()
 
 @patch
+def facts(self:Stream):
+    "What is known of the fits so far, where it is new"
+    if (n := len(self.record.facts))>self.known: write_facts(self.folder, self.tables[0], self.record.facts)
+    self.known = n
+
+@patch
 def part(self:Stream, table, df):
     "The next part"
     write_part(self.folder, table, df, self.number[table], self.rank, self.record.threshold)
@@ -606,6 +613,7 @@ def write(self:Stream,
          ):
     "Write what waits"
     def f():
+        self.facts()
         if 'breaks' in self.tables and (b := self.record.breaks[self.broken:]):
             self.part('breaks', _breaks_frame(b))
             self.broken += len(b)

@@ -1,21 +1,27 @@
 "Records on disk: what was written comes back, whatever went wrong on the way."
-import os,subprocess,sys,warnings
+import json,multiprocessing as mp,os,random,re,shutil,subprocess,sys,time,warnings
+from datetime import timedelta
+from pathlib import Path
 import numpy as np,pandas as pd,pytest
-from fastai.basics import Learner,SGD,accuracy,partial
+from fastai.basics import Callback,CancelTrainException,Learner,SGD,accuracy,partial
 from fastai.callback.progress import CSVLogger
-from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from conftest import ROOT
-from oracles import fit,loaders
+from conftest import ROOT,run
+from oracles import TrainOnly,fit,loaders
 from types import SimpleNamespace
 import torch
 from torch import nn
-from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,diagnose
+from fastai_gradstats.files import category,claim,dtype,fixed,schema
+from fastai_gradstats.record import Stream,as_record
 
 pytest.importorskip('pyarrow')
 
-def learner(cbs, n=60, **kwargs):
-    torch.manual_seed(0)
+def learner(cbs, n=60, seed=0, **kwargs):
+    torch.manual_seed(seed)
     x,y = torch.randn(n, 4),torch.randint(0, 3, (n,))
     return Learner(loaders(x, y, bs=10), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), loss_func=nn.CrossEntropyLoss(), cbs=cbs, **kwargs)
 
@@ -80,3 +86,258 @@ def test_show(tmp_path):
     learn.remove_cb(gnc)
     fit(learn)
     assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','time'] and len(learn.cbs)==len(plain.cbs)
+
+class Halves(nn.Module):
+    "One layer is never used, the last but one is frozen, a rectifier is dead"
+    def __init__(self):
+        super().__init__()
+        self.a,self.dead,self.frozen,self.head,self.idle = nn.Linear(4, 8),nn.Linear(8, 8),nn.Linear(8, 8),nn.Linear(8, 3),nn.Linear(8, 3)
+        nn.init.constant_(self.dead.bias, -100.)
+        self.frozen.requires_grad_(False)
+    def forward(self, x): return self.head(self.frozen(self.dead(self.a(x)).relu()))
+
+@pytest.mark.parametrize('include', [None, '^(a|dead|frozen)'])
+def test_diagnosis_of_files(tmp_path, include):
+    "Findings from a folder, streamed or saved, read where neither torch nor fastai is loaded, are those of the live record"
+    learn = learner([GradStatsCallback(folder=tmp_path/'a', include=include), GradNormCallback(folder=tmp_path/'a', update_every=2)])
+    learn.model = Halves()
+    learn.create_opt()
+    fit(learn); fit(learn)
+    want,rec = diagnose(learn),as_record(learn)
+    assert {'frozen','dead_units','unused'}-({'unused'} if include else set()) <= set(want['rule']) and not {'unused','frozen','fp16_flush'} & set(want.query('severity=="not checked"')['rule'])
+    if include: assert 'unused' not in set(want['rule']) and [n for n,*_ in rec.facts[0]['params']]==['a.weight','a.bias','dead.weight','dead.bias','frozen.weight','frozen.bias']
+    rec.save(tmp_path/'parquet'); rec.save(tmp_path/'csv', format='csv')
+    code = "import sys; from fastai_gradstats import diagnose; [diagnose(d).to_json(d+'.json') for d in sys.argv[1:]]; assert not {'torch','fastai'} & sys.modules.keys()"
+    folders = [str(tmp_path/n) for n in ('a','parquet','csv')]
+    run(sys.executable, '-c', code, *folders, cwd=ROOT)
+    for d in folders: assert open(d+'.json').read()==want.to_json()
+
+def golden():
+    "A record with every table, both phases, NaN and inf, a skipped step, an extra column and facts"
+    def table(t, n, **cols): return pd.DataFrame({c:cols[c] if c in cols else category([0]*n, fixed[c]) if c in fixed else np.arange(n).astype(d) for c in schema[t] if (d := dtype(t, c))})
+    phase = category([0,0,1,0], fixed['phase'])
+    rows = table('tensors', 4, phase=phase, kind=category([0,1,0,1], fixed['kind']), name=category([0,1,0,1], ['body.0','body.0.weight']),
+                 max_abs=np.float32([.5,np.inf,np.nan,1e-20]), skipped=[False,True,False,False], numel=[2**40,3,4,5]).assign(cubes=np.float32([1,2,3,np.nan]))
+    steps = table('steps', 4, phase=phase, norm=[.1,np.nan,3.,1e300], skipped=[False,True,False,False]).assign(update_norm=[.1,np.nan,.3,.4], update_ratio=[1.,np.nan,3,4])
+    params = table('params', 4, phase=phase, name=category([0,1,0,1], ['body.0.weight','body.0.bias']))
+    facts = [dict(fit=i, phase=0, params=[['body.0.weight',True,2],['body.0.bias',False,1]], half=False, scaled=False) for i in (0,1,3)]
+    return GradRecord(rows, steps, params, .5, [(1,'fit',1,'(input)','body.0')], facts)
+
+def test_golden():
+    "A folder written by the first version that had this format"
+    rec,want = GradRecord.load(ROOT/'tests'/'golden'),golden()
+    pd.testing.assert_frame_equal(rec.df, want.df, check_exact=True)
+    pd.testing.assert_frame_equal(rec.steps, want.steps, check_exact=True)
+    pd.testing.assert_frame_equal(rec._frame('_params'), want._frame('_params'), check_exact=True)
+    assert (rec.threshold,list(rec.breaks),rec.facts)==(want.threshold,want.breaks,want.facts)
+
+def copy_golden(to): return Path(shutil.copytree(ROOT/'tests'/'golden', to/'a'))
+
+def _empty(d): shutil.rmtree(d); d.mkdir()
+def _other(d): _empty(d); (d/'notes.txt').write_text('hello')
+def _mark(d, **kw): (d/'gradstats.json').write_text(json.dumps(json.loads((d/'gradstats.json').read_text())|kw))
+def _file(d): shutil.rmtree(d); d.write_text('hello')
+def _part(d, format=1):
+    "One part again, with another format number inside"
+    import pyarrow.parquet as pq
+    fn = d/'steps-0-000000.parquet'
+    t = pq.read_table(fn)
+    pq.write_table(t.replace_schema_metadata({'fastai_gradstats':json.dumps(dict(format=format))} if format else {}), fn)
+
+@pytest.mark.parametrize('spoil,say', [
+    (_empty, 'no record; expected are files like tensors-0-000000.parquet, found nothing'), (_other, 'found notes.txt'), (shutil.rmtree, 'no such folder'),
+    (_file, 'is a file, expected a folder'), (partial(_mark, format=2), 'gradstats.json: format 2 found, this version reads format 1'),
+    (partial(_mark, facts=[1]), "'facts' is not"), (partial(_part, format=7), 'steps-0-000000.parquet: format 7 found, this version reads format 1'),
+    (partial(_part, format=None), 'not a gradstats file'), (lambda d: (d/'params-0-000000.parquet').write_bytes(b'hello'), 'params-0-000000.parquet: damaged'),
+    (lambda d: (d/'gradstats.json').write_text('{"format": 1, "tab'), 'gradstats.json: damaged'), (lambda d: (d/'gradstats.json').write_text('[1]'), 'not a gradstats file')],
+    ids='empty other none file mark facts part foreign damaged cut list'.split())
+def test_bad_input(tmp_path, spoil, say):
+    spoil(d := copy_golden(tmp_path))
+    with pytest.raises((ValueError,FileNotFoundError), match=re.escape(say)) as e: GradRecord.load(d)
+    assert str(d) in str(e.value)
+
+def test_skip(tmp_path):
+    "What is damaged is named and left out, facts too"
+    d = copy_golden(tmp_path)
+    _part(d, 7); _mark(d, facts=[1])
+    with pytest.warns(UserWarning, match='2 parts left out.*steps-0-000000'): rec = GradRecord.load(d, errors='skip')
+    pd.testing.assert_frame_equal(rec.df, golden().df)
+    assert not len(rec.steps) and rec.facts==[]
+
+## Disks that fail
+
+def survives(folder, spoil, n=3):
+    "Train, spoil the folder after an epoch: one warning, the record whole"
+    class Spoil(Callback):
+        def before_epoch(self):
+            if self.epoch==1: spoil(folder)
+    gcb,gnc = both(folder)
+    with pytest.warns(UserWarning) as w: fit(learner([gcb, gnc, Spoil()]), n)
+    said = [str(o.message) for o in w if 'folder:' in str(o.message)]
+    a,b = GradStatsCallback(),GradNormCallback()
+    fit(learner([a, b]), n)
+    pd.testing.assert_frame_equal(gcb.df, a.df)
+    pd.testing.assert_frame_equal(gnc.df, b.df)
+    return said
+
+def test_removed(tmp_path):
+    "The folder goes away, or something else takes its place"
+    for spoil in (shutil.rmtree, _file):
+        said = survives(tmp_path/spoil.__name__, spoil)
+        assert len(said)==2 and all('cannot write' in s for s in said)   # one for each callback
+
+def test_not_allowed(tmp_path):
+    "A parent that is a file, as permissions do not stop root"
+    (tmp_path/'f').write_text('')
+    said = survives(tmp_path/'f'/'a', lambda d: None)
+    assert len(said)==2 and all('cannot write' in s and 'NotADirectory' in s for s in said)
+
+def test_tmpfs(tmp_path):
+    "A disk of 64 KB"
+    (d := tmp_path/'small').mkdir()
+    if subprocess.run(['mount','-t','tmpfs','-o','size=64k','none',d], capture_output=True).returncode: pytest.skip('no permission to mount')
+    try:
+        said = survives(d/'a', lambda f: None, n=12)
+        assert said and len(said)<=2 and all('No space left' in s for s in said)
+        rec = GradRecord.load(d/'a')   # what got there is whole
+        assert not list((d/'a').glob('.*.tmp')) and len(rec)%6==0
+    finally: subprocess.run(['umount',d], check=True)
+
+## Other processes
+
+@pytest.fixture(scope='module')
+def ctx():
+    "Processes forked from one that has imported fastai"
+    c = mp.get_context('forkserver')
+    c.set_forkserver_preload(['fastai.callback.all', 'torch.distributed.fsdp', 'pyarrow.parquet', 'fastai_gradstats.all', 'hypothesis'])
+    return c
+
+class Done(Callback):
+    "Counts finished iterations where another process sees them"
+    order,run_valid = 1000,False
+    def __init__(self, n): self.n = n
+    def after_batch(self): self.n.value += 1
+
+def train(folder, n, accumulate, seed, epochs):
+    "Its numbers depend on `seed` and `accumulate` alone"
+    cbs = *both(folder, update_every=2),Done(n),*[GradientAccumulation(20)]*accumulate
+    fit(learner(cbs, seed=seed), epochs)
+    return cbs[:2]
+
+EVERY = 4
+def forever(*args):
+    torch.set_num_threads(1)
+    Stream.every = EVERY
+    train(*args, epochs=100_000)
+
+def beginning(part, whole):
+    "`part` is the first rows of `whole`, all of an iteration or none"
+    if not len(part): return
+    assert part['iteration'].iloc[-1]<whole['iteration'].iloc[len(part)]
+    plain = lambda d: d.astype({c:object for c in d if d[c].dtype=='category'})
+    pd.testing.assert_frame_equal(plain(part), plain(whole.iloc[:len(part)]), check_dtype=False, check_exact=True)
+
+@pytest.mark.slow
+def test_killed(tmp_path, ctx):
+    "kill -9 at random moments of 20 runs"
+    rng,lost = random.Random(0),[]
+    for seed in range(20):
+        d,n,acc = tmp_path/str(seed),ctx.Value('q', 0, lock=False),seed%2
+        p = ctx.Process(target=forever, args=(d, n, acc, seed))
+        p.start()
+        while not n.value and p.is_alive(): time.sleep(.001)
+        time.sleep(rng.uniform(0, .4))
+        p.kill(); p.join()
+        assert p.exitcode==-9
+        rec,(gcb,gnc) = GradRecord.load(d),train(None, SimpleNamespace(value=0), acc, seed, n.value//6+2)
+        for part,whole in ((rec.df,gcb.df), (rec.steps,gnc.df), (rec.by(),gnc.by())): beginning(part, whole)
+        assert rec.facts==json.loads(json.dumps(gcb.record.facts))
+        lost.append((n.value-len(rec), n.value//(1+acc)-len(rec.steps)))
+    assert np.max(lost)<=EVERY+1 and np.min(lost)>=-1 and len(set(lost))>3, lost
+
+def claim_all(folder, barrier, queue):
+    "Try to take 50 folders at the same time as another process"
+    won = []
+    for i in range(50):
+        barrier.wait(30)
+        try:
+            claim(folder/str(i), ['steps'])
+            won.append(i)
+        except ValueError as e: assert re.search('already holds a record|taken by another process', str(e)), e
+    queue.put(won)
+
+def test_race(tmp_path, ctx):
+    "Of two processes that want a folder, one gets it"
+    b,q = ctx.Barrier(2),ctx.Queue()
+    ps = [ctx.Process(target=claim_all, args=(tmp_path, b, q)) for _ in range(2)]
+    for p in ps: p.start()
+    won = [q.get(timeout=60) for _ in ps]
+    for p in ps: p.join()
+    assert sorted(sum(won, []))==list(range(50)) and [p.exitcode for p in ps]==[0,0]
+    assert all(json.loads((tmp_path/f'{i}'/'gradstats.json').read_text())['format']==1 for i in range(50))
+
+class Half(Callback):
+    "Each rank works on its half of the batch"
+    order = -7
+    def before_batch(self): self.learn.xb,self.learn.yb = ([t.chunk(2)[torch.distributed.get_rank()] for t in b] for b in (self.xb,self.yb))
+
+class Ready(Callback):
+    "The first rank is training and has claimed the folder"
+    order,run_valid = 0,False
+    def __init__(self, event): self.event = event
+    def before_batch(self): self.event.set()
+
+wraps = dict(ddp=torch.nn.parallel.DistributedDataParallel, fsdp=lambda m: fully_shard(m, mesh=init_device_mesh('cpu', (2,)), reshard_after_forward=True))
+
+def rank(r, folder, events, queue):
+    "One of two ranks; the second makes its callbacks when the first is training"
+    os.environ.update(RANK=str(r), WORLD_SIZE='2')
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/store', rank=r, world_size=2, timeout=timedelta(seconds=60))
+    for how,e in events.items():
+        learn = learner([Half(), Ready(e)])
+        learn.model = wraps[how](learn.model)
+        if r: assert e.wait(60)
+        gcb,gnc = both(folder/how, show=True)
+        fit(learn.add_cbs([gcb, gnc]), 2)
+        queue.put((how, r, [[float(v) for v in o] for o in learn.recorder.values], gcb.df, gnc.df))
+    torch.distributed.destroy_process_group()
+
+def test_ranks(tmp_path, ctx):
+    "Two ranks that name one folder: the first writes; both see the same `grad_norm`"
+    events,q = {how:ctx.Event() for how in wraps},ctx.Queue()
+    ps = [ctx.Process(target=rank, args=(r, tmp_path, events, q)) for r in (0,1)]
+    for p in ps: p.start()
+    got = [q.get(timeout=90) for _ in range(2*len(wraps))]
+    for p in ps: p.join()
+    one = GradNormCallback()
+    fit(learner(one), 2)
+    for how in wraps:
+        (_,_,a,gdf,ndf),(_,_,b,rest,_) = sorted((o for o in got if o[0]==how), key=lambda o: o[1])
+        rec = GradRecord.load(tmp_path/how)
+        pd.testing.assert_frame_equal(rec.df, gdf)
+        pd.testing.assert_frame_equal(rec.steps, ndf)
+        assert {f.name.split('-')[1] for f in (tmp_path/how).glob('*.parquet')}=={'0'} and not len(rest)
+        want = one.df.groupby('epoch')['norm'].mean()
+        for v in (a,b): np.testing.assert_allclose([o[-1] for o in v], want, rtol=1e-5)
+
+class CancelTrain(Callback):
+    def before_batch(self):
+        if self.training and self.epoch==1: raise CancelTrainException('not this one')
+
+@pytest.mark.parametrize('cancel,missing', [(TrainOnly, {1:[2,3],0:[2,3]}), (CancelTrain, {1:[1,4]})])
+def test_show_cancelled(cancel, missing):
+    "A cancelled training or validation leaves NaN in its own columns; `validate` is untouched"
+    learn = learner([GradNormCallback(show=True), cancel()], metrics=accuracy)
+    fit(learn, 2)
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','grad_norm','time']
+    for i,v in enumerate(learn.recorder.values):
+        assert len(v)==4 and [j+1 for j,o in enumerate(v) if np.isnan(o)]==missing.get(i, [])
+    if cancel is CancelTrain: np.testing.assert_allclose(learn.recorder.values[1][1:3], learn.validate(), rtol=1e-6)
+
+def test_show_stops():
+    "Two columns stand side by side, and EarlyStoppingCallback watches them"
+    learn = learner([GradNormCallback(show=True), GradNormCallback(show=True)])
+    fit(learn, 8, cbs=EarlyStoppingCallback(monitor='grad_norm', comp=np.greater, patience=2))
+    v = np.array([list(o) for o in learn.recorder.values])
+    assert v.shape==(3,4) and (v[:,2]==v[:,3]).all() and (np.diff(v[:,2])<0).all()

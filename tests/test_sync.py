@@ -70,7 +70,7 @@ def texts(f):
 
 def test_no_machine_paths():
     pat = re.compile('|'.join(f'/{d}/' for d in ('root', 'work', 'home', 'tmp')))
-    found = [f'{f}: ...{t[max(0,m.start()-30):m.end()+20]!r}' for f in project_files() if not f.endswith(('.png', '.woff2'))
+    found = [f'{f}: ...{t[max(0,m.start()-30):m.end()+20]!r}' for f in project_files() if not f.endswith(('.png', '.parquet', '.woff2'))
              for t in [texts(f)] for m in pat.finditer(t)]
     assert not found, '\n'.join(found)
 
