@@ -11,6 +11,7 @@ Modules:
 - `fastai_gradstats.plot`: A record in, Axes out
 - `fastai_gradstats.probe`: Gradients away from the training path: along rays through weight space, and sample by sample
 - `fastai_gradstats.record`: What was recorded, as `L`, DataFrame and file
+- `fastai_gradstats.report`: A record in, one HTML page out
 - `fastai_gradstats.stats`: What is measured: one small function per statistic"""
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _home = {n:m for m,ns in dict(
     callback = 'GradNormCallback GradStatsCallback',
     plot     = 'plot_grad_flow plot_grad_heatmap plot_grad_hist plot_grad_log10 plot_grad_lr plot_grad_norm plot_ray',
     diagnosis = 'Findings diagnose',
+    report   = 'save_report',
     probe    = 'grad_along_ray per_sample_norms',
     demo     = 'abs_10_power convnet digits digits_learner thread_answer',
 ).items() for n in ns.split()}

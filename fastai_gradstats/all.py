@@ -7,5 +7,6 @@ from fastai_gradstats.record import *
 from fastai_gradstats.callback import *
 from fastai_gradstats.plot import *
 from fastai_gradstats.diagnosis import *
+from fastai_gradstats.report import *
 from fastai_gradstats.probe import *
 from fastai_gradstats.demo import *

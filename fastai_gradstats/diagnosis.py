@@ -198,7 +198,8 @@ def diagnose(o, # a Learner, callback, `GradRecord` or frame
              phase='fit', # 'fit', 'lr_find' or None for all
              **thresholds # of the rules, by name: `dead`, `decades`, `spike`'s `factor`, ...
             )->Findings: # rule, severity, tensor, iterations, evidence, meaning, try, source
-    "What the record says is wrong, by severity: 'error', 'warning', 'note', 'not checked'"
+    """What the record says is wrong, by severity: 'error', 'warning', 'note', 'not checked'.
+    A Learner brings what all its callbacks recorded, a callback only its own record: `learn.grad_stats.diagnose()` reports the rules on norms as not checked"""
     ok = {n:f for f in rules for n in list(inspect.signature(f).parameters)[1:]}
     if bad := [n for n in thresholds if n not in ok]: raise ValueError(f"{bad[0]}: accepted thresholds are {', '.join(ok)}")
     r,res,checked = _Run(as_record(o), phase),[],0

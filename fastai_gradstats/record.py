@@ -422,8 +422,9 @@ def sentence(self:GradRecord,
 @patch
 def __repr__(self:GradRecord): return f"GradRecord: {len(self)} iterations, {len(self.df)} rows, {len(self.steps)} steps"
 
+# %% ../nbs/03_record.ipynb #a7c3edd4
 @patch
-def _repr_html_(self:GradRecord): return f"<p>{self.sentence()}</p>" + (self.df if len(self.df) else self.steps).head().to_html()
+def _repr_html_(self:GradRecord): return import_module('.report', __package__).glance(self)
 
 # %% ../nbs/03_record.ipynb #a02451a6
 @patch

@@ -1,10 +1,10 @@
 "Sick networks are named at the right tensor; healthy ones get nothing above a note."
-import numpy as np,pytest,torch
+import numpy as np,pandas as pd,pytest,torch
 from fastai.basics import *
 from fastai.callback.training import GradientClip
 from torch import nn
 
-from fastai_gradstats import GradNormCallback,GradStatsCallback,diagnose,digits
+from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,diagnose,digits
 
 del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's
 
@@ -91,3 +91,82 @@ def test_fp16_flush():
         for l in m:
             if isinstance(l, nn.Linear): l.weight.data.mul_(.02)
     says(run(partial(mlp, 5, init=shrink), epochs=1, cbs=[Half()])[1], 'fp16_flush')
+
+# --- on frames made by hand, where the answer is known
+
+def at(n): return dict(fit=0, phase=pd.Categorical(['fit']*n, ['fit','lr_find']), epoch=0, iteration=np.arange(n), step=np.arange(n))
+
+def steps(n=100, **cols):
+    "A calm run, but for `cols`"
+    return pd.DataFrame(at(n)|dict(lr=.1, loss=1., bs=64, norm=1., clip_coef=1., clipped_norm=1., weight_norm=10., nonfinite=0, skipped=False)|cols)
+
+def params(**ratios):
+    "A frame of |update|/|weight| per parameter, over 20 steps"
+    one = lambda n,r: pd.DataFrame(at(20)|dict(name=n, group=0, norm=1., weight_norm=2., dot=.5, update_norm=2*r, update_ratio=r))
+    d = pd.concat([one(n.replace('_', '.'), r) for n,r in ratios.items()], ignore_index=True)
+    return d.assign(name=d['name'].astype('category'))
+
+def found(rule, rec, **kw):
+    "(severity, tensor, iterations, evidence) of each finding of a rule"
+    f = diagnose(rec, **kw)
+    return [tuple(r) for r in f.loc[f['rule']==rule, ['severity','tensor','iterations','evidence']].to_numpy()]
+
+def some(n, *idx, of=True, else_=False):
+    a = np.full(n, else_)
+    a[list(idx)] = of
+    return a
+
+@pytest.mark.parametrize('ratios,want', [
+    (dict(a_weight=1e-3, b_weight=1e-2), []),
+    (dict(a_weight=1e-3, b_weight=.2, c_weight=.5), [('warning','c.weight')]),
+    (dict(a_weight=1e-3, b_weight=1e-5), [('note','b.weight')]),
+    (dict(a_weight=1e-5, b_weight=1e-6), [('warning','b.weight')]),          # nothing moves
+    (dict(a_weight=.2, b_weight=1e-5), [('warning','a.weight'), ('note','b.weight')]),
+    (dict(a_weight=1e-3, a_bias=3.), [])], ids=str)                          # a bias starts at 0
+def test_update_ratio(ratios, want):
+    assert [o[:2] for o in found('update_ratio', GradRecord(steps=steps(20), params=params(**ratios)))]==want
+
+def test_update_ratio_threshold():
+    rec = GradRecord(steps=steps(20), params=params(a_weight=.05))
+    assert not found('update_ratio', rec) and found('update_ratio', rec, high=.01)[0][:2]==('warning','a.weight')
+
+def test_zero_norm():
+    assert found('zero_norm', GradRecord(steps=steps(norm=some(100, 7, 8, 9, of=0., else_=1.))))==[('warning', '(all)', '7 to 9 (3)', 'norm exactly 0 in 3 of 100 steps')]
+    assert not found('zero_norm', GradRecord(steps=steps(norm=1e-30)))
+    skip = some(100, 7)
+    assert not found('zero_norm', GradRecord(steps=steps(norm=np.where(skip, 0., 1.), skipped=skip)))
+
+@pytest.mark.parametrize('n,severity', [(0,None),(3,'note'),(20,'note'),(21,'warning'),(100,'warning')])
+def test_skipped(n, severity):
+    got = found('skipped', GradRecord(steps=steps(skipped=some(100, *range(n)))))
+    assert [(o[0],o[3]) for o in got]==([(severity, f'{n} of 100 steps skipped')] if n else [])
+
+def test_few_skipped_steps_of_few():
+    "A scaler looks for its scale in the first steps"
+    assert found('skipped', GradRecord(steps=steps(10, skipped=some(10, 0, 1, 2, 3, 4))))[0][0]=='note'
+
+@pytest.mark.parametrize('end,named', [(1.,False),(1.4,False),(1.6,True),(np.nan,True),(np.inf,True)])
+def test_loss_rose(end, named):
+    loss = np.r_[np.ones(80), np.full(20, end)]
+    got = found('loss_rose', GradRecord(steps=steps(loss=loss, norm=some(100, 60, of=5., else_=1.)), params=params(a_weight=1e-3)))
+    assert len(got)==named and all(o[0]=='warning' and 'loss 1 at the start' in o[3] for o in got)
+
+def test_loss_rose_names_the_largest_gradient():
+    "Of the step with the largest norm"
+    par = params(a_weight=1e-3, b_weight=1e-3)
+    par.loc[(par['name']=='b.weight')&(par['step']==7), 'norm'] = 9.
+    rec = GradRecord(steps=steps(20, loss=np.linspace(1, 3, 20), norm=some(20, 7, of=9.1, else_=1.)), params=par)
+    assert [o[1] for o in found('loss_rose', rec)]==['b.weight']
+
+def test_loss_rose_needs_ten_steps(): assert not found('loss_rose', GradRecord(steps=steps(9, loss=np.arange(1., 10))))
+
+def test_spike_needs_a_rising_loss():
+    norm = some(100, 60, of=20., else_=1.)
+    assert not found('spike', GradRecord(steps=steps(norm=norm)))
+    got = found('spike', GradRecord(steps=steps(norm=norm, loss=np.where(np.arange(100)>=60, 3., 1.))))
+    assert [o[:3] for o in got]==[('warning','(all)','60')] and '20 times' in got[0][3]
+
+def test_not_checked_is_not_ok():
+    f = diagnose(GradRecord(steps=steps()))
+    assert f.ok and {'non_finite','depth','dead_units','update_ratio'} <= set(f.loc[f['severity']=='not checked','rule'])
+    assert not diagnose(GradRecord()).ok

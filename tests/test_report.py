@@ -1,0 +1,89 @@
+"One page from a record: what is in it, how large it is, and that it works in a browser."
+import base64,json,re,shutil,subprocess,sys,warnings
+import numpy as np,pandas as pd,pytest
+from matplotlib import pyplot as plt
+
+from conftest import ROOT,run
+from fastai_gradstats import GradRecord,save_report
+
+def record(tensors=4, n=60, spike=None, bad=None, zero=None):
+    "Gradients of 10**-3, but for a spike of 7 at (tensor, iteration), a NaN and a zero"
+    it = np.repeat(np.arange(n), tensors)
+    name = np.tile(np.arange(tensors), n)
+    v = np.full(n*tensors, 1e-3, np.float32)
+    for at,x in ((spike,7.),(bad,np.nan),(zero,0.)):
+        if at: v[at[1]*tensors+at[0]] = x
+    names = [f'layer{i//10}.{i%10}.</script>' for i in range(tensors)]
+    cat = lambda codes,cs: pd.Categorical.from_codes(codes, cs)
+    df = pd.DataFrame(dict(fit=0, phase=cat(it*0, ['fit','lr_find']), epoch=it*2//n, iteration=it, step=it, kind=cat(it*0, ['output','param']), name=cat(name, names), out=0, call=0, numel=10,
+                           max_abs=v, mean_abs=v, norm=v, mean=v, std=v, zeros=10*(v==0), nonfinite=1*np.isnan(v), above=1*(v>1), skipped=False))
+    s = np.arange(n)
+    steps = pd.DataFrame(dict(fit=0, phase=cat(s*0, ['fit','lr_find']), epoch=s*2//n, iteration=s, step=s, lr=.1, loss=1., bs=8, norm=1.+s%3, clip_coef=1/(1.+s%3), clipped_norm=1., weight_norm=1., nonfinite=0, skipped=False))
+    return GradRecord(df, steps)
+
+def page(rec, tmp_path, **kw): return save_report(rec, tmp_path/'grads.html', **kw).read_text(encoding='utf-8')
+
+def heat(s):
+    "The page's data, and its values as an array"
+    d = json.loads(re.search(r'<script id=data type="application/json">(.*?)</script>', s, re.S)[1])
+    return d, np.frombuffer(base64.b64decode(d['v']), '<f4').reshape(d['rows'], d['cols'])
+
+def test_content(tmp_path):
+    rec = record(spike=(2,40), bad=(1,50), zero=(0,10))
+    s = page(rec, tmp_path, title='A & B')
+    assert '<title>A &amp; B</title>' in s and 'Largest output gradient 7 at iteration 40' in s
+    assert 'non_finite' in s and 'after clipping' in s and s.count('<svg')==2
+    d,v = heat(s)
+    assert v.shape==(4,60) and v[2,40]==7 and np.isnan(v[1,50]) and v[0,10]==0 and np.sum(v==np.float32(1e-3))==4*60-3
+    assert d['names'][2]=='layer0.2.</script> (output)' and d['lo'][40]==d['hi'][40]==40 and d['new']==[.5]
+
+def test_alone(tmp_path):
+    "Nothing is loaded: no address but the namespaces of SVG, no file"
+    s = page(record(), tmp_path)
+    assert not re.search(r'\bsrc=|<link|@import|url\((?!#)', s)
+    assert all(u.startswith(('http://www.w3.org/','http://purl.org/','https://matplotlib.org','http://creativecommons.org')) for u in re.findall(r'https?://[^\s"<]+', re.sub(r'<td>.*', '', s)))
+
+def test_large(tmp_path):
+    "300 tensors fill all 800 columns; the one spike and the one NaN are there"
+    rec = record(300, 2400, spike=(123,1001), bad=(7,77))
+    s = page(rec, tmp_path)
+    d,v = heat(s)
+    assert len(s) < 5e6 and v.shape==(300,800)
+    (r,),(c,) = np.where(v==7)
+    assert r==123 and d['lo'][c]<=1001<=d['hi'][c]
+    (r,),(c,) = np.where(np.isnan(v))
+    assert r==7 and d['lo'][c]<=77<=d['hi'][c]
+
+@pytest.mark.parametrize('rec', [GradRecord(), record(n=1), GradRecord(record().df), GradRecord(steps=record().steps), GradRecord(record().df.assign(max_abs=np.nan, nonfinite=1)), GradRecord(record().df.assign(max_abs=np.float32(0), norm=np.float32(0)))],
+                         ids='empty one only_tensors only_steps nan zero'.split())
+def test_odd(rec, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert page(rec, tmp_path).rstrip().endswith('</html>')
+        h = rec._repr_html_()
+    assert h.startswith('<p>') and ('data:image/png' in h)==(len(rec.df)>0) and '\n' not in repr(rec) and not plt.get_fignums()
+
+def test_repr_names_findings():
+    h = record(bad=(1,50))._repr_html_()
+    assert '<b>error</b>: non_finite' in h and 'not checked' not in h
+
+def test_command(tmp_path):
+    record(spike=(2,40)).save(tmp_path/'run', format='csv')
+    out = run(sys.executable, '-m', 'fastai_gradstats.report', tmp_path/'run', '--html', tmp_path/'a.html', cwd=ROOT)
+    assert 'Largest output gradient 7 at iteration 40' in out and (tmp_path/'a.html').stat().st_size>10_000
+
+@pytest.mark.slow
+def test_browser(tmp_path):
+    "It opens without a message on the console; a mouse over the spike's pixel reads its tensor, iteration and value; a click sorts"
+    assert shutil.which('chromium'), 'Debian: apt-get install chromium'
+    s = page(record(spike=(2,40)), tmp_path)
+    s = s.replace('</html>', """<script>{const c=$('heat'),r=c.getBoundingClientRect()
+      c.dispatchEvent(new MouseEvent('mousemove',{clientX:r.left+r.width*40.5/60,clientY:r.top+r.height*2.5/4}))
+      document.querySelectorAll('.sort th')[3].click()
+      document.title=[tip.hidden,tip.textContent,document.querySelector('.sort tbody tr').cells[3].textContent].join('|')}</script></html>""")
+    (tmp_path/'hover.html').write_text(s, encoding='utf-8')
+    p = subprocess.run(['chromium', *'--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split(),
+                        f'--user-data-dir={tmp_path}/profile', *'--enable-logging=stderr --v=0 --virtual-time-budget=3000 --dump-dom'.split(), (tmp_path/'hover.html').as_uri()], capture_output=True, text=True, timeout=120)
+    assert p.returncode==0 and 'CONSOLE' not in p.stderr, p.stderr
+    title = re.search(r'<title>(.*?)</title>', p.stdout, re.S)[1]
+    assert title=='false|layer0.2.&lt;/script&gt; (output)\niteration 40\n7.000|7', title
