@@ -602,6 +602,7 @@ def take(self:Engine, other, mark, keys):
         r = [o.row(keys[i], n, a) for i,n,a in zip(b.keys[k:], b.numel[k:], b.absent[k:])]
         if r: o.acc[r[0]:r[-1]+1,:len(sums)] = b.acc[k:len(b.keys),:len(sums)]
 
+# %% ../nbs/01_engine.ipynb #3ed57705
 @patch
 def mark(self:Engine):
     "Where each buffer stands"
@@ -617,6 +618,7 @@ def rewind(self:Engine, mark):
     "Forget what was put since `mark`"
     for d,b in self.buffers.items(): b.cut(mark.get(d, 0))
 
+# %% ../nbs/01_engine.ipynb #3ed57706
 @patch
 def fetch(self:Engine):
     "All closed iterations: rows per iteration, keys, sizes, sums and counts per octave, in the order in which they came (device by device inside an iteration)"

@@ -262,7 +262,7 @@ def test_samples_and_loss_are_the_first_half(ranks):
 def test_engine(ranks, name):
     "Sums of shards, copies and plain tensors, in every process."
     for r in ok(ranks[name]):
-        ns,keys,numel,s = r['rows']
+        ns,keys,numel,s,_ = r['rows']
         assert ns.tolist()==[7] and sorted(keys)==[0,1,2,3,4,5,9]
         f,c = finish(s, numel)
         for k,n,row,f,c in zip(keys, numel, s, f.T, c.T):
