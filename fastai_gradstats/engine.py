@@ -312,7 +312,7 @@ def several(self:DeviceBuffer, todo, weights):
     self.add(rs, p, dtype, weights)
 
 # %% ../nbs/01_engine.ipynb #8f031d94
-BLOCK,CHUNK,SMALL = 2**18,2**13,2**11   # elements: of a block; of a float32 sum of products; of a tensor that is batched
+BLOCK,CHUNK,SMALL = 2**18,2**13,2**13   # elements: of a block; of a float32 sum of products; of a tensor that is batched
 
 def _exact(x:np.ndarray, # 1-d
            threshold:float
@@ -474,7 +474,7 @@ def put_all(self:HostBuffer, keys, gs, ws=None):
     if self.extra:
         for r,g in zip(rows, gs): self.extras(r, g)
     for i in large:
-        g,w = _same(gs[i], ws[i].detach()) if ws else (flat(gs[i]),None)
+        g,w = _same(gs[i], ws[i]) if ws else (flat(gs[i]),None)
         self.large(rows[i], g, w if w is None or g.dtype==torch.float64 else w.float(), self.threshold)
     for b in batches: self.several(b, rows, gs, ws)
     self.scale = scale
@@ -490,7 +490,7 @@ def several(self:HostBuffer, b, rows, gs, ws):
         x,add = x.astype(np.float64),np.add.reduceat
         if self.norms_only: self.acc[r,SUM_SQ],self.acc[r,NONFINITE] = add(x*x, b.at),add(~np.isfinite(x), b.at, dtype=np.int64)
         if not ws: return
-        torch._foreach_copy_(b.views[1], [ws[i].detach() for i in b.idx])
+        torch._foreach_copy_(b.views[1], [ws[i] for i in b.idx])
         w = self.small[1].numpy()[:b.end].astype(np.float64)
         self.acc[r,W_SQ],self.acc[r,DOT] = add(w*w, b.at),add(x*w, b.at)
 
@@ -525,9 +525,10 @@ class Engine:
 
 # %% ../nbs/01_engine.ipynb #f614e4fb
 @patch
+@torch.no_grad()   # instead of `detach`, an operation for each
 def put_all(self:Engine, keys, gs, ws=None):
     "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w"
-    groups,gs,ws = {},[g.detach() for g in gs],ws and [w.detach() for w in ws]
+    groups = {}
     for k,g,w in zip(keys, gs, ws or gs):
         if type(g) is not Tensor and hasattr(g, 'to_local'): groups.setdefault((g.device_mesh,g.placements,_wide(g)), []).append((k,g,w))
         elif g.layout!=torch.strided or g.is_complex(): self._odd(k, g, w if ws else None)
