@@ -299,7 +299,7 @@ def stats(self:GradRecord)->L:
 @patch(as_prop=True)
 def names(self:GradRecord)->L:
     "Names of modules and parameters, in network order"
-    return L(self.df['name'].cat.categories.tolist())
+    return L(self.df['name'].cat.remove_unused_categories().cat.categories.tolist())
 
 @patch(as_prop=True)
 def norms(self:GradRecord)->L:
@@ -424,7 +424,7 @@ def __repr__(self:GradRecord): return f"GradRecord: {len(self)} iterations, {len
 
 # %% ../nbs/03_record.ipynb #a7c3edd4
 @patch
-def _repr_html_(self:GradRecord): return import_module('.report', __package__).glance(self)
+def _repr_html_(self:GradRecord): return import_module('fastai_gradstats.report').glance(self)
 
 # %% ../nbs/03_record.ipynb #a02451a6
 @patch
