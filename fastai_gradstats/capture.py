@@ -132,6 +132,7 @@ class OutputHooks:
                  forward=None, # called in forward with module index and each tensor of its output
                  compiled=() # ids of the modules that run inside `torch.compile`
                 ):
+        self.linear = [isinstance(m, nn.Linear) for m in modules]
         self.f,self.forward,self.live,self.leaves,self.calls,self.ran = f,forward,True,[],[0]*len(modules),set()
         self.handles = [m.register_forward_hook((_compiled_hook() if id(m) in compiled else _ForwardHook)(self, i)) for i,m in enumerate(modules)]
 
@@ -160,11 +161,13 @@ def _seen(self, i, out):
     call,me = self.calls[i],ref(self)
     self.calls[i] += 1
     for o,t in ts:
+        if self.linear[i] and t._is_view(): t,shape = t._base,t.shape
+        else: shape = None
         @unserializable_hook
-        def got(g, o=o):
+        def got(g, o=o, shape=shape):
             hooks = me()
             if hooks is not None and hooks.live:
-                with torch.no_grad(), torch._C.DisableTorchFunctionSubclass(): hooks.f(i, call, o, g.detach())   # fastai's tensors are subclasses
+                with torch.no_grad(), torch._C.DisableTorchFunctionSubclass(): hooks.f(i, call, o, g.detach() if shape is None else g.detach().reshape(shape))   # fastai's tensors are subclasses
         h = t.register_hook(got)
         if t.is_leaf: self.leaves.append(h)
 
