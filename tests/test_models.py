@@ -71,7 +71,7 @@ def test_several_outputs(name):
     "Auxiliary heads and dicts: each tensor of the root's output too."
     f,size,loss = aux[name]
     model,(x,y) = f(),pictures(2, size)
-    if name=='inception_v3': model,x = model.double(),x.double()   # 94 convolutions in float32 leave 1e-5 between any two routes
+    if name=='inception_v3': model,x,loss = model.double(),x.double(),lambda o,y: aux_loss(o, y).float()   # 94 convolutions in float32 leave 1e-5 between any two routes
     df = check(model, x, y, loss)
     if name=='vgg11_bn': return
     outs = dict(googlenet=3, lraspp=1, fcn=2, inception_v3=2)[name]
