@@ -502,8 +502,7 @@ class GradNormCallback(_GradCallback):
                  show:bool=False, # a column `grad_norm` in the epoch table: mean norm of the epoch's steps
                  folder=None # stream to files in this folder while training; one that holds no record yet
                 ):
-        self.every,self.update_every,self.show,self.folder = _positive('every', every),update_every and _positive('update_every', update_every),show,_folder(self, folder)
-        if update_every==0: _positive('update_every', update_every)
+        self.every,self.update_every,self.show,self.folder = _positive('every', every),update_every if update_every is None else _positive('update_every', update_every),show,_folder(self, folder)
         self.reset()
 
     _tables = 'steps','params'

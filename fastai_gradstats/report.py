@@ -19,7 +19,7 @@ from fastcore.script import call_parse
 from matplotlib import colormaps,figure,rc_context
 from .record import as_record
 from .diagnosis import diagnose
-from .plot import _axes,_columns,_grid,_groups,_iterations,_kinds,_missing,_rows,_tensors,plot_grad_flow,plot_grad_heatmap,plot_grad_norm
+from .plot import _columns,_grid,_groups,_iterations,_kinds,_missing,_rows,_tensors,plot_grad_flow,plot_grad_heatmap,plot_grad_norm
 
 # %% ../nbs/07_report.ipynb #6c4580ef
 columns,most = 800,700_000   # columns, and values in all: 2.8 MB
