@@ -364,7 +364,7 @@ def _segments(x:np.ndarray, # 1-d, the tensors one after the other
     "The sums of `_exact` of many tensors"
     at,add = np.cumsum(n)-n,np.add.reduceat
     with np.errstate(all='ignore'):
-        x = x.astype(np.float64)
+        x = x.astype(np.float64, copy=False)
         a,s,sq = np.abs(x),add(x, at),add(x*x, at)
         q = s*s/n
         return np.stack([np.maximum.reduceat(a, at), add(a, at), sq, s, np.maximum(sq-q, 0), q, *(add(o, at, dtype=np.int64) for o in (x==0, ~np.isfinite(x), a>np.repeat(threshold, n)))], 1)
@@ -484,10 +484,10 @@ def several(self:HostBuffer, b, rows, gs, ws):
     "Sum a batch of small tensors"
     r = [rows[i] for i in b.idx]
     torch._foreach_copy_(b.views[0], [gs[i] for i in b.idx])
-    x = self.small[0].numpy()[:b.end]
+    x = self.small[0].numpy()[:b.end].astype(np.float64)
     if not self.norms_only: self.acc[r,:ABOVE+1] = _segments(x, b.n, np.full(len(r), self.threshold))
     with np.errstate(all='ignore'):
-        x,add = x.astype(np.float64),np.add.reduceat
+        add = np.add.reduceat
         if self.norms_only: self.acc[r,SUM_SQ],self.acc[r,NONFINITE] = add(x*x, b.at),add(~np.isfinite(x), b.at, dtype=np.int64)
         if not ws: return
         torch._foreach_copy_(b.views[1], [ws[i] for i in b.idx])
