@@ -165,6 +165,7 @@ def _read_parquet(fn, table, mark):
     return t.to_pandas(ignore_metadata=True),meta
 
 # %% ../nbs/02a_files.ipynb #cd3ea896
+_exact = {} if tuple(map(int, pd.__version__.split('.')[:2]))>=(3,1) else dict(float_precision='round_trip')   # pandas 3.1 reads exactly
 def _read_csv(fn, table, mark):
     "Frame and metadata of a part; the metadata lie in the folder's `gradstats.json`"
     meta = mark.get('parts', {}).get(table) or describe(table, empty(table))|dict(format=mark.get('format'))
@@ -174,7 +175,7 @@ def _read_csv(fn, table, mark):
     kinds = {c:dtype(table, c) or ('category' if c in meta['names'] else meta.get('types', {}).get(c, 'float64')) for c in head}
     _check(fn, table, kinds)
     try: df = pd.read_csv(fn, dtype={c:str if t=='category' else t for c,t in kinds.items()}, keep_default_na=False,
-                          na_values={c:[''] for c,t in kinds.items() if t.startswith('float')}, float_precision='round_trip')
+                          na_values={c:[''] for c,t in kinds.items() if t.startswith('float')}, **_exact)
     except ValueError as e: raise BadPart(f"{fn}: columns of other types than expected ({e}); expected {kinds}") from e
     for c,t in kinds.items():
         if t=='category': df[c] = pd.Categorical(df[c], categories=pd.unique(pd.array([*meta['names'].get(c, []), *df[c]], dtype='str')))
