@@ -88,17 +88,16 @@ def param_grads(params:list # parameters
     return [(i,p,p.grad) for i,p in enumerate(params) if p.requires_grad and p.grad is not None]
 
 # %% ../nbs/02_capture.ipynb #23041b42
+def _leaves(o):
+    if isinstance(o, dict): o = o.values()
+    elif is_dataclass(o): o = [getattr(o, f.name) for f in fields(o)]
+    elif not isinstance(o, (tuple,list)): return [o]
+    return [l for x in o for l in _leaves(x)]
+
 def tensors(o, # what a module returned
            )->list: # [(place among the leaves, tensor)]
     "The tensors in nested tuples, lists, dicts and dataclasses, each with its place among the leaves"
-    leaves = []
-    def walk(o):
-        if isinstance(o, dict): o = o.values()
-        elif is_dataclass(o): o = [getattr(o, f.name) for f in fields(o)]
-        elif not isinstance(o, (tuple,list)): return leaves.append(o)
-        for x in o: walk(x)
-    walk(o)
-    return [(i,x) for i,x in enumerate(leaves) if isinstance(x, Tensor)]
+    return [(0,o)] if isinstance(o, Tensor) else [(i,x) for i,x in enumerate(_leaves(o)) if isinstance(x, Tensor)]
 
 # %% ../nbs/02_capture.ipynb #ad43244f
 class _ForwardHook:

@@ -1,13 +1,12 @@
 "Outputs that are views, changed in place by what comes next: autograd's numbers where there is one right answer, else no row and a warning; training is never touched."
-import warnings,weakref
+import gc,warnings,weakref
 
 import pytest,torch
 import torch.nn.functional as F
 from fastai.basics import *
 from torch import nn
 
-from fastai_gradstats import GradStatsCallback
-from fastai_gradstats.capture import OutputHooks
+from fastai_gradstats import GradNormCallback,GradStatsCallback
 from oracles import TrainOnly,check_rows,fit,loaders,output_grads
 from test_models import Fn,Net,leaves
 
@@ -76,12 +75,22 @@ def test_views(name, change):
     check_rows(df, want, names)
     assert len(said)==(change!='none') and all(repr('m') in s for s in said)
 
-def test_watching_keeps_no_memory():
-    "The version of a view is watched without its memory."
-    m = Sliced(8,8)
-    with OutputHooks([m], lambda *a: None) as hooks:
-        o = m(torch.randn(rows))
-        base = weakref.ref(o._base)
-        assert base() is not None and len(hooks.views)==1
-        del o
-        assert base() is None
+class Alive(Callback):
+    "How many outputs of earlier batches are still there"
+    def before_fit(self): self.outs,self.counts,self.hooks = [],[],[m.register_forward_hook(self.hook) for m in self.model.modules()]
+    def hook(self, m, i, o): self.outs += [weakref.ref(t if t._base is None else t._base) for t in leaves([o])]
+    def before_batch(self): self.counts.append(sum(r() is not None for r in self.outs))
+    def after_fit(self):
+        for h in self.hooks: h.remove()
+
+def test_outputs_are_not_kept():
+    "With our hooks, outputs of the last batch go when they would go without, with Python's garbage collector off."
+    def go(cbs):
+        net = nn.Sequential(Sliced(8,8), nn.LayerNorm(8), Net(lambda s,x: (s.l(x)[0], x), l=nn.LSTM(8,8, batch_first=True)), Net(lambda s,x: x[0]), nn.Linear(8,1))
+        learn = Learner(loaders(torch.randn(12,5,8), torch.zeros(12), 2), net, loss_func=lambda o,y: o.square().mean(), opt_func=SGD, cbs=[*cbs,(a := Alive()),TrainOnly()])
+        fit(learn)
+        return a.counts
+    gc.collect()
+    gc.disable()
+    try: assert go([])==go([GradStatsCallback(), GradNormCallback()])
+    finally: gc.enable()
