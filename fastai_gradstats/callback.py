@@ -438,7 +438,9 @@ def _param_keys(self:GradStatsCallback):
 def after_backward(self:GradStatsCallback):
     _GradCallback.after_backward(self)
     st = self._state
-    if st.compiled and st.due and st.at is not None and not st.cancelled: self._check_compiled()
+    if not st.due or st.at is None or st.cancelled: return
+    if st.compiled: self._check_compiled()
+    if getattr(st, 'hooks', None) and st.hooks.views: self._check_views()
 
 @patch
 def _check_compiled(self:GradStatsCallback):
@@ -448,6 +450,13 @@ def _check_compiled(self:GradStatsCallback):
         self._say(f"torch.compile runs code from before this callback was there: output gradients of {', '.join(missed[:5])}{' ...' if missed[5:] else ''} are not recorded. "
                   "Call `torch._dynamo.reset()` before `fit`, or record parameters only (kind='param')")
     st.compiled = ()   # until the next epoch
+
+# %% ../nbs/04_callback.ipynb #1ae00015
+@patch
+def _check_views(self:GradStatsCallback):
+    st = self._state
+    missed = [repr(st.names[i]) for i in st.hooks.changed()]
+    if missed: self._say(f"The output of {', '.join(missed[:5])}{' ...' if missed[5:] else ''} is a view that was changed in place afterwards: its gradients are not recorded. Return a copy (`.clone()`) to have them")
 
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch

@@ -88,17 +88,16 @@ def param_grads(params:list # parameters
     return [(i,p,p.grad) for i,p in enumerate(params) if p.requires_grad and p.grad is not None]
 
 # %% ../nbs/02_capture.ipynb #23041b42
+def _leaves(o):
+    if isinstance(o, dict): o = o.values()
+    elif is_dataclass(o): o = [getattr(o, f.name) for f in fields(o)]
+    elif not isinstance(o, (tuple,list)): return [o]
+    return [l for x in o for l in _leaves(x)]
+
 def tensors(o, # what a module returned
            )->list: # [(place among the leaves, tensor)]
     "The tensors in nested tuples, lists, dicts and dataclasses, each with its place among the leaves"
-    leaves = []
-    def walk(o):
-        if isinstance(o, dict): o = o.values()
-        elif is_dataclass(o): o = [getattr(o, f.name) for f in fields(o)]
-        elif not isinstance(o, (tuple,list)): return leaves.append(o)
-        for x in o: walk(x)
-    walk(o)
-    return [(i,x) for i,x in enumerate(leaves) if isinstance(x, Tensor)]
+    return [(0,o)] if isinstance(o, Tensor) else [(i,x) for i,x in enumerate(_leaves(o)) if isinstance(x, Tensor)]
 
 # %% ../nbs/02_capture.ipynb #ad43244f
 class _ForwardHook:
@@ -123,6 +122,25 @@ def _compiled_hook():
             hooks._seen(self.i, out)
     return _CompiledHook
 
+# %% ../nbs/02_capture.ipynb #1ae00011
+_makers = {getattr(nn, n).forward for n in 'Linear LSTM GRU RNN MultiheadAttention InstanceNorm1d InstanceNorm2d InstanceNorm3d Conv1d Conv2d Conv3d'.split()}
+def _fresh(m): return type(m).forward in _makers and 'forward' not in m.__dict__
+
+def _intact(v, version): return v._version==version
+
+def _of_view(t, # an output that is a view
+             fresh:bool # of a tensor that nobody else sees?
+            ): # the tensor to hook, what turns its gradient into that of `t` (None: nothing), whether there is one in backward (None: always)
+    "All views of a tensor share its version, which counts changes in place: a copy without the memory keeps it in sight"
+    b = t._base
+    if fresh and b.numel()==t.numel() and b.is_contiguous():
+        size,stride = t.size(),t.stride()
+        if t.is_contiguous(): return b,lambda g: g.reshape(size),None
+        if type(b) is Tensor: return b,lambda g: (g := g.reshape(-1)).as_strided(size, [g.stride(0)*s for s in stride], g.storage_offset()),None
+    with torch._C.DisableTorchFunctionSubclass(): v = t.detach()
+    if type(v) is Tensor: v.data = v.new_empty(0)
+    return t,None,partial(_intact, v, v._version)
+
 # %% ../nbs/02_capture.ipynb #67b0f2c2
 class OutputHooks:
     "Calls `f(i, call, out, grad)` in backward for every tensor that module `i` returned in forward with a gradient to come"
@@ -132,14 +150,18 @@ class OutputHooks:
                  forward=None, # called in forward with module index and each tensor of its output
                  compiled=() # ids of the modules that run inside `torch.compile`
                 ):
-        self.linear = [isinstance(m, nn.Linear) for m in modules]
-        self.f,self.forward,self.live,self.leaves,self.calls,self.ran = f,forward,True,[],[0]*len(modules),set()
+        self.fresh = [_fresh(m) for m in modules]
+        self.f,self.forward,self.live,self.leaves,self.views,self.calls,self.ran = f,forward,True,[],[],[0]*len(modules),set()
         self.handles = [m.register_forward_hook((_compiled_hook() if id(m) in compiled else _ForwardHook)(self, i)) for i,m in enumerate(modules)]
 
     def start(self):
         "A new iteration: `call` counts from 0 again"
-        self.calls = [0]*len(self.calls)
+        self.calls,self.views = [0]*len(self.calls),[]
         while self.leaves: self.leaves.pop().remove()
+
+    def changed(self)->list: # indices
+        "Modules whose output, a view, was changed in place since: its gradient cannot be had"
+        return sorted({i for i,intact in self.views if not intact()})
 
     def remove(self):
         "Take all hooks off. Hooks on tensors of a graph that is still alive do nothing from now on"
@@ -161,13 +183,16 @@ def _seen(self, i, out):
     call,me = self.calls[i],ref(self)
     self.calls[i] += 1
     for o,t in ts:
-        if self.linear[i] and t._is_view(): t,shape = t._base,t.shape
-        else: shape = None
+        back = intact = None
+        if t._is_view():
+            t,back,intact = _of_view(t, self.fresh[i])
+            if intact: self.views.append((i, intact))
         @unserializable_hook
-        def got(g, o=o, shape=shape):
+        def got(g, o=o, back=back, intact=intact):
+            if g is None: return   # of several outputs of one function, this one was not used
             hooks = me()
-            if hooks is not None and hooks.live:
-                with torch.no_grad(), torch._C.DisableTorchFunctionSubclass(): hooks.f(i, call, o, g.detach() if shape is None else g.detach().reshape(shape))   # fastai's tensors are subclasses
+            if hooks is not None and hooks.live and (intact is None or intact()):
+                with torch.no_grad(), torch._C.DisableTorchFunctionSubclass(): hooks.f(i, call, o, g.detach() if back is None else back(g.detach()))   # fastai's tensors are subclasses
         h = t.register_hook(got)
         if t.is_leaf: self.leaves.append(h)
 

@@ -1,5 +1,5 @@
 "Several processes (DDP, FSDP2 with gloo on the CPU) give the numbers of one process on the joint batch; the first process keeps the record."
-import os,pickle,sys,traceback,warnings
+import importlib.util,os,pickle,sys,traceback,warnings
 from datetime import timedelta
 
 import numpy as np,pytest,torch
@@ -33,7 +33,7 @@ def data(n=64, bs=16):
     x,y = torch.randn(n+16,20, generator=g),torch.randint(5, (n+16,), generator=g)
     return DataLoaders(*(DataLoader(L(zip(x[s],y[s])), bs=bs) for s in (slice(n),slice(n,None))))
 
-def learner(cbs, wrap=noop, model=Net, opt_func=SGD):
+def learner(cbs, wrap=noop, model=Net, opt_func=SGD, data=data):
     dls = data()
     set_seed(0)
     return Learner(dls, wrap(model()), loss_func=nn.CrossEntropyLoss(), opt_func=opt_func, lr=.1, cbs=cbs)
@@ -47,6 +47,27 @@ class Half(Callback):
 class DDP(Half):
     def before_fit(self): self.learn.model = DistributedDataParallel(self.model)
     def after_fit(self): self.learn.model = self.model.module
+
+class Accelerated(DDP):
+    "accelerate wraps the model"
+    def before_fit(self):
+        from accelerate import Accelerator
+        self.learn.model = Accelerator(cpu=True).prepare(self.model)
+
+class Distrib(Half):
+    "What fastai's `distrib_ctx` adds to a Learner, with a loader that does not need CUDA to shuffle"
+    def __new__(cls):
+        from fastai.distributed import DistributedDL,DistributedTrainer
+        DistributedDL._broadcast = lambda self, t, rank: (dist.broadcast(t := tensor(t), rank), t.tolist())[1]
+        return DistributedTrainer(cpu=True)
+
+def halves():
+    "fastai gives each process a half of the data, which its loader divides into batches: the joint batches"
+    dls = data()
+    if dist.is_initialized(): return dls
+    ds = dls.train.dataset
+    a,b = ds[:32],ds[32:]
+    return DataLoaders(DataLoader(a[:16]+b[:16]+a[16:]+b[16:], bs=32), dls.valid)
 
 class Clip(Callback):
     "Somebody's own clipping"
@@ -136,6 +157,8 @@ cases |= {('fsdp',k): (shard, (Half,*c), kw) for k,(c,kw) in both.items()}
 cases |= {('fsdp','whole'): (partial(shard, each=False), (Half,), {}), ('fsdp','kept'): (partial(shard, reshard_after_forward=False), (Half,), dict(n=2)),
           ('fsdp','columns'): (columns, (Half,), {}), ('fsdp','hybrid'): (hybrid, (Half,), {}), ('fsdp','ignored'): (some, (Half,Sum), dict(model=Some))}
 
+if importlib.util.find_spec('accelerate'): cases |= {('accelerate','plain'): (noop, (Accelerated,), {}), ('distrib_ctx','plain'): (noop, (Distrib,), dict(n=2, data=halves))}
+
 engines = {('engine',k): (None, (), dict(by_rows=v)) for k,v in (('host',False), ('rows',True))}
 
 def tensors():
@@ -153,7 +176,7 @@ def engine(by_rows):
     return e.fetch()
 
 def worker(rank, folder, names):
-    os.environ.update(RANK=str(rank), WORLD_SIZE='2')
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost')   # accelerate asks for a rank of its own and an address
     torch.set_num_threads(1)
     for i,name in enumerate(names):
         wrap,cbs,kw = {**cases,**engines}[name]

@@ -165,7 +165,7 @@ def test_packed_sequence():
     torch.manual_seed(0)
     check(Net(f, l=nn.Linear(3,2), r=nn.LSTM(4,3)), torch.randn(3,5,4), torch.zeros(3), loss=sq, n_rows=2)
 
-splits = dict(chunk=lambda x: x.chunk(2, 1), unbind=lambda x: x.unbind(1), split=lambda x: x.split([1,3], 1), max=lambda x: x.max(1), svd=lambda x: torch.linalg.svd(x, full_matrices=False))
+splits = dict(chunk=lambda x: x.chunk(2, 1), unbind=lambda x: x.unbind(1), split=lambda x: x.split([1,3], 1), max=lambda x: x.max(1), svd=lambda x: torch.linalg.svd(x, full_matrices=False), var_mean=lambda x: torch.var_mean(x, 1))
 
 @pytest.mark.parametrize('split', splits)
 def test_views(split):
@@ -173,6 +173,12 @@ def test_views(split):
     net = Net(lambda s,x: s.m(s.l(x)), l=nn.Linear(4,4), m=Fn(lambda w,x: splits[split](x*w)))
     n = dict(unbind=4, svd=3, max=1).get(split, 2)
     check(net, *vectors(), loss=lambda o,y: sum(t.abs().sum()*(i+1) for i,t in enumerate(o) if t.requires_grad), n_rows=1+n)
+
+@pytest.mark.parametrize('split', splits)
+def test_views_of_which_one_is_used(split):
+    "The others have no gradient (autograd calls their hooks with None) and no row."
+    net = Net(lambda s,x: s.m(s.l(x)), l=nn.Linear(4,4), m=Fn(lambda w,x: splits[split](x*w)))
+    check(net, *vectors(), loss=lambda o,y: o[0].abs().sum(), n_rows=2)
 
 @pytest.mark.parametrize('k', (1,2,5))
 def test_called_k_times(k):
