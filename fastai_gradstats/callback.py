@@ -17,7 +17,7 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip
 from fastai.torch_core import rank_distrib
 from .capture import OutputHooks, _child, clean_name, compiled_modules, grad_modules, grad_params, param_grads, pick, silent
-from .engine import Engine, Later, finish, octaves, sums, MAX, SUM_SQ, NONFINITE, W_SQ, DOT
+from .engine import Engine, finish, octaves, sums, MAX, SUM_SQ, NONFINITE, W_SQ, DOT
 from .files import check_free, need_parquet
 from .record import GradRecord, Rows, Steps, Stream, _param_rows, columns, counts, floats, views
 
@@ -318,12 +318,12 @@ def _start(self:GradStatsCallback):
         st.modules = {}
     st.names = list(st.modules)
     st.compiled = compiled_modules(self.learn.model)
-    st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward(), st.compiled)
+    st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward(), st.compiled, bool(self.extra))
     st.hooks.live,st.fired = False,0
 
 @patch
 def _end(self:GradStatsCallback):
-    if getattr(self._state, 'hooks', None): self._state.hooks.remove(), self._state.later.forget()
+    if getattr(self._state, 'hooks', None): self._state.hooks.remove()
     self._state.hooks = None
 
 # %% ../nbs/04_callback.ipynb #13ab9ac5
@@ -346,24 +346,19 @@ FORWARD = -1   # key of that number's row
 def _forward(self:GradStatsCallback):
     "What a hook calls in forward"
     st = self._state
-    def add(todo):
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            st.sums += [(at, t.sum(dtype=torch.float32 if t.itemsize<4 else None)) for t,_,at in todo]
-    st.order,st.sums,st.later = [],[],Later(add)
+    st.order,st.sums = [],[]
     def seen(i, t):
         if not t.is_floating_point(): return
-        if t.device.type=='cpu' and not st.engine.by_rows: st.later.put(i, t, len(st.order))
-        else: add([(t,True,len(st.order))])
         st.order.append(i)
+        st.sums.append(t.detach().sum(dtype=torch.float32 if t.itemsize<4 else None))
     return seen
 
 @patch
 def _check_forward(self:GradStatsCallback):
     "Place, in order of execution, of the first output that is not finite; their number where all are"
     st = self._state
-    st.later.settle()
-    sums = [s for _,s in sorted(st.sums)]
-    if all(s.device.type=='cpu' for s in sums) and not st.engine.by_rows:
+    if not (sums := st.sums): return
+    if all(s.is_cpu for s in sums) and not st.engine.by_rows:
         k = next((k for k,s in enumerate(sums) if not math.isfinite(s.item())), None)
         if k is not None: st.engine.value(FORWARD, torch.tensor(k))
     else:
@@ -389,7 +384,6 @@ def _begin(self:GradStatsCallback, it):
     st.due = it%self.every==0
     st.hooks.live = st.due
     st.hooks.start()
-    st.later.forget()
     st.order,st.sums = [],[]
 
 @patch

@@ -395,34 +395,12 @@ def _products(x, y, n, out):
             res.append(s if 1e-25<abs(s)<1e37 else np.dot(x[i:j].astype(np.float64), y[i:j].astype(np.float64)))
     return res
 
-# %% ../nbs/01_engine.ipynb #8eb10486
-class Later:
-    "Hands tensors to `f` a little later, many at a time"
-    room = 2**20   # elements that wait
-    def __init__(self, f): self.f,self.waiting,self.used,self.steady,self.hasty = f,[],0,set(),set()
-
-    def put(self, key, t, *args):
-        n,late = t.numel(),key in self.steady
-        if self.used+n>self.room: self.settle()
-        if not late: self.f([(t,True,*args)])
-        self.waiting.append((key, late, t._version, (t,*args)))
-        self.used += n
-
-    def forget(self): self.waiting,self.used = [],0
-
-    def settle(self):
-        "Hand over what waits, with False for a tensor that was changed, for the first time"
-        waiting,self.waiting,self.used = self.waiting,[],0
-        for k,_,v,(t,*_) in waiting: (self.steady if t._version==v else self.hasty).add(k)
-        self.steady -= self.hasty
-        if todo := [(t,t._version==v,*args) for _,late,v,(t,*args) in waiting if late]: self.f(todo)
-
 # %% ../nbs/01_engine.ipynb #48fa2569
 class HostBuffer(_Buffer):
     "Sums on a CPU"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.later,self.some_zero,self.takers,self.sources,self.weights = Later(self.late),set(),[],set(),False
+        self.some_zero,self.takers,self.sources,self.weights = set(),[],set(),False
         self.pool,self.pooled,self.used = [torch.zeros(BLOCK) for _ in range(2)],[],0   # small gradients, their weights
         self.scratch = torch.empty(BLOCK),torch.empty(BLOCK)
         self.arrays = [o.numpy() for o in self.scratch]
@@ -436,28 +414,26 @@ class HostBuffer(_Buffer):
 # %% ../nbs/01_engine.ipynb #8eb10483
 @patch
 def put(self:HostBuffer, key, g, absent=0):
-    "Add a gradient, read now or a little later"
-    r = self.row(key, g.numel()+absent, absent)
+    "Add a gradient"
+    n = g.numel()
+    r,scale = self.row(key, n+absent, absent),1. if self.scale is None else float(self.scale)
     if self.extra: self.extras(r, g)
-    self.later.put(key, g, r, self.scale)
+    if self.octaves: self.octaves.put([r], [g], [self.scale])
+    if self.scale is not None: self.acc[r,SCALE] = scale
+    if n>SMALL or g.dtype==torch.float64: self.large(r, flat(g), None, self.threshold*scale)
+    elif n:
+        if self.used+n>BLOCK: self.sum_pool()
+        self.pool[0][self.used:self.used+n].copy_(flat(g))
+        self.pooled.append((r, n, self.threshold*scale))
+        self.used += n
     return r
 
 @patch
-def late(self:HostBuffer, todo):
-    "Read gradients that have waited"
-    for _,intact,r,_ in todo:
-        if not intact:
-            warnings.warn("a gradient was changed in place after it was computed, for the first time: its statistics are NaN in this iteration, its numel 0")
-            self.numel[r] = self.absent[r] = 0
-    if todo := [(g,*args) for g,intact,*args in todo if intact]: self.read(*zip(*todo))
-
-@patch
-def settle(self:HostBuffer): self.later.settle()
+def settle(self:HostBuffer): "Copies may wait for more"
 
 @patch
 def reduce(self:HostBuffer):
     "Nothing waits any more, here or where rows are taken from"
-    self.settle()
     self.sum_pool()
     while self.takers: self.takers.pop()()
     while self.sources: self.sources.pop().reduce()
@@ -500,7 +476,7 @@ def _products_of(x, w):
 
 # %% ../nbs/01_engine.ipynb #0fb7d26c
 @patch
-def pool_all(self:HostBuffer, rows, gs, ws, thresholds):
+def pool_all(self:HostBuffer, rows, gs, ws):
     "Copy small tensors"
     n = [g.numel() for g in gs]
     while n:
@@ -508,22 +484,21 @@ def pool_all(self:HostBuffer, rows, gs, ws, thresholds):
         size = sum(n[:k])
         for p,ts in zip(self.pool, (gs,ws) if ws else (gs,)):
             if k: torch._foreach_copy_(p[self.used:self.used+size].split(n[:k]), ts[:k])
-        self.pooled += zip(rows[:k], n[:k], thresholds[:k])
-        self.used += size
-        rows,gs,n,thresholds,ws = rows[k:],gs[k:],n[k:],thresholds[k:],ws and ws[k:]
+        self.pooled += ((r,i,self.threshold) for r,i in zip(rows[:k], n))
+        self.used,self.weights = self.used+size,self.weights or bool(ws)
+        rows,gs,n,ws = rows[k:],gs[k:],n[k:],ws and ws[k:]
         if n: self.sum_pool()
 
 @patch
 def sum_pool(self:HostBuffer):
     "Sum what lies there"
     if not self.pooled: return
-    (x,w),out = (o.numpy()[:self.used] for o in self.pool),self.arrays[0]
+    (x,w),out,weights = (o.numpy()[:self.used] for o in self.pool),self.arrays[0],self.weights
     r,n,t = map(list, zip(*self.pooled))
-    self.pooled,self.used = [],0
+    self.pooled,self.used,self.weights = [],0,False
     if not self.norms_only: self.acc[r,:ABOVE+1] = _segments(x, n, t, self.arrays)
     else: self.acc[r,SUM_SQ],self.acc[r,NONFINITE] = zip(*((v, 0 if math.isfinite(v) else k-np.isfinite(x[i:i+k]).sum()) for i,k,v in zip(accumulate(n, initial=0), n, _products(x, x, n, out))))
-    if self.weights: self.acc[r,W_SQ],self.acc[r,DOT] = _products(w, w, n, out),_products(x, w, n, out)
-    self.weights = False
+    if weights: self.acc[r,W_SQ],self.acc[r,DOT] = _products(w, w, n, out),_products(x, w, n, out)
 
 # %% ../nbs/01_engine.ipynb #dc18e32a
 def _same(g, w):
@@ -533,31 +508,19 @@ def _same(g, w):
 # %% ../nbs/01_engine.ipynb #dc18e32b
 @patch
 def put_all(self:HostBuffer, keys, gs, ws=None):
-    "Add gradients, and with `ws` their products with the weights"
-    self.settle()
+    "Add gradients of one dtype, and with `ws` their products with the weights"
+    scale,self.scale,small = self.scale,None,([],[],[])
     rows = [self.row(k, g.numel()) for k,g in zip(keys, gs)]
-    scale,self.scale = self.scale,None
-    if self.extra:
-        for r,g in zip(rows, gs): self.extras(r, g)
-    self.scale = scale
-    self.read(gs, rows, [None]*len(rows), ws)
-
-@patch
-@torch.no_grad()   # instead of `detach`, an operation for each
-def read(self:HostBuffer, gs, rows, scales, ws=None):
-    "Sum large gradients, copy small ones"
-    if self.octaves: self.octaves.put(rows, gs, scales)
-    self.weights |= bool(ws)
-    small = [],[],[],[]
-    for i,(g,r,scale) in enumerate(zip(gs, rows, scales)):
-        t = self.threshold
-        if scale is not None: self.acc[r,SCALE] = scale = float(scale); t *= scale
+    if self.octaves: self.octaves.put(rows, gs, [None]*len(rows))
+    for i,(r,g) in enumerate(zip(rows, gs)):
+        if self.extra: self.extras(r, g)
         g,w = _same(g, ws[i]) if ws else (flat(g),None)
-        if g.numel()>SMALL or g.dtype==torch.float64: self.large(r, g, w if w is None or g.dtype==torch.float64 else w.float(), t)
-        elif g.numel():
-            for o,v in zip(small, (r,g,w,t)): o.append(v)
-    r,g,w,t = small
-    if r: self.pool_all(r, g, w if ws else None, t)
+        if len(g)>SMALL or g.dtype==torch.float64: self.large(r, g, w if w is None or g.dtype==torch.float64 else w.float(), self.threshold)
+        elif len(g):
+            for o,v in zip(small, (r,g,w)): o.append(v)
+    r,g,w = small
+    if r: self.pool_all(r, g, w if ws else None)
+    self.scale = scale
 
 # %% ../nbs/01_engine.ipynb #f66a8276
 class Engine:
