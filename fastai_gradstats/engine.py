@@ -12,7 +12,7 @@ __all__ = ['Engine']
 
 # %% ../nbs/01_engine.ipynb #52b03ed0
 import math, warnings, numpy as np, torch
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from operator import add
 from torch import Tensor
@@ -86,6 +86,7 @@ class _Plan:
 # %% ../nbs/01_engine.ipynb #41570002
 SAMPLE,DROP = 2**12,255   # elements of a tensor that are counted; exponent of what is not finite, and of zeros here
 
+@cache
 def _stride(n):
     "The smallest step that leaves at most `SAMPLE` of `n` elements and shares no factor with common shapes"
     s = -(-n//SAMPLE)
@@ -96,19 +97,22 @@ def _stride(n):
 class _Octaves:
     "Elements per octave of |g|, for the rows of a buffer"
     def __init__(self, device, every):
-        self.every,self.rng,self.waiting = every,np.random.default_rng(0),[]   # its own generator: training draws from others
-        self.scratch,self.acc = torch.zeros(64, SAMPLE, device=device),torch.zeros(2**10, 256, dtype=torch.int32, device=device)
+        self.every,self.rng,self.waiting,self.used = every,np.random.default_rng(0),[],0   # its own generator: training draws from others
+        self.scratch,self.acc = torch.zeros(64*SAMPLE, device=device),torch.zeros(2**10, 256, dtype=torch.int32, device=device)
 
-    def put(self, rs, gs, scales):
-        "Copy samples of the gradients `gs` of rows `rs`"
-        for r,g,scale in zip(rs, gs, scales):
-            x = flat(g.abs() if g.is_complex() else g)
-            stride = 1 if self.every else _stride(len(x))
-            for o in x[self.rng.integers(stride):][::stride].split(SAMPLE) if len(x) else ():
-                if len(self.waiting)==len(self.scratch): self.reduce()
-                s = self.scratch[len(self.waiting),:len(o)].copy_(o)
-                if scale is not None: s.div_(scale)
-                self.waiting.append((r,stride))
+    def put(self, r, x, scale=None):
+        "Copy a sample of `x`, the gradient of row `r` in one dimension"
+        stride,size = 1 if self.every else _stride(len(x)),len(self.scratch)
+        x = x[int(self.rng.random()*stride)::stride]
+        for i in range(0, len(x), size):
+            o = x[i:i+size]
+            if self.used+len(o)>size: self.reduce()
+            at = slice(self.used, self.used+len(o))
+            if isinstance(o, Tensor): self.scratch[at].copy_(o)
+            else: self.scratch.numpy()[at] = o
+            if scale is not None: self.scratch[at].div_(scale)
+            self.waiting.append((r, len(o), stride))
+            self.used += len(o)
 
     def host(self, n):
         "Counts of the first `n` rows"
@@ -124,18 +128,17 @@ def octaves(h:np.ndarray # (rows, 256) counts by exponent bits
 # %% ../nbs/01_engine.ipynb #41570005
 @patch
 def reduce(self:_Octaves):
-    "Count what lies in the scratch, and zero it"
+    "Count what lies in the scratch"
     if not self.waiting: return
-    x,(r,stride) = self.scratch[:len(self.waiting)],zip(*self.waiting)
+    x,(r,n,stride),self.waiting,self.used = self.scratch[:self.used],zip(*self.waiting),[],0
     while max(r)>=len(self.acc): self.acc = torch.cat([self.acc, torch.zeros_like(self.acc)])
+    e,k = (x.view(torch.int32)>>23).bitwise_and_(255).masked_fill_(x==0, DROP),256*len(r)
+    if x.device.type=='cpu': c = torch.from_numpy(np.bincount(np.repeat(np.arange(0, k, 256), n)+e.numpy(), minlength=k))
+    else:
+        e += torch.arange(0, k, 256, device=x.device).repeat_interleave(torch.tensor(n, device=x.device), output_size=len(x))
+        c = torch.zeros(k, dtype=torch.int64, device=x.device).index_add_(0, e, torch.ones_like(e, dtype=torch.int64))
     r,stride = (torch.tensor(o, device=x.device) for o in (r,stride))
-    e = (x.view(torch.int32)>>23).bitwise_and_(255).masked_fill_(x==0, DROP)
-    e = (e+256*torch.arange(len(x), device=x.device)[:,None]).view(-1)
-    if x.device.type=='cpu': n = torch.from_numpy(np.bincount(e.numpy(), minlength=256*len(x)))
-    else: n = torch.zeros(256*len(x), dtype=torch.int64, device=x.device).index_add_(0, e, torch.ones_like(e, dtype=torch.int64))
-    self.acc.index_add_(0, r, (n.view(-1,256)*stride[:,None]).int())
-    self.waiting = []
-    x.zero_()
+    self.acc.index_add_(0, r, (c.view(-1,256)*stride[:,None]).int())
 
 @patch
 def cut(self:_Octaves, a, n, to=None):
@@ -205,7 +208,7 @@ def odd(self:_Buffer, key, g):
     "A gradient that no fast path reads (complex): the definitions themselves"
     self.apart()
     r,n = self.row(key, g.numel()),g.numel()
-    if self.octaves: self.octaves.put([r], [g], [self.scale])
+    if self.octaves: self.octaves.put(r, flat(g.abs()), self.scale)
     if not n: return r
     v = {k: f(g, self.threshold) if k=='above' else f(g) for k,f in statistics.items()}
     m = v['mean']*n
@@ -256,7 +259,7 @@ def put(self:DeviceBuffer, key, g, absent=0):
     if not g.numel(): self.reduce()   # waiting rows are consecutive
     r,x = self.row(key, g.numel()+absent, absent),flat(g)
     self.extras(r, g)
-    if self.octaves: self.octaves.put([r], [g], [self.scale])
+    if self.octaves: self.octaves.put(r, x, self.scale)
     for x in x.split(self.max_rows*W):
         rows = -(-len(x)//W)
         if self.waiting and (self.used+rows>self.max_rows or self.waiting[0][2]!=_wide(g)): self.reduce()
@@ -303,7 +306,8 @@ def put_all(self:DeviceBuffer, keys, gs, ws=None):
     scale,self.scale = self.scale,None
     todo = [(self.row(k, g.numel()), g, w) for k,g,w in zip(keys, gs, ws or gs)]
     for r,g,_ in todo: self.extras(r, g)
-    if self.octaves: self.octaves.put([r for r,*_ in todo], gs, [None]*len(gs))
+    if self.octaves:
+        for r,g,_ in todo: self.octaves.put(r, flat(g))
     while todo:
         rows,n = 0,0
         while n<len(todo) and (rows := rows-(-todo[n][1].numel()//W))<=self.max_rows: n += 1
@@ -345,6 +349,7 @@ def _dot(x, y):
     return float(s+np.dot(x[k:], y[k:])) if k<n else float(s)
 
 # %% ../nbs/01_engine.ipynb #7a94a2a0
+@cache
 def _floor32(t):
     "The largest float32 that is not above `t`"
     f = np.float32(t)
@@ -352,13 +357,13 @@ def _floor32(t):
 
 # %% ../nbs/01_engine.ipynb #90b9e0c5
 def _block(t:Tensor, # 1-d float32 on a CPU
-           scratch:Tensor, # at least as long
+           a:Tensor, # of the same size, for |t|
            threshold:np.float32,
            some_zero=False # are zeros to be expected?
           )->list:
     "The sums of `_exact` from fast operations, where they are right"
     n = len(t)
-    a = torch.abs(t, out=scratch if n==len(scratch) else scratch[:n])
+    torch.abs(t, out=a)
     low,top = (0,a.max()) if some_zero else a.aminmax()
     top = top.item()
     if top==0: return [0,0,0,0,0,0,n,0,0]
@@ -400,7 +405,7 @@ class HostBuffer(_Buffer):
     "Sums on a CPU"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.some_zero,self.takers,self.sources,self.weights = set(),[],set(),False
+        self.some_zero,self.takers,self.sources,self.weights,self.done,self.part = set(),[],set(),False,[],{}
         self.pool,self.pooled,self.used = [torch.zeros(BLOCK) for _ in range(2)],[],0   # small gradients, their weights
         self.scratch = torch.empty(BLOCK),torch.empty(BLOCK)
         self.arrays = [o.numpy() for o in self.scratch]
@@ -418,13 +423,12 @@ def put(self:HostBuffer, key, g, absent=0):
     n = g.numel()
     r,scale = self.row(key, n+absent, absent),1. if self.scale is None else float(self.scale)
     if self.extra: self.extras(r, g)
-    if self.octaves: self.octaves.put([r], [g], [self.scale])
     if self.scale is not None: self.acc[r,SCALE] = scale
-    if n>SMALL or g.dtype==torch.float64: self.large(r, flat(g), None, self.threshold*scale)
+    if n>SMALL or g.dtype==torch.float64: self.large(r, flat(g), None, self.threshold*scale, self.scale)
     elif n:
         if self.used+n>BLOCK: self.sum_pool()
         self.pool[0][self.used:self.used+n].copy_(flat(g))
-        self.pooled.append((r, n, self.threshold*scale))
+        self.pooled.append((r, n, self.threshold*scale, self.scale))
         self.used += n
     return r
 
@@ -435,6 +439,9 @@ def settle(self:HostBuffer): "Copies may wait for more"
 def reduce(self:HostBuffer):
     "Nothing waits any more, here or where rows are taken from"
     self.sum_pool()
+    if self.done:
+        r,v = zip(*self.done)
+        self.acc[list(r),:DOT+1],self.done = v,[]
     while self.takers: self.takers.pop()()
     while self.sources: self.sources.pop().reduce()
 
@@ -445,19 +452,28 @@ def copied(self:HostBuffer, b, *rows):
 
 # %% ../nbs/01_engine.ipynb #8eb10485
 @patch
-def large(self:HostBuffer, r, x, w, threshold):
+def scratch_of(self:HostBuffer, n):
+    "`n` elements"
+    if n not in self.part:
+        if len(self.part)>=256: self.part.clear()
+        self.part[n] = self.scratch[0][:n]
+    return self.part[n]
+
+@patch
+def large(self:HostBuffer, r, x, w, threshold, scale=None):
     "Sums of one tensor, and with `w` their products, block by block"
-    t32,key,res,products = _floor32(threshold),self.keys[r],None,[0.,0.]
+    key,res = self.keys[r],None
     some_zero = key in self.some_zero
     for i in range(0, len(x), BLOCK):
         b = x[i:i+BLOCK] if len(x)>BLOCK else x
         if b.dtype==torch.float64: v = _exact(b.numpy(), threshold)
-        elif self.norms_only: v = _norms(b := b.float())
-        else: v = _block(b := b.float(), self.scratch[0], t32, some_zero)
+        else:
+            if b.dtype!=torch.float32: b = b.float()
+            v = _norms(b) if self.norms_only else _block(b, self.scratch_of(len(b)), _floor32(threshold), some_zero)
+        v += (0,0) if w is None else _products_of(b, w[i:i+BLOCK])
         res = v if res is None else [res[0] if v[0]<=res[0] else v[0], *map(add, res[1:], v[1:])]   # NaN too
-        if w is not None: products = list(map(add, products, _products_of(b, w[i:i+BLOCK])))
-    self.acc[r,:ABOVE+1] = res
-    if w is not None: self.acc[r,W_SQ:DOT+1] = products
+    self.done.append((r, res))
+    if self.octaves: self.octaves.put(r, x.numpy() if x.dtype==torch.float32 else x, scale)
     if some_zero!=(res[ZEROS]>0): self.some_zero ^= {key}   # the next gradient of this tensor will be alike
 
 # %% ../nbs/01_engine.ipynb #32c683f4
@@ -484,7 +500,7 @@ def pool_all(self:HostBuffer, rows, gs, ws):
         size = sum(n[:k])
         for p,ts in zip(self.pool, (gs,ws) if ws else (gs,)):
             if k: torch._foreach_copy_(p[self.used:self.used+size].split(n[:k]), ts[:k])
-        self.pooled += ((r,i,self.threshold) for r,i in zip(rows[:k], n))
+        self.pooled += ((r,i,self.threshold,None) for r,i in zip(rows[:k], n))
         self.used,self.weights = self.used+size,self.weights or bool(ws)
         rows,gs,n,ws = rows[k:],gs[k:],n[k:],ws and ws[k:]
         if n: self.sum_pool()
@@ -494,7 +510,9 @@ def sum_pool(self:HostBuffer):
     "Sum what lies there"
     if not self.pooled: return
     (x,w),out,weights = (o.numpy()[:self.used] for o in self.pool),self.arrays[0],self.weights
-    r,n,t = map(list, zip(*self.pooled))
+    r,n,t,scales = map(list, zip(*self.pooled))
+    if self.octaves:
+        for i,k,j,scale in zip(r, n, accumulate(n), scales): self.octaves.put(i, x[j-k:j], scale)
     self.pooled,self.used,self.weights = [],0,False
     if not self.norms_only: self.acc[r,:ABOVE+1] = _segments(x, n, t, self.arrays)
     else: self.acc[r,SUM_SQ],self.acc[r,NONFINITE] = zip(*((v, 0 if math.isfinite(v) else k-np.isfinite(x[i:i+k]).sum()) for i,k,v in zip(accumulate(n, initial=0), n, _products(x, x, n, out))))
@@ -511,7 +529,6 @@ def put_all(self:HostBuffer, keys, gs, ws=None):
     "Add gradients of one dtype, and with `ws` their products with the weights"
     scale,self.scale,small = self.scale,None,([],[],[])
     rows = [self.row(k, g.numel()) for k,g in zip(keys, gs)]
-    if self.octaves: self.octaves.put(rows, gs, [None]*len(rows))
     for i,(r,g) in enumerate(zip(rows, gs)):
         if self.extra: self.extras(r, g)
         g,w = _same(g, ws[i]) if ws else (flat(g),None)
