@@ -89,7 +89,7 @@ def write_part(path, table, df, number=0, rank=0, threshold=1., format='parquet'
 
 # %% ../nbs/02a_files.ipynb #1004c292
 MARK = 'gradstats.json'
-_mine = {}   # folders that this process writes: path -> (process, tables)
+_mine = {}   # folders that this process writes: path -> (process, tables, number of the run)
 
 def find_parts(path):
     "Files of each table, in order"
@@ -103,30 +103,40 @@ def check_free(folder, tables):
     "The path of `folder`, where nothing stands against writing `tables` there"
     if not isinstance(folder, (str,os.PathLike)): raise TypeError(f"folder: a path is accepted, got {type(folder).__name__}")
     p = Path(folder).expanduser().absolute()
-    pid,taken = _mine.get(p, (None,set()))
+    pid,taken,_ = _mine.get(p, (None,set(),None))
     if pid==os.getpid() and not taken & set(tables): return p
-    try: is_dir,there = p.is_dir(),p.exists()
+    try: there,is_dir = p.exists(),p.is_dir()   # in this order: another process may make it just now
     except OSError: return p   # writing will say
     if there and not is_dir: raise ValueError(f"folder: {p} is a file; accepted is a folder that holds no record")
     try: found = [f.name for f in p.iterdir() if f.name==MARK or re.match(r'\w+-\d+-\d+\.(parquet|csv)$', f.name)] if is_dir else []
     except OSError: return p
-    if found: raise ValueError(f"folder: {p} already holds a record ({len(found)} files, {min(found)} among them); each run needs a folder of its own")
+    if found: raise ValueError(f"folder: {p} already holds a record ({len(found)} files, {min(found)} among them); each run needs a folder of its own: name another (after `reset()`, as `callback.folder`), or remove this one, which `GradRecord.load` reads")
     return p
 
 # %% ../nbs/02a_files.ipynb #27ddbf85
 def _json(**info): return json.dumps(info, indent=1).encode()
 
 def claim(p, tables, **info):
-    "Take the folder for this process, or say who has it"
+    "Take the folder for this process, or say who has it; returns what `check_mine` knows it by"
     check_free(p, tables)
-    pid,taken = _mine.get(p, (None,set()))
+    pid,taken,run = _mine.get(p, (None,set(),None))
     if pid!=os.getpid() or not (p/MARK).exists():
         p.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(p/MARK, 'xb', buffering=0) as f: f.write(_json(format=FORMAT, created=time.strftime('%Y-%m-%d %H:%M:%S'), process=os.getpid(), tables=schema, **info))
+        try: open(p/MARK, 'xb').close()   # of several processes one gets it
         except FileExistsError: raise ValueError(f"folder: {p} was taken by another process just now; each run needs a folder of its own") from None
-        pid,taken = os.getpid(),set()
-    _mine[p] = pid,taken | set(tables)
+        pid,taken,run = os.getpid(),set(),os.urandom(8).hex()
+        try: _put(p/MARK, _json(format=FORMAT, run=run, created=time.strftime('%Y-%m-%d %H:%M:%S'), process=pid, tables=schema, **info))
+        except BaseException:
+            (p/MARK).unlink(missing_ok=True)
+            raise
+    _mine[p] = pid,taken | set(tables),run
+    return run
+
+def check_mine(p, run):
+    "Nobody removed the folder, and took it, since it was claimed"
+    with open(p/MARK, 'rb') as f:
+        if run.encode() not in f.read(100): raise FileExistsError(f"{p/MARK} is not what this run wrote")
+
 
 # %% ../nbs/02a_files.ipynb #9b972642
 class BadPart(ValueError): pass

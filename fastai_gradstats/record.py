@@ -18,7 +18,7 @@ from importlib import import_module
 import numpy as np, pandas as pd
 from fastcore.basics import patch, ifnone
 from fastcore.foundation import L
-from .files import check_free, claim, describe, empty, need_parquet, pick_facts, read_folder, schema, write_facts, write_part
+from .files import check_free, check_mine, claim, describe, empty, need_parquet, pick_facts, read_folder, schema, write_facts, write_part
 
 # %% ../nbs/03_record.ipynb #2a7311ed
 phases = ['fit','lr_find']
@@ -587,11 +587,12 @@ class Stream:
 def attempt(self:Stream, f):
     "Run `f`; a disk that fails is told of once, and training goes on"
     try:
-        if not self.claimed: claim(self.folder, self.tables, threshold=self.record.threshold)
-        self.claimed = True
+        if self.claimed: check_mine(self.folder, self.claimed)
+        else: self.claimed = claim(self.folder, self.tables, threshold=self.record.threshold)
         f()
-    except OSError as e:
-        if not self.failed: warn(f"folder: cannot write to {self.folder} ({type(e).__name__}: {e}). Training goes on and the record stays in memory; what is not on disk is tried again at each flush, and `record.save(another_folder)` writes it all")
+    except (OSError,ValueError) as e:
+        if isinstance(e, ValueError) and not (self.claimed or self.failed): raise   # another run has it, and nothing is trained yet
+        if not self.failed: warn(f"folder: cannot write to {self.folder} ({type(e).__name__}: {e}). Training goes on and the record stays in memory; what is not on disk is tried again at each flush, and `record.save(another_folder)` writes what memory holds")
         self.failed = True
     self.n,self.last = 0,monotonic()
 
@@ -602,10 +603,10 @@ def facts(self:Stream):
     self.known = n
 
 @patch
-def part(self:Stream, table, df):
-    "The next part"
-    write_part(self.folder, table, df, self.number[table], self.rank, self.record.threshold)
-    self.number[table] += 1
+def part(self:Stream, **dfs):
+    "The next part of tables that belong together. Where one fails, all are written again, with what came since"
+    for t,d in dfs.items(): write_part(self.folder, t, d, self.number[t], self.rank, self.record.threshold)
+    for t in dfs: self.number[t] += 1
 
 # %% ../nbs/03_record.ipynb #52029b57
 @patch
@@ -616,7 +617,7 @@ def write(self:Stream,
     def f():
         self.facts()
         if 'breaks' in self.tables and (b := self.record.breaks[self.broken:]):
-            self.part('breaks', _breaks_frame(b))
+            self.part(breaks=_breaks_frame(b))
             self.broken += len(b)
         for t,s in self.stores.items():
             if s.sink: _send(self, t, s, over)
@@ -633,8 +634,8 @@ def _send(stream, t, s, over):
         ok = np.ones(len(p), bool) if over is None else over(p.where)
         if not ok.any(): return
         todo,rest = ([p],[]) if ok.all() else ([p.take(np.flatnonzero(ok))],[p.take(np.flatnonzero(~ok))])
-    stream.part(t, _params_frame(s.frame(todo)) if t=='params' else s.frame(todo))
-    if t=='tensors' and 'hist' in stream.tables: stream.part('hist', s.hist_frame(todo))
+    df = s.frame(todo)
+    stream.part(**{t:_params_frame(df) if t=='params' else df}, **dict(hist=s.hist_frame(todo)) if t=='tensors' and 'hist' in stream.tables else {})
     s.sink[:] = rest
 
 # %% ../nbs/03_record.ipynb #728921da
