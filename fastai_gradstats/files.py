@@ -36,7 +36,7 @@ def dtype(table, c): return schema[table].get(c, '').partition(' ')[0]
 
 def category(codes, names):
     "Codes into `names`, in their order"
-    codes = np.asarray(codes).astype(np.int8 if len(names)<127 else np.int16 if len(names)<32767 else np.int32)
+    codes = np.asarray(codes).astype(np.int8 if len(names)<127 else np.int16 if len(names)<32767 else np.int32, copy=False)
     return pd.Categorical.from_codes(codes, categories=pd.Index(names, dtype=object if not len(names) else None))
 
 def empty(table):
