@@ -50,15 +50,18 @@ def need_parquet(what):
     except ImportError as e: raise ImportError(f"{what} needs pyarrow: pip install 'fastai-gradstats[parquet]'") from e
 
 # %% ../nbs/02a_files.ipynb #78717066
+def is_category(s): return isinstance(s.dtype, pd.CategoricalDtype)
+
 def _parquet(df, meta):
     "Bytes of a Parquet file. A NaN stays a NaN and is no null"
     import pyarrow as pa, pyarrow.parquet as pq
+    cols = dict(df.items())
     def col(s):
-        if s.dtype!='category': return pa.array(s.to_numpy(), from_pandas=False)
+        if not is_category(s): return pa.array(s.to_numpy(), from_pandas=False)
         return pa.DictionaryArray.from_arrays(pa.array(s.cat.codes.to_numpy()), pa.array(s.cat.categories.tolist(), pa.string()))
-    t = pa.table({c:col(df[c]) for c in df}).replace_schema_metadata({'fastai_gradstats':json.dumps(meta)})
+    t = pa.table({c:col(s) for c,s in cols.items()}).replace_schema_metadata({'fastai_gradstats':json.dumps(meta)})
     out = pa.BufferOutputStream()
-    pq.write_table(t, out, compression='zstd', use_dictionary=[c for c in df if df[c].dtype in ('category','int32','bool')])
+    pq.write_table(t, out, compression='zstd', use_dictionary=[c for c,s in cols.items() if is_category(s) or s.dtype in (np.int32,bool)])
     return out.getvalue()
 
 def _csv(df, meta): return df.to_csv(index=False).encode()
@@ -68,7 +71,7 @@ writers = dict(parquet=_parquet, csv=_csv)
 def describe(table, df, threshold=1.):
     "Metadata of a part"
     return dict(format=FORMAT, table=table, threshold=threshold, units={c:u.partition(' ')[2] for c,u in schema[table].items()},
-                names={c:df[c].cat.categories.tolist() for c in df if df[c].dtype=='category'})
+                names={c:s.cat.categories.tolist() for c,s in df.items() if is_category(s)})
 
 def _put(fn, b):
     "Write the bytes `b`: all, or none"
