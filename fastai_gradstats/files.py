@@ -71,7 +71,8 @@ writers = dict(parquet=_parquet, csv=_csv)
 def describe(table, df, threshold=1.):
     "Metadata of a part"
     return dict(format=FORMAT, table=table, threshold=threshold, units={c:u.partition(' ')[2] for c,u in schema[table].items()},
-                names={c:s.cat.categories.tolist() for c,s in df.items() if is_category(s)})
+                names={c:s.cat.categories.tolist() for c,s in df.items() if is_category(s)},
+                types={c:str(s.dtype) for c,s in df.items() if c not in schema[table] and not is_category(s)})
 
 def _put(fn, b):
     "Write the bytes `b`: all, or none"
@@ -105,7 +106,7 @@ def find_parts(path):
 def check_free(folder, tables):
     "The path of `folder`, where nothing stands against writing `tables` there"
     if not isinstance(folder, (str,os.PathLike)): raise TypeError(f"folder: a path is accepted, got {type(folder).__name__}")
-    p = Path(folder).expanduser().absolute()
+    p = Path(os.path.realpath(Path(folder).expanduser()))
     pid,taken,_ = _mine.get(p, (None,set(),None))
     if pid==os.getpid() and not taken & set(tables): return p
     try: there,is_dir = p.exists(),p.is_dir()   # in this order: another process may make it just now
@@ -161,7 +162,7 @@ def _check_format(fn, meta):
 _arrow = dict(float='float32', double='float64')
 
 def _read_parquet(fn, table, mark):
-    "Frame and metadata of a part"
+    "Columns and metadata of a part; of a category its codes and names"
     import pyarrow as pa, pyarrow.parquet as pq
     try:
         with pq.ParquetFile(fn) as f:
@@ -169,18 +170,21 @@ def _read_parquet(fn, table, mark):
             _check_format(fn, meta)
             def name(t): return ('category' if pa.types.is_string(t.value_type) else str(t)) if pa.types.is_dictionary(t) else _arrow.get(str(t), str(t))
             _check(fn, table, {c.name:name(c.type) for c in f.schema_arrow})
-            t = f.read()
+            t = f.read(use_threads=f.metadata.num_rows>100_000)
     except (pa.ArrowException, OSError, ValueError) as e:
         if isinstance(e, (BadPart,FileNotFoundError,PermissionError)): raise
         raise BadPart(f"{fn}: damaged, or no Parquet file ({e})") from e
-    for c in t.column_names:
-        if t[c].null_count: raise BadPart(f"{fn}: column {c!r} has {t[c].null_count} nulls, expected none")
-    return t.to_pandas(ignore_metadata=True),meta
+    cols = {c:t[c].combine_chunks() for c in t.column_names}
+    for c,a in cols.items():
+        dic = pa.types.is_dictionary(a.type)
+        if nulls := a.null_count + (a.dictionary.null_count if dic else 0): raise BadPart(f"{fn}: column {c!r} has {nulls} nulls, expected none")
+        cols[c] = (a.indices.to_numpy(),a.dictionary.to_pylist()) if dic else a.to_numpy(zero_copy_only=False)
+    return cols,meta
 
 # %% ../nbs/02a_files.ipynb #cd3ea896
 _exact = {} if tuple(map(int, pd.__version__.split('.')[:2]))>=(3,1) else dict(float_precision='round_trip')   # pandas 3.1 reads exactly
 def _read_csv(fn, table, mark):
-    "Frame and metadata of a part; the metadata lie in the folder's `gradstats.json`"
+    "Columns and metadata of a part, as `_read_parquet`; the metadata lie in the folder's `gradstats.json`"
     meta = mark.get('parts', {}).get(table) or describe(table, empty(table))|dict(format=mark.get('format'))
     _check_format(fn, meta)
     try: head = list(pd.read_csv(fn, nrows=0))
@@ -190,21 +194,31 @@ def _read_csv(fn, table, mark):
     try: df = pd.read_csv(fn, dtype={c:str if t=='category' else t for c,t in kinds.items()}, keep_default_na=False,
                           na_values={c:[''] for c,t in kinds.items() if t.startswith('float')}, **_exact)
     except ValueError as e: raise BadPart(f"{fn}: columns of other types than expected ({e}); expected {kinds}") from e
-    for c,t in kinds.items():
-        if t=='category': df[c] = pd.Categorical(df[c], categories=pd.unique(pd.array([*meta['names'].get(c, []), *df[c]], dtype='str')))
-    return df,meta
+    def col(s, t):
+        if t!='category': return s.to_numpy()
+        codes,names = pd.factorize(s)
+        return codes,names.tolist()
+    return {c:col(df[c], t) for c,t in kinds.items()},meta
 readers = dict(parquet=_read_parquet, csv=_read_csv)
 
 # %% ../nbs/02a_files.ipynb #03819aed
-def _join(table, dfs, metas):
-    "One frame from the parts of a table"
-    if not dfs: return empty(table)
-    for c in [c for c in dfs[-1] if dfs[-1][c].dtype=='category']:
-        names = [n for m in metas[::-1] for n in m['names'].get(c, [])]
-        known = list(dict.fromkeys(fixed.get(c, []) + names + [n for d in dfs if c in d for n in d[c].cat.categories]))
-        at = {n:i for i,n in enumerate(known)}
-        dfs = [d.assign(**{c:category(np.array([at[n] for n in d[c].cat.categories], np.int64)[d[c].cat.codes.to_numpy()], known)}) for d in dfs]
-    return pd.concat(dfs, ignore_index=True) if len(dfs)>1 else dfs[0]
+def _join(table, parts, metas):
+    "One frame from the columns of a table's parts"
+    if not parts: return empty(table)
+    d,rows = {},[len(next(o[0] if isinstance(o, tuple) else o for o in p.values())) for p in parts]
+    for c in dict.fromkeys(c for p in parts for c in p):
+        cols = [p.get(c) for p in parts]
+        if any(isinstance(o, tuple) for o in cols): d[c] = _join_names(c, cols, rows, metas)
+        else: d[c] = np.concatenate([np.full(n, np.nan) if o is None else o for o,n in zip(cols, rows)])
+    return pd.DataFrame(d, copy=False)
+
+def _join_names(c, cols, rows, metas):
+    "A category from its parts"
+    lists = dict.fromkeys(tuple(n) for n in [fixed.get(c, []), *(m['names'].get(c, []) for m in metas[::-1]), *(o[1] for o in cols if o)])
+    at = {n:i for i,n in enumerate(dict.fromkeys(n for o in lists for n in o))}
+    to = {o:np.array([at[n] for n in o]+[-1], np.int32) for o in lists}
+    return category(np.concatenate([to[tuple(o[1])][o[0]] if o else np.full(n, -1) for o,n in zip(cols, rows)]), list(at))
+
 
 # %% ../nbs/02a_files.ipynb #0cf882b9
 def _gaps(files):

@@ -37,7 +37,8 @@ def same(rec, gcb, gnc):
 
 def test_stream(tmp_path):
     "Two fits with accumulation over an odd number of batches"
-    gcb,gnc = both(tmp_path/'a', update_every=1)
+    (tmp_path/'link').symlink_to(tmp_path)
+    gcb,gnc = GradStatsCallback(folder=tmp_path/'link'/'a'),GradNormCallback(folder=f'{tmp_path}/b/../a', update_every=1)
     learn = learner([gcb, gnc, GradientAccumulation(40)])
     fit(learn, 2); fit(learn)
     same(GradRecord.load(tmp_path/'a'), gcb, gnc)
@@ -115,6 +116,17 @@ def test_golden():
     pd.testing.assert_frame_equal(rec.steps, want.steps, check_exact=True)
     pd.testing.assert_frame_equal(rec._frame('_params'), want._frame('_params'), check_exact=True)
     assert (rec.threshold,list(rec.breaks),rec.facts)==(want.threshold,want.breaks,want.facts)
+
+odd = ['a,b','q"u\'o',' new\nline','a\r\nb','','NA','nan','None','1.0','ü漢','\\N']
+@pytest.mark.parametrize('format', ['parquet','csv'])
+def test_formats(tmp_path, format):
+    "Both hold the same: odd names, NaN and inf, the smallest number, extra columns in their type"
+    want = golden()
+    want._rows = want.df.loc[np.arange(11)%4].reset_index(drop=True).assign(**{'a, "b"':np.float32(.1), 'mean':np.float32([-np.inf,1e-45,*range(9)]), 'name':category(np.arange(11), odd)})
+    want.save(tmp_path/'ü b', format=format)
+    rec = GradRecord.load(tmp_path/'ü b')
+    for a,b in ((rec.df,want.df), (rec.steps,want.steps), (rec.by(),want.by())): pd.testing.assert_frame_equal(a, b, check_exact=True)
+    assert list(rec.names)==odd
 
 def copy_golden(to): return Path(shutil.copytree(ROOT/'tests'/'golden', to/'a'))
 
