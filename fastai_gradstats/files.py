@@ -270,7 +270,7 @@ def read_folder(folder, errors='raise'):
     def attempt(f, *args):
         try: return f(*args)
         except (BadPart,OSError) as e:
-            if errors=='raise': raise type(e)(f"{e}. `errors='skip'` loads the rest") if isinstance(e, BadPart) else e
+            if errors=='raise': raise type(e)(f"{e}. `errors='skip'` (of the command: `--skip`) loads the rest") if isinstance(e, BadPart) else e
             bad.append(str(e))
     (parts,gaps),mark = _listed(path),attempt(_mark, path)
     if not parts and mark is None and not bad:
