@@ -46,9 +46,9 @@ def _pick_hist(h, rows):
 class Part:
     "Consecutive iterations and their rows; `hist`: per row how many octaves, then these octaves and the elements in each"
     def __init__(self, where, n, keys, floats, counts, window=None, hist=None):
-        self.where,self.n = np.asarray(where, np.int32).reshape(5,-1),np.asarray(n, np.int64)
+        self.where,self.n = np.asarray(where, np.int32).reshape(5,-1),np.asarray(n, np.int32)
         self.keys,self.floats,self.counts = keys.astype(np.int32, copy=False),floats,counts
-        self.window,self.hist = ifnone(window, np.zeros(len(self.n), np.int64)),hist
+        self.window,self.hist = ifnone(window, np.zeros(len(self.n), np.int32)),hist
 
     def __len__(self): return len(self.n)
 
@@ -114,6 +114,8 @@ def append(self:Rows,
     self.parts.append(part)
     if self.sink is not None: self.sink.append(part)   # before anything is thinned
     if self.keep is not None: self._thin()
+    if self.window==1:   # short epochs: many small parts into few
+        while len(self.parts)>1 and len(self.parts[-2])<=len(self.parts[-1])<200: self.parts[-2:] = [Part.cat(self.parts[-2:])]
 
 # %% ../nbs/03_record.ipynb #8dc791ae
 @patch

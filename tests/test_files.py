@@ -388,6 +388,17 @@ def test_show_cancelled(cancel, missing):
         assert len(v)==4 and [j+1 for j,o in enumerate(v) if np.isnan(o)]==missing.get(i, [])
     if cancel is OneEpoch: np.testing.assert_allclose(learn.recorder.values[1][1:3], learn.validate(), rtol=1e-6)
 
+def test_show_interrupted():
+    "Ctrl-C in the second epoch: one column as before, no metric left behind"
+    class Stop(Callback):
+        def before_batch(self):
+            if self.training and self.epoch==1: raise KeyboardInterrupt
+    learn = learner(GradNormCallback(show=True), metrics=accuracy)
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2, cbs=Stop())
+    assert len(learn.metrics)==1 and len(learn.validate())==2
+    fit(learn)
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','grad_norm','time'] and len(learn.recorder.values[-1])==4
+
 def test_show_stops():
     "Two columns stand side by side, and EarlyStoppingCallback watches them"
     learn = learner([GradNormCallback(show=True), GradNormCallback(show=True)])
