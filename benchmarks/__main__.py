@@ -6,6 +6,7 @@ from . import counts
 from .curves import curves
 from .end_to_end import race
 from .share import main as shares
+from .writing import writing
 
 def machine():
     "Where and with what this was measured"
@@ -23,6 +24,7 @@ def tables(quick):
         machine=('Machine', machine),
         share=('Share of a step in our events and hooks, one thread', lambda: shares(vision, **(dict(rounds=1, steps=1) if quick else dict(rounds=2, steps=3))).reset_index()),
         end_to_end=('Whole steps: ratio to the bare loop', lambda: pd.concat([race(o, **r) for o in (['resnet18','convnet'] if quick else ['resnet18','convnet','transformer-6'])])),
+        writing=('What `folder=` adds to both callbacks, one thread', lambda: pd.concat([writing(o, **(dict(rounds=1) if quick else {})) for o in ['resnet18','convnet','transformer-4']])),
         read_passes=('Read passes for all statistics of all parameter gradients', counts.read_passes),
         host_reads=('Host reads and operations per step, on a device', lambda: pd.concat([counts.host_reads(o) for o in ['convnet', *['resnet18']*(not quick)]])),
         kept=('Bytes kept per step', counts.kept),

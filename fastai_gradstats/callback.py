@@ -116,6 +116,7 @@ class _Guard:
 
 @patch
 def before_epoch(self:_GradCallback):
+    self._state.first = None   # of an epoch that was interrupted
     g = self.learn.__dict__.get('_do_epoch_train')
     if not isinstance(g, _Guard): g = self.learn._do_epoch_train = _Guard(self.learn)
     if self not in g.watchers: g.watchers.append(self)
@@ -512,7 +513,7 @@ class GradNormCallback(_GradCallback):
     def __init__(self,
                  every:int=1, # record one step in `every`
                  update_every:int=None, # measure how far each parameter moved, on one step in `update_every`
-                 show:bool=False, # a column `grad_norm` in the epoch table: mean norm of the epoch's steps
+                 show:bool=False, # a column `grad_norm` in the epoch table: mean norm of the epoch's steps; the same in all processes of a distributed run
                  folder=None # stream to files in this folder while training; one that holds no record yet
                 ):
         self.every,self.update_every,self.show,self.folder = _positive('every', every),update_every if update_every is None else _positive('update_every', update_every),show,_folder(self, folder)

@@ -36,7 +36,7 @@ def dtype(table, c): return schema[table].get(c, '').partition(' ')[0]
 
 def category(codes, names):
     "Codes into `names`, in their order"
-    codes = np.asarray(codes).astype(np.int8 if len(names)<127 else np.int16 if len(names)<32767 else np.int32)
+    codes = np.asarray(codes).astype(np.int8 if len(names)<127 else np.int16 if len(names)<32767 else np.int32, copy=False)
     return pd.Categorical.from_codes(codes, categories=pd.Index(names, dtype=object if not len(names) else None))
 
 def empty(table):
@@ -50,15 +50,18 @@ def need_parquet(what):
     except ImportError as e: raise ImportError(f"{what} needs pyarrow: pip install 'fastai-gradstats[parquet]'") from e
 
 # %% ../nbs/02a_files.ipynb #78717066
+def is_category(s): return isinstance(s.dtype, pd.CategoricalDtype)
+
 def _parquet(df, meta):
     "Bytes of a Parquet file. A NaN stays a NaN and is no null"
     import pyarrow as pa, pyarrow.parquet as pq
+    cols = dict(df.items())
     def col(s):
-        if s.dtype!='category': return pa.array(s.to_numpy(), from_pandas=False)
+        if not is_category(s): return pa.array(s.to_numpy(), from_pandas=False)
         return pa.DictionaryArray.from_arrays(pa.array(s.cat.codes.to_numpy()), pa.array(s.cat.categories.tolist(), pa.string()))
-    t = pa.table({c:col(df[c]) for c in df}).replace_schema_metadata({'fastai_gradstats':json.dumps(meta)})
+    t = pa.table({c:col(s) for c,s in cols.items()}).replace_schema_metadata({'fastai_gradstats':json.dumps(meta)})
     out = pa.BufferOutputStream()
-    pq.write_table(t, out, compression='zstd', use_dictionary=[c for c in df if df[c].dtype in ('category','int32','bool')])
+    pq.write_table(t, out, compression='zstd', use_dictionary=[c for c,s in cols.items() if is_category(s) or s.dtype in (np.int32,bool)])
     return out.getvalue()
 
 def _csv(df, meta): return df.to_csv(index=False).encode()
@@ -68,7 +71,8 @@ writers = dict(parquet=_parquet, csv=_csv)
 def describe(table, df, threshold=1.):
     "Metadata of a part"
     return dict(format=FORMAT, table=table, threshold=threshold, units={c:u.partition(' ')[2] for c,u in schema[table].items()},
-                names={c:df[c].cat.categories.tolist() for c in df if df[c].dtype=='category'})
+                names={c:s.cat.categories.tolist() for c,s in df.items() if is_category(s)},
+                types={c:str(s.dtype) for c,s in df.items() if c not in schema[table] and not is_category(s)})
 
 def _put(fn, b):
     "Write the bytes `b`: all, or none"
@@ -89,7 +93,7 @@ def write_part(path, table, df, number=0, rank=0, threshold=1., format='parquet'
 
 # %% ../nbs/02a_files.ipynb #1004c292
 MARK = 'gradstats.json'
-_mine = {}   # folders that this process writes: path -> (process, tables)
+_mine = {}   # folders that this process writes: path -> (process, tables, number of the run)
 
 def find_parts(path):
     "Files of each table, in order"
@@ -102,31 +106,41 @@ def find_parts(path):
 def check_free(folder, tables):
     "The path of `folder`, where nothing stands against writing `tables` there"
     if not isinstance(folder, (str,os.PathLike)): raise TypeError(f"folder: a path is accepted, got {type(folder).__name__}")
-    p = Path(folder).expanduser().absolute()
-    pid,taken = _mine.get(p, (None,set()))
+    p = Path(os.path.realpath(Path(folder).expanduser()))
+    pid,taken,_ = _mine.get(p, (None,set(),None))
     if pid==os.getpid() and not taken & set(tables): return p
-    try: is_dir,there = p.is_dir(),p.exists()
+    try: there,is_dir = p.exists(),p.is_dir()   # in this order: another process may make it just now
     except OSError: return p   # writing will say
     if there and not is_dir: raise ValueError(f"folder: {p} is a file; accepted is a folder that holds no record")
     try: found = [f.name for f in p.iterdir() if f.name==MARK or re.match(r'\w+-\d+-\d+\.(parquet|csv)$', f.name)] if is_dir else []
     except OSError: return p
-    if found: raise ValueError(f"folder: {p} already holds a record ({len(found)} files, {min(found)} among them); each run needs a folder of its own")
+    if found: raise ValueError(f"folder: {p} already holds a record ({len(found)} files, {min(found)} among them); each run needs a folder of its own: name another (after `reset()`, as `callback.folder`), or remove this one, which `GradRecord.load` reads")
     return p
 
 # %% ../nbs/02a_files.ipynb #27ddbf85
 def _json(**info): return json.dumps(info, indent=1).encode()
 
 def claim(p, tables, **info):
-    "Take the folder for this process, or say who has it"
+    "Take the folder for this process, or say who has it; returns what `check_mine` knows it by"
     check_free(p, tables)
-    pid,taken = _mine.get(p, (None,set()))
+    pid,taken,run = _mine.get(p, (None,set(),None))
     if pid!=os.getpid() or not (p/MARK).exists():
         p.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(p/MARK, 'xb', buffering=0) as f: f.write(_json(format=FORMAT, created=time.strftime('%Y-%m-%d %H:%M:%S'), process=os.getpid(), tables=schema, **info))
+        try: open(p/MARK, 'xb').close()   # of several processes one gets it
         except FileExistsError: raise ValueError(f"folder: {p} was taken by another process just now; each run needs a folder of its own") from None
-        pid,taken = os.getpid(),set()
-    _mine[p] = pid,taken | set(tables)
+        pid,taken,run = os.getpid(),set(),os.urandom(8).hex()
+        try: _put(p/MARK, _json(format=FORMAT, run=run, created=time.strftime('%Y-%m-%d %H:%M:%S'), process=pid, tables=schema, **info))
+        except BaseException:
+            (p/MARK).unlink(missing_ok=True)
+            raise
+    _mine[p] = pid,taken | set(tables),run
+    return run
+
+def check_mine(p, run):
+    "Nobody removed the folder, and took it, since it was claimed"
+    with open(p/MARK, 'rb') as f:
+        if run.encode() not in f.read(100): raise FileExistsError(f"{p/MARK} is not what this run wrote")
+
 
 # %% ../nbs/02a_files.ipynb #9b972642
 class BadPart(ValueError): pass
@@ -148,7 +162,7 @@ def _check_format(fn, meta):
 _arrow = dict(float='float32', double='float64')
 
 def _read_parquet(fn, table, mark):
-    "Frame and metadata of a part"
+    "Columns and metadata of a part; of a category its codes and names"
     import pyarrow as pa, pyarrow.parquet as pq
     try:
         with pq.ParquetFile(fn) as f:
@@ -156,18 +170,21 @@ def _read_parquet(fn, table, mark):
             _check_format(fn, meta)
             def name(t): return ('category' if pa.types.is_string(t.value_type) else str(t)) if pa.types.is_dictionary(t) else _arrow.get(str(t), str(t))
             _check(fn, table, {c.name:name(c.type) for c in f.schema_arrow})
-            t = f.read()
+            t = f.read(use_threads=f.metadata.num_rows>100_000)
     except (pa.ArrowException, OSError, ValueError) as e:
         if isinstance(e, (BadPart,FileNotFoundError,PermissionError)): raise
         raise BadPart(f"{fn}: damaged, or no Parquet file ({e})") from e
-    for c in t.column_names:
-        if t[c].null_count: raise BadPart(f"{fn}: column {c!r} has {t[c].null_count} nulls, expected none")
-    return t.to_pandas(ignore_metadata=True),meta
+    cols = {c:t[c].combine_chunks() for c in t.column_names}
+    for c,a in cols.items():
+        dic = pa.types.is_dictionary(a.type)
+        if nulls := a.null_count + (a.dictionary.null_count if dic else 0): raise BadPart(f"{fn}: column {c!r} has {nulls} nulls, expected none")
+        cols[c] = (a.indices.to_numpy(),a.dictionary.to_pylist()) if dic else a.to_numpy(zero_copy_only=False)
+    return cols,meta
 
 # %% ../nbs/02a_files.ipynb #cd3ea896
 _exact = {} if tuple(map(int, pd.__version__.split('.')[:2]))>=(3,1) else dict(float_precision='round_trip')   # pandas 3.1 reads exactly
 def _read_csv(fn, table, mark):
-    "Frame and metadata of a part; the metadata lie in the folder's `gradstats.json`"
+    "Columns and metadata of a part, as `_read_parquet`; the metadata lie in the folder's `gradstats.json`"
     meta = mark.get('parts', {}).get(table) or describe(table, empty(table))|dict(format=mark.get('format'))
     _check_format(fn, meta)
     try: head = list(pd.read_csv(fn, nrows=0))
@@ -177,21 +194,31 @@ def _read_csv(fn, table, mark):
     try: df = pd.read_csv(fn, dtype={c:str if t=='category' else t for c,t in kinds.items()}, keep_default_na=False,
                           na_values={c:[''] for c,t in kinds.items() if t.startswith('float')}, **_exact)
     except ValueError as e: raise BadPart(f"{fn}: columns of other types than expected ({e}); expected {kinds}") from e
-    for c,t in kinds.items():
-        if t=='category': df[c] = pd.Categorical(df[c], categories=pd.unique(pd.array([*meta['names'].get(c, []), *df[c]], dtype='str')))
-    return df,meta
+    def col(s, t):
+        if t!='category': return s.to_numpy()
+        codes,names = pd.factorize(s)
+        return codes,names.tolist()
+    return {c:col(df[c], t) for c,t in kinds.items()},meta
 readers = dict(parquet=_read_parquet, csv=_read_csv)
 
 # %% ../nbs/02a_files.ipynb #03819aed
-def _join(table, dfs, metas):
-    "One frame from the parts of a table"
-    if not dfs: return empty(table)
-    for c in [c for c in dfs[-1] if dfs[-1][c].dtype=='category']:
-        names = [n for m in metas[::-1] for n in m['names'].get(c, [])]
-        known = list(dict.fromkeys(fixed.get(c, []) + names + [n for d in dfs if c in d for n in d[c].cat.categories]))
-        at = {n:i for i,n in enumerate(known)}
-        dfs = [d.assign(**{c:category(np.array([at[n] for n in d[c].cat.categories], np.int64)[d[c].cat.codes.to_numpy()], known)}) for d in dfs]
-    return pd.concat(dfs, ignore_index=True) if len(dfs)>1 else dfs[0]
+def _join(table, parts, metas):
+    "One frame from the columns of a table's parts"
+    if not parts: return empty(table)
+    d,rows = {},[len(next(o[0] if isinstance(o, tuple) else o for o in p.values())) for p in parts]
+    for c in dict.fromkeys(c for p in parts for c in p):
+        cols = [p.get(c) for p in parts]
+        if any(isinstance(o, tuple) for o in cols): d[c] = _join_names(c, cols, rows, metas)
+        else: d[c] = np.concatenate([np.full(n, np.nan) if o is None else o for o,n in zip(cols, rows)])
+    return pd.DataFrame(d, copy=False)
+
+def _join_names(c, cols, rows, metas):
+    "A category from its parts"
+    lists = dict.fromkeys(tuple(n) for n in [fixed.get(c, []), *(m['names'].get(c, []) for m in metas[::-1]), *(o[1] for o in cols if o)])
+    at = {n:i for i,n in enumerate(dict.fromkeys(n for o in lists for n in o))}
+    to = {o:np.array([at[n] for n in o]+[-1], np.int32) for o in lists}
+    return category(np.concatenate([to[tuple(o[1])][o[0]] if o else np.full(n, -1) for o,n in zip(cols, rows)]), list(at))
+
 
 # %% ../nbs/02a_files.ipynb #0cf882b9
 def _gaps(files):
@@ -243,7 +270,7 @@ def read_folder(folder, errors='raise'):
     def attempt(f, *args):
         try: return f(*args)
         except (BadPart,OSError) as e:
-            if errors=='raise': raise type(e)(f"{e}. `errors='skip'` loads the rest") if isinstance(e, BadPart) else e
+            if errors=='raise': raise type(e)(f"{e}. `errors='skip'` (of the command: `--skip`) loads the rest") if isinstance(e, BadPart) else e
             bad.append(str(e))
     (parts,gaps),mark = _listed(path),attempt(_mark, path)
     if not parts and mark is None and not bad:

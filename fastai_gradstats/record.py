@@ -12,13 +12,14 @@ __all__ = ['Clip', 'GradRecord', 'NonFinite', 'as_record', 'compare']
 # %% ../nbs/03_record.ipynb #ae9c6816
 import os
 from collections import namedtuple
+from collections.abc import Sequence
 from time import monotonic
 from warnings import warn
 from importlib import import_module
 import numpy as np, pandas as pd
 from fastcore.basics import patch, ifnone
 from fastcore.foundation import L
-from .files import check_free, claim, describe, empty, need_parquet, pick_facts, read_folder, schema, write_facts, write_part
+from .files import category, check_free, check_mine, claim, describe, empty, need_parquet, pick_facts, read_folder, schema, write_facts, write_part
 
 # %% ../nbs/03_record.ipynb #2a7311ed
 phases = ['fit','lr_find']
@@ -45,9 +46,9 @@ def _pick_hist(h, rows):
 class Part:
     "Consecutive iterations and their rows; `hist`: per row how many octaves, then these octaves and the elements in each"
     def __init__(self, where, n, keys, floats, counts, window=None, hist=None):
-        self.where,self.n = np.asarray(where, np.int32).reshape(5,-1),np.asarray(n, np.int64)
+        self.where,self.n = np.asarray(where, np.int32).reshape(5,-1),np.asarray(n, np.int32)
         self.keys,self.floats,self.counts = keys.astype(np.int32, copy=False),floats,counts
-        self.window,self.hist = ifnone(window, np.zeros(len(self.n), np.int64)),hist
+        self.window,self.hist = ifnone(window, np.zeros(len(self.n), np.int32)),hist
 
     def __len__(self): return len(self.n)
 
@@ -113,6 +114,8 @@ def append(self:Rows,
     self.parts.append(part)
     if self.sink is not None: self.sink.append(part)   # before anything is thinned
     if self.keep is not None: self._thin()
+    if self.window==1:   # short epochs: many small parts into few
+        while len(self.parts)>1 and len(self.parts[-2])<=len(self.parts[-1])<200: self.parts[-2:] = [Part.cat(self.parts[-2:])]
 
 # %% ../nbs/03_record.ipynb #8dc791ae
 @patch
@@ -154,10 +157,6 @@ def _thin(self:Rows):
         self.parts += [p.take(np.arange(len(p)-1)), p.take(np.array([len(p)-1]))]
 
 # %% ../nbs/03_record.ipynb #9fb393ab
-def _category(codes, names):
-    codes = codes.astype(np.int8 if len(names)<127 else np.int16 if len(names)<32767 else np.int32)
-    return pd.Categorical.from_codes(codes, categories=pd.Index(names, dtype=object if not len(names) else None))
-
 @patch
 def is_skipped(self:Rows, p:Part):
     "Per iteration: was the step that it fed skipped?"
@@ -167,21 +166,50 @@ def is_skipped(self:Rows, p:Part):
 
 # %% ../nbs/03_record.ipynb #d4884ed7
 @patch
+def even(self:Part):
+    "The tensors of each iteration, where they are the same in all; else None"
+    m = len(self.keys)//max(len(self), 1)
+    return self.keys[:m] if m and (self.n==m).all() and (self.keys.reshape(-1,m)==self.keys[:m]).all() else None
+
+class _Columns:
+    "Columns of the rows of `parts`, filled in place: a row is written once"
+    def __init__(self, parts): self.parts,self.even = parts,[p.even() for p in parts]
+    def __call__(self, f, dtype):
+        "`f(part, even, out)` fills a part's rows"
+        out,i = np.empty(sum(len(p.keys) for p in self.parts), dtype),0
+        for p,e in zip(self.parts, self.even):
+            f(p, e, out[i:i+len(p.keys)])
+            i += len(p.keys)
+        return out
+    def per_iteration(self, get, dtype):
+        def f(p, e, out):
+            if e is None: out[:] = np.repeat(get(p), p.n)
+            else: out.reshape(len(p),-1)[:] = get(p)[:,None]
+        return self(f, dtype)
+    def per_key(self, values):
+        def f(p, e, out):
+            if e is None: np.take(values, p.keys, out=out)
+            else: out.reshape(len(p),-1)[:] = values[e]
+        return self(f, values.dtype)
+    def per_row(self, what, i, dtype): return self(lambda p, e, out: np.copyto(out, getattr(p, what)[i], casting='unsafe'), dtype)
+
+
+# %% ../nbs/03_record.ipynb #89715469
+@patch
 def frame(self:Rows, parts=None):
     "All rows, or those of `parts`, tidy"
-    parts = ifnone(parts, self.parts)
-    p = Part.cat(parts) if parts else Part(np.empty((5,0)), [], np.empty(0), np.empty((len(self.floats),0), np.float32), np.empty((len(self.counts),0), np.uint32))
-    rep = lambda a: np.repeat(a, p.n)
-    d = {c:rep(a) for c,a in zip(where, p.where)}
-    d['phase'] = _category(d['phase'], phases)
+    col = _Columns(ifnone(parts, self.parts))
+    d = {c:col.per_iteration(lambda p: p.where[i], np.int8 if c=='phase' else np.int32) for i,c in enumerate(where)}
+    d['phase'] = category(d['phase'], phases)
     kind,name,out,call = zip(*self.keys) if self.keys else ((),)*4
     by_rank = sorted(range(len(name)), key=self.ranks.__getitem__)
     names = list(dict.fromkeys(name[i] for i in by_rank))
     at = {n:i for i,n in enumerate(names)}
-    d['kind'] = _category(np.array([kinds.index(k) for k in kind], np.int8)[p.keys], kinds)
-    d['name'] = _category(np.array([at[n] for n in name], np.int32)[p.keys], names)
-    d['out'],d['call'] = (np.array(o, np.int32)[p.keys] for o in (out,call))
-    d.update({c:a.astype(np.int64) for c,a in zip(self.counts, p.counts)}, **dict(zip(self.floats, p.floats)), skipped=rep(self.is_skipped(p)))
+    d['kind'] = category(col.per_key(category([kinds.index(k) for k in kind], kinds).codes), kinds)
+    d['name'] = category(col.per_key(category([at[n] for n in name], names).codes), names)
+    d['out'],d['call'] = (col.per_key(np.array(o, np.int32)) for o in (out,call))
+    d |= {c:col.per_row('counts', i, np.int64) for i,c in enumerate(self.counts)} | {c:col.per_row('floats', i, np.float32) for i,c in enumerate(self.floats)}
+    d['skipped'] = col.per_iteration(self.is_skipped, bool)
     return pd.DataFrame({c:d[c] for c in columns if c in d}|d, copy=False)   # a user's own statistics come last
 
 @patch
@@ -192,6 +220,7 @@ def hist_frame(self:Rows, parts=None):
     n,octave,count = Part.cat(parts).hist
     d = self.frame(parts)[where+['kind','name','out','call']]
     return d.take(np.repeat(np.arange(len(d)), n)).reset_index(drop=True).assign(octave=octave.astype(np.int32), count=count.astype(np.int64))
+
 
 # %% ../nbs/03_record.ipynb #0e9c2f6b
 class GradRecord:
@@ -233,7 +262,7 @@ class Steps:
         parts = ifnone(parts, self.parts)
         d = {c:np.concatenate([p[c] for p in parts]) if parts else np.empty(0) for c in step_columns+[c for c in update_columns if parts and c in parts[0]]}
         for c in d: d[c] = d[c].astype(np.int64 if c in ('bs','nonfinite') else np.int32 if c in where else bool if c=='skipped' else np.float64)
-        d['phase'] = _category(d['phase'], phases)
+        d['phase'] = category(d['phase'], phases)
         return pd.DataFrame(d, copy=False)
 
 # %% ../nbs/03_record.ipynb #4626eaa5
@@ -273,7 +302,9 @@ def select(self:GradRecord,
         if want[c] is not None and want[c] not in ok: raise ValueError(f"{c}: accepted are {', '.join(map(repr, ok))} and None, got {want[c]!r}")
     def keep(df):
         for c,v in want.items():
-            if v is not None and c in df: df = df[df[c].isin(v if isinstance(v, (list,tuple,set,L,range,np.ndarray)) else [v])]
+            if v is None or c not in df: continue
+            ok = df[c].isin(v if isinstance(v, (list,tuple,set,L,range,np.ndarray)) else [v])
+            if not ok.all(): df = df[ok]
         return df.reset_index(drop=True)
     return GradRecord(keep(self.df), keep(self.steps), keep(self._frame('_params')), self.threshold, self.breaks, self.facts, keep(self.hist_df))
 
@@ -282,6 +313,21 @@ def select(self:GradRecord,
 def default_kind(self:GradRecord):
     "Outputs where they were recorded, else parameters"
     return 'output' if (self.df['kind']=='output').any() else 'param'
+
+# %% ../nbs/03_record.ipynb #c7aed75d
+class _Iterations(Sequence):
+    "The iterations of `df`, each an `L` of dicts"
+    def __init__(self, df):
+        code,_ = pd.factorize(df['iteration'])
+        if (np.diff(code)<0).any(): df = df.iloc[np.argsort(code, kind='stable')]
+        self.df,self.at = df,np.r_[0, np.cumsum(np.bincount(code))]
+    def __len__(self): return len(self.at)-1
+    def __getitem__(self, i):
+        if isinstance(i, slice): return [self[j] for j in range(len(self))[i]]
+        i = range(len(self))[i]
+        return L(self.df.iloc[self.at[i]:self.at[i+1]].to_dict('records'))
+    def __add__(self, o): return [*self]+o
+    def __repr__(self): return repr([*self])
 
 # %% ../nbs/03_record.ipynb #07c06e61
 @patch
@@ -292,14 +338,16 @@ def __len__(self:GradRecord)->int:
 
 @patch(as_prop=True)
 def stats(self:GradRecord)->L:
-    "`L` (per iteration of phase 'fit') of `L` (per tensor) of dicts"
-    df = self.df[self.df['phase']=='fit']
-    return L(L(g.to_dict('records')) for _,g in df.groupby('iteration', sort=False))
+    "`L` (per iteration of phase 'fit') of `L` (per tensor) of dicts; an iteration's are made when it is looked at"
+    res = L()
+    res.items = _Iterations(self.select(phase='fit').df)
+    return res
 
 @patch(as_prop=True)
 def names(self:GradRecord)->L:
     "Names of modules and parameters, in network order"
-    return L(self.df['name'].cat.remove_unused_categories().cat.categories.tolist())
+    c = self.df['name'].cat
+    return L(c.categories[np.bincount(c.codes, minlength=len(c.categories))>0].tolist())
 
 @patch(as_prop=True)
 def norms(self:GradRecord)->L:
@@ -355,7 +403,9 @@ def top(self:GradRecord,
        )->pd.DataFrame:
     "The rows with the largest `stat`; NaN comes first, then inf"
     d = self.select(phase=phase).df
-    return d.loc[d[stat].fillna(np.inf).sort_values(ascending=False, kind='stable').index[:n]]
+    v = d[stat].fillna(np.inf)
+    if 0<n<len(v): v = v[v>=np.partition(v.to_numpy(), -n)[-n]]
+    return d.loc[v.sort_values(ascending=False, kind='stable').index[:n]]
 
 # %% ../nbs/03_record.ipynb #e340bde6
 class NonFinite(namedtuple('NonFinite', 'iteration after before')):
@@ -399,9 +449,9 @@ def _largest(d, label, threshold):
     its = d['iteration'].nunique()
     over = d.loc[d['above']>0,'iteration'].nunique()
     bad = d.loc[d['nonfinite']>0,'iteration'].nunique()
-    ok = d[d['nonfinite']==0]
-    s = f"No finite {label} gradient in {its} iterations" if not len(ok) else (
-        f"Largest {label} gradient {(r := ok.loc[ok['max_abs'].idxmax()])['max_abs']:.2g} at iteration {r['iteration']} ({r['name']}); above {threshold:g} in {over} of {its} iterations")
+    ok = d['nonfinite']==0
+    s = f"No finite {label} gradient in {its} iterations" if not ok.any() else (
+        f"Largest {label} gradient {(r := d.loc[d['max_abs'].where(ok).idxmax()])['max_abs']:.2g} at iteration {r['iteration']} ({r['name']}); above {threshold:g} in {over} of {its} iterations")
     return s + (f"; not finite in {bad}" if bad else '') + '.'
 
 # %% ../nbs/03_record.ipynb #759cde45
@@ -410,7 +460,7 @@ def sentence(self:GradRecord,
              phase='fit' # 'fit', 'lr_find' or None for all
             )->str:
     "What the record says about the thread's question: how large the gradients were, and how often above the threshold"
-    d = self.select(phase=phase).df
+    d = self.select(phase=phase).df[['kind','iteration','name','max_abs','above','nonfinite']]
     res = [_largest(d[d['kind']==k], l, self.threshold) for k,l in (('output','output'),('param','parameter')) if (d['kind']==k).any()]
     s = self.select(phase=phase).steps
     if len(s):
@@ -518,10 +568,10 @@ def _merge(rs):
 def _breaks_frame(breaks):
     fit,phase,it,after,before = zip(*breaks) if breaks else ((),)*5
     d = {c:np.array(v, np.int32) for c,v in (('fit',fit),('iteration',it))}
-    d['phase'] = _category(np.array([p if isinstance(p, int) else phases.index(p) for p in phase], np.int8), phases)
+    d['phase'] = category(np.array([p if isinstance(p, int) else phases.index(p) for p in phase], np.int8), phases)
     for c,v in (('after',after),('before',before)):
         names = list(dict.fromkeys(v))
-        d[c] = _category(np.array([names.index(n) for n in v], np.int32), names)
+        d[c] = category(np.array([names.index(n) for n in v], np.int32), names)
     return pd.DataFrame({c:d[c] for c in schema['breaks']})
 
 def _params_frame(df): return df.drop(columns=['kind','call','skipped'], errors='ignore').rename(columns={'out':'group'})
@@ -587,11 +637,12 @@ class Stream:
 def attempt(self:Stream, f):
     "Run `f`; a disk that fails is told of once, and training goes on"
     try:
-        if not self.claimed: claim(self.folder, self.tables, threshold=self.record.threshold)
-        self.claimed = True
+        if self.claimed: check_mine(self.folder, self.claimed)
+        else: self.claimed = claim(self.folder, self.tables, threshold=self.record.threshold)
         f()
-    except OSError as e:
-        if not self.failed: warn(f"folder: cannot write to {self.folder} ({type(e).__name__}: {e}). Training goes on and the record stays in memory; what is not on disk is tried again at each flush, and `record.save(another_folder)` writes it all")
+    except (OSError,ValueError) as e:
+        if isinstance(e, ValueError) and not (self.claimed or self.failed): raise   # another run has it, and nothing is trained yet
+        if not self.failed: warn(f"folder: cannot write to {self.folder} ({type(e).__name__}: {e}). Training goes on and the record stays in memory; what is not on disk is tried again at each flush, and `record.save(another_folder)` writes what memory holds")
         self.failed = True
     self.n,self.last = 0,monotonic()
 
@@ -602,10 +653,10 @@ def facts(self:Stream):
     self.known = n
 
 @patch
-def part(self:Stream, table, df):
-    "The next part"
-    write_part(self.folder, table, df, self.number[table], self.rank, self.record.threshold)
-    self.number[table] += 1
+def part(self:Stream, **dfs):
+    "The next part of tables that belong together. Where one fails, all are written again, with what came since"
+    for t,d in dfs.items(): write_part(self.folder, t, d, self.number[t], self.rank, self.record.threshold)
+    for t in dfs: self.number[t] += 1
 
 # %% ../nbs/03_record.ipynb #52029b57
 @patch
@@ -616,7 +667,7 @@ def write(self:Stream,
     def f():
         self.facts()
         if 'breaks' in self.tables and (b := self.record.breaks[self.broken:]):
-            self.part('breaks', _breaks_frame(b))
+            self.part(breaks=_breaks_frame(b))
             self.broken += len(b)
         for t,s in self.stores.items():
             if s.sink: _send(self, t, s, over)
@@ -633,8 +684,8 @@ def _send(stream, t, s, over):
         ok = np.ones(len(p), bool) if over is None else over(p.where)
         if not ok.any(): return
         todo,rest = ([p],[]) if ok.all() else ([p.take(np.flatnonzero(ok))],[p.take(np.flatnonzero(~ok))])
-    stream.part(t, _params_frame(s.frame(todo)) if t=='params' else s.frame(todo))
-    if t=='tensors' and 'hist' in stream.tables: stream.part('hist', s.hist_frame(todo))
+    df = s.frame(todo)
+    stream.part(**{t:_params_frame(df) if t=='params' else df}, **dict(hist=s.hist_frame(todo)) if t=='tensors' and 'hist' in stream.tables else {})
     s.sink[:] = rest
 
 # %% ../nbs/03_record.ipynb #728921da
@@ -650,7 +701,7 @@ def compare(runs # name of a run -> whatever `as_record` takes
         for c in ('name','kind'):
             known = list(dict.fromkeys(n for d in dfs if c in d for n in d[c].cat.categories))
             if known: dfs = [d.assign(**{c:d[c].cat.set_categories(known)}) for d in dfs]
-        dfs = [d.assign(run=_category(np.full(len(d), i), names)) for i,d in enumerate(dfs)]
+        dfs = [d.assign(run=category(np.full(len(d), i), names)) for i,d in enumerate(dfs)]
         full = [d for d in dfs if len(d)] or dfs[:1]
         return pd.concat(full, ignore_index=True)[['run', *dict.fromkeys(c for d in full for c in d if c!='run')]]
     return GradRecord(cat('_rows'), cat('_steps'), cat('_params'), next((r.threshold for r in rs if len(r.df)), 1.), hist=cat('_hist'))

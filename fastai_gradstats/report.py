@@ -10,14 +10,14 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/report.html.md"""
 __all__ = ['save_report']
 
 # %% ../nbs/07_report.ipynb #129e49d9
-import base64,json
+import base64,json,sys
 import numpy as np, pandas as pd
 from html import escape
 from io import BytesIO,StringIO
 from pathlib import Path
-from fastcore.script import call_parse
+from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
-from .record import as_record
+from .record import GradRecord,as_record
 from .diagnosis import diagnose
 from .plot import _columns,_grid,_groups,_iterations,_kinds,_missing,_rows,_tensors,plot_grad_flow,plot_grad_heatmap,plot_grad_norm
 
@@ -195,14 +195,20 @@ def glance(rec):
     return s + f'<img alt="tensors by iteration, colour is log10 of the largest gradient" src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}">'
 
 # %% ../nbs/07_report.ipynb #c904d619
-@call_parse
-def main(run:str, # Folder that a callback with `folder=` or `save` wrote
-         html:str=None, # Write the report to this file
-         phase:str='fit' # fit or lr_find
-        ):
-    "Print a summary of a run's gradients and what `diagnose` found; write an HTML report"
-    rec = as_record(run)
+def _tell(run, html, phase, skip):
+    rec = GradRecord.load(run, 'skip' if skip else 'raise')
     print(rec.summary(phase=phase))
     f = diagnose(rec, phase)
     for _,r in f[f['severity'].isin(['error','warning'])].iterrows(): print(f"\n{r['severity']}: {r['rule']} {r['tensor']}: {r['evidence']}\n  {r['meaning']}; try: {r['try']}")
     if html: print(f"\n{save_report(rec, html, phase)}")
+
+# %% ../nbs/07_report.ipynb #d83994ee
+@call_parse
+def main(run:str, # Folder that a callback with `folder=` or `save` wrote
+         html:str=None, # Write the report to this file
+         phase:str='fit', # fit or lr_find
+         skip:store_true=False # Leave out parts that cannot be read
+        ):
+    "Print a summary of a run's gradients and what `diagnose` found; write an HTML report"
+    try: _tell(run, html, phase, skip)
+    except (ValueError,OSError,ImportError) as e: sys.exit(f'{e}')

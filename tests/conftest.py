@@ -1,5 +1,5 @@
-"The tests' common ground: no display, one project root, copies of it."
-import os
+"The tests' common ground: no display, one project root, copies of it, processes that start fast."
+import multiprocessing,os
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
 import subprocess
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+multiprocessing.set_forkserver_preload(['fastai.callback.all', 'torch.distributed.fsdp', 'torch.distributed.tensor', 'pyarrow.parquet', 'fastai_gradstats.all', 'hypothesis'])   # tests with several processes import these once
 
 def run(*args, **kw):
     "Run a command and return its output, which is also the failure message."

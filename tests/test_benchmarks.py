@@ -9,7 +9,7 @@ from torch import nn
 
 from conftest import ROOT,run
 sys.path.insert(0, str(ROOT))
-from benchmarks import counts,curves,end_to_end,peers,share
+from benchmarks import counts,curves,end_to_end,peers,share,writing
 from benchmarks.models import images
 
 def net(n): return lambda: nn.Sequential(nn.Flatten(), *(nn.Linear(48, 48) for _ in range(n)))
@@ -77,6 +77,11 @@ def test_bounded():
     d = counts.bounded(20_000, tensors=5, keep=100)
     assert (d['kept']<=100).all()
     assert d['peak_mb'].iloc[-1]<d['peak_mb'].iloc[0]*1.2
+
+def test_writing():
+    d = writing.writing('linear', rounds=1, steps=2).loc[0]
+    assert d['iterations a part']==500 and d['bytes']>500*(6+4+1)*16
+    assert d['cpu %']==pytest.approx(d['write cpu ms']/d['step cpu ms']/5)
 
 def test_curves():
     assert [x for _,x,*_ in curves.recorded(20, 2)]==[10,20]

@@ -1,5 +1,5 @@
 "Histograms against numpy, the bound of a record, and what the engine of a GPU asks of its device."
-import tracemalloc
+import gc,tracemalloc
 import numpy as np,pytest,torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -117,12 +117,15 @@ def test_memory_is_flat():
     assert len(its)<=1000 and {31_337,77_777}<=set(its) and (np.diff(its)>0).all()
     assert df.groupby('iteration').size().eq(20).all()
 
-def test_bytes_per_row():
-    "At most 48 bytes per tensor and iteration, with all that belongs to them"
-    rows,_ = simulate(2000, None)
-    p = rows.parts
-    b = sum(a.nbytes for o in p for a in (o.where,o.n,o.keys,o.floats,o.counts,o.window))
-    assert b/(2000*20)<=48
+@pytest.mark.parametrize('tensors,chunk', ((20,500), (6,10)))
+def test_bytes_per_row(tensors, chunk):
+    "At most 48 bytes per tensor and iteration, with all that belongs to them, in short epochs too"
+    tracemalloc.start()
+    try:
+        rows = simulate(4000, None, tensors, chunk)[0]
+        gc.collect()
+        assert sum(len(p) for p in rows.parts)==4000 and tracemalloc.get_traced_memory()[0]/(4000*tensors)<=48
+    finally: tracemalloc.stop()
 
 @pytest.mark.parametrize('keep', (0, -3, 1.5, True, 'all'))
 def test_bad_keep(keep):

@@ -188,7 +188,7 @@ def worker(rank, folder, names):
 
 def start(folder, names):
     "Run cases in two processes; {name: [what rank 0 has, what rank 1 has]}"
-    mp.spawn(worker, (folder,names), nprocs=2)
+    mp.start_processes(worker, (folder,names), nprocs=2, start_method='forkserver')
     return {n:[pickle.loads((folder/f'{i}.{r}').read_bytes()) for r in (0,1)] for i,n in enumerate(names)}
 
 @pytest.fixture(scope='module')

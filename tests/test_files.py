@@ -1,5 +1,8 @@
 "Records on disk: what was written comes back, whatever went wrong on the way."
 import json,multiprocessing as mp,os,random,re,shutil,subprocess,sys,time,warnings
+from contextlib import contextmanager
+from itertools import count
+from unittest import mock
 from datetime import timedelta
 from pathlib import Path
 import numpy as np,pandas as pd,pytest
@@ -34,7 +37,8 @@ def same(rec, gcb, gnc):
 
 def test_stream(tmp_path):
     "Two fits with accumulation over an odd number of batches"
-    gcb,gnc = both(tmp_path/'a', update_every=1)
+    (tmp_path/'link').symlink_to(tmp_path)
+    gcb,gnc = GradStatsCallback(folder=tmp_path/'link'/'a'),GradNormCallback(folder=f'{tmp_path}/b/../a', update_every=1)
     learn = learner([gcb, gnc, GradientAccumulation(40)])
     fit(learn, 2); fit(learn)
     same(GradRecord.load(tmp_path/'a'), gcb, gnc)
@@ -43,26 +47,6 @@ def test_stream(tmp_path):
 def test_taken(tmp_path):
     fit(learner(both(tmp_path/'a')))
     with pytest.raises(ValueError, match='already holds a record'): GradStatsCallback(folder=tmp_path/'a')
-    code = f"from fastai_gradstats import GradNormCallback; GradNormCallback(folder={str(tmp_path/'a')!r})"
-    res = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-    assert res.returncode and 'already holds a record' in res.stderr
-
-def test_disk_full(tmp_path, monkeypatch):
-    gcb = GradStatsCallback(folder=tmp_path/'a')
-    learn,real = learner(gcb),os.replace
-    def full(*a): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(os, 'replace', full)
-    with pytest.warns(UserWarning, match='No space left') as w: fit(learn, 2)
-    assert len([o for o in w if 'No space' in str(o.message)])==1 and len(gcb.stats)==12 and not list((tmp_path/'a').glob('*.parquet'))
-    monkeypatch.setattr(os, 'replace', real)
-    fit(learn)
-    pd.testing.assert_frame_equal(GradRecord.load(tmp_path/'a').df, gcb.df)
-
-def test_reads_without_torch(tmp_path):
-    fit(learner(both(tmp_path/'a')))
-    code = f"import sys; from fastai_gradstats import GradRecord, plot_grad_log10; r = GradRecord.load({str(tmp_path/'a')!r}); assert len(r)==6; plot_grad_log10({str(tmp_path/'a')!r}); assert not {{'torch','fastai'}} & sys.modules.keys()"
-    res = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-    assert not res.returncode, res.stderr
 
 def test_update_norm():
     "Plain SGD moves a parameter by lr times its gradient"
@@ -96,21 +80,23 @@ class Halves(nn.Module):
         self.frozen.requires_grad_(False)
     def forward(self, x): return self.head(self.frozen(self.dead(self.a(x)).relu()))
 
-@pytest.mark.parametrize('include', [None, '^(a|dead|frozen)'])
-def test_diagnosis_of_files(tmp_path, include):
-    "Findings from a folder, streamed or saved, read where neither torch nor fastai is loaded, are those of the live record"
-    learn = learner([GradStatsCallback(folder=tmp_path/'a', include=include), GradNormCallback(folder=tmp_path/'a', update_every=2)])
-    learn.model = Halves()
-    learn.create_opt()
-    fit(learn); fit(learn)
-    want,rec = diagnose(learn),as_record(learn)
-    assert {'frozen','dead_units','unused'}-({'unused'} if include else set()) <= set(want['rule']) and not {'unused','frozen','fp16_flush'} & set(want.query('severity=="not checked"')['rule'])
-    if include: assert 'unused' not in set(want['rule']) and [n for n,*_ in rec.facts[0]['params']]==['a.weight','a.bias','dead.weight','dead.bias','frozen.weight','frozen.bias']
-    rec.save(tmp_path/'parquet'); rec.save(tmp_path/'csv', format='csv')
-    code = "import sys; from fastai_gradstats import diagnose; [diagnose(d).to_json(d+'.json') for d in sys.argv[1:]]; assert not {'torch','fastai'} & sys.modules.keys()"
-    folders = [str(tmp_path/n) for n in ('a','parquet','csv')]
+def test_elsewhere(tmp_path):
+    "A process with neither torch nor fastai reads a folder, streamed or saved: plots, and findings that are those of the live record"
+    folders,want = [],[]
+    for i,include in enumerate((None, '^(a|dead|frozen)')):
+        learn = learner([GradStatsCallback(folder=tmp_path/f'{i}a', include=include), GradNormCallback(folder=tmp_path/f'{i}a', update_every=2)])
+        learn.model = Halves()
+        learn.create_opt()
+        fit(learn); fit(learn)
+        f,rec = diagnose(learn),as_record(learn)
+        assert {'frozen','dead_units','unused'}-({'unused'} if include else set()) <= set(f['rule']) and not {'unused','frozen','fp16_flush'} & set(f.query('severity=="not checked"')['rule'])
+        if include: assert 'unused' not in set(f['rule']) and [n for n,*_ in rec.facts[0]['params']]==['a.weight','a.bias','dead.weight','dead.bias','frozen.weight','frozen.bias']
+        rec.save(tmp_path/f'{i}b'); rec.save(tmp_path/f'{i}c', format='csv')
+        folders += [str(tmp_path/f'{i}{n}') for n in 'abc']
+        want += [f.to_json()]*3
+    code = "import sys; from fastai_gradstats import diagnose,plot_grad_log10,plot_grad_norm; [(diagnose(d).to_json(d+'.json'), plot_grad_log10(d), plot_grad_norm(d)) for d in sys.argv[1:]]; assert not {'torch','fastai'} & sys.modules.keys()"
     run(sys.executable, '-c', code, *folders, cwd=ROOT)
-    for d in folders: assert open(d+'.json').read()==want.to_json()
+    assert [open(d+'.json').read() for d in folders]==want
 
 def golden():
     "A record with every table, both phases, NaN and inf, a skipped step, an extra column and facts"
@@ -130,6 +116,17 @@ def test_golden():
     pd.testing.assert_frame_equal(rec.steps, want.steps, check_exact=True)
     pd.testing.assert_frame_equal(rec._frame('_params'), want._frame('_params'), check_exact=True)
     assert (rec.threshold,list(rec.breaks),rec.facts)==(want.threshold,want.breaks,want.facts)
+
+odd = ['a,b','q"u\'o',' new\nline','a\r\nb','','NA','nan','None','1.0','ü漢','\\N']
+@pytest.mark.parametrize('format', ['parquet','csv'])
+def test_formats(tmp_path, format):
+    "Both hold the same: odd names, NaN and inf, the smallest number, extra columns in their type"
+    want = golden()
+    want._rows = want.df.loc[np.arange(11)%4].reset_index(drop=True).assign(**{'a, "b"':np.float32(.1), 'mean':np.float32([-np.inf,1e-45,*range(9)]), 'name':category(np.arange(11), odd)})
+    want.save(tmp_path/'ü b', format=format)
+    rec = GradRecord.load(tmp_path/'ü b')
+    for a,b in ((rec.df,want.df), (rec.steps,want.steps), (rec.by(),want.by())): pd.testing.assert_frame_equal(a, b, check_exact=True)
+    assert list(rec.names)==odd
 
 def copy_golden(to): return Path(shutil.copytree(ROOT/'tests'/'golden', to/'a'))
 
@@ -180,6 +177,65 @@ def survives(folder, spoil, n=3):
     pd.testing.assert_frame_equal(gnc.df, b.df)
     return said
 
+@contextmanager
+def failing(f=lambda name, n: True):
+    "No space for the files of which `f` of name and number says so"
+    n,real = count(),os.replace
+    def put(a, b):
+        if f(Path(b).name, next(n)): raise OSError(28, 'No space left on device')
+        real(a, b)
+    with mock.patch.object(os, 'replace', put), warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        yield w
+
+@pytest.mark.parametrize('f,n', [(lambda name, n: True, 2), (lambda name, n: n%3, 2), (lambda name, n: name.startswith('hist'), 1)], ids=['all','two of three','hist'])
+def test_disk_full(tmp_path, f, n):
+    "One warning for each callback, nothing half written; when there is space again all is written, each row once"
+    cbs = GradStatsCallback(folder=tmp_path/'a', hist=True),GradNormCallback(folder=tmp_path/'a')
+    learn = learner(cbs)
+    with failing(f) as w: fit(learn, 3)
+    said = [str(o.message) for o in w if 'folder:' in str(o.message)]
+    assert len(said)==n and all('No space' in o for o in said)
+    assert len(cbs[0].stats)==18 and not list((tmp_path/'a').glob('.*'))
+    fit(learn)
+    same(GradRecord.load(tmp_path/'a'), *cbs)
+    pd.testing.assert_frame_equal(GradRecord.load(tmp_path/'a').hist_df, cbs[0].hist_df)
+
+def test_gives_up(tmp_path, monkeypatch):
+    "More rows wait than may: a second warning, the record goes on in memory"
+    monkeypatch.setattr(Stream, 'limit', 40)
+    gcb = GradStatsCallback(folder=tmp_path/'a')
+    with failing() as w: fit(learner(gcb), 3)
+    assert [re.search('cannot write|gave up', m)[0] for o in w if 'folder:' in (m := str(o.message))]==['cannot write','gave up'] and len(gcb.stats)==18
+
+def test_taken_meanwhile(tmp_path):
+    "While the folder is gone another run takes it: what that run writes is untouched, this one trains on"
+    other = both(tmp_path/'b')
+    fit(learner(other))
+    def take(d):
+        shutil.rmtree(d)
+        shutil.copytree(tmp_path/'b', d)
+    assert all('not what this run wrote' in s for s in survives(tmp_path/'a', take))
+    same(GradRecord.load(tmp_path/'a'), *other)
+    def build(f):
+        f.unlink()
+        shutil.copytree(tmp_path/'b', f/'c')
+    (tmp_path/'f').write_text('')
+    assert all('NotADirectory' in s for s in survives(tmp_path/'f'/'c', lambda d: build(d.parent)))   # not there at first
+    same(GradRecord.load(tmp_path/'f'/'c'), *other)
+
+def test_reset(tmp_path):
+    "After `reset()` a callback needs a folder of its own, and says so before it trains"
+    cbs = both(tmp_path/'a')
+    learn = fit(learner(cbs))
+    for c in cbs: c.reset()
+    w = learn.model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r'already holds a record.*after `reset\(\)`, as `callback.folder`'): fit(learn)
+    assert torch.equal(learn.model[0].weight, w)
+    for c in cbs: c.folder = tmp_path/'b'
+    fit(learn)
+    same(GradRecord.load(tmp_path/'b'), *cbs)
+
 def test_removed(tmp_path):
     "The folder goes away, or something else takes its place"
     for spoil in (shutil.rmtree, _file):
@@ -205,12 +261,7 @@ def test_tmpfs(tmp_path):
 
 ## Other processes
 
-@pytest.fixture(scope='module')
-def ctx():
-    "Processes forked from one that has imported fastai"
-    c = mp.get_context('forkserver')
-    c.set_forkserver_preload(['fastai.callback.all', 'torch.distributed.fsdp', 'pyarrow.parquet', 'fastai_gradstats.all', 'hypothesis'])
-    return c
+ctx = mp.get_context('forkserver')
 
 class Done(Callback):
     "Counts finished iterations where another process sees them"
@@ -238,7 +289,7 @@ def beginning(part, whole):
     pd.testing.assert_frame_equal(plain(part), plain(whole.iloc[:len(part)]), check_dtype=False, check_exact=True)
 
 @pytest.mark.slow
-def test_killed(tmp_path, ctx):
+def test_killed(tmp_path):
     "kill -9 at random moments of 20 runs"
     rng,lost = random.Random(0),[]
     for seed in range(20):
@@ -264,10 +315,12 @@ def claim_all(folder, barrier, queue):
             claim(folder/str(i), ['steps'])
             won.append(i)
         except ValueError as e: assert re.search('already holds a record|taken by another process', str(e)), e
+    with pytest.raises(ValueError, match='already holds a record'): GradNormCallback(folder=folder/'taken')
     queue.put(won)
 
-def test_race(tmp_path, ctx):
+def test_race(tmp_path):
     "Of two processes that want a folder, one gets it"
+    claim(tmp_path/'taken', ['tensors'])
     b,q = ctx.Barrier(2),ctx.Queue()
     ps = [ctx.Process(target=claim_all, args=(tmp_path, b, q)) for _ in range(2)]
     for p in ps: p.start()
@@ -303,7 +356,7 @@ def rank(r, folder, events, queue):
         queue.put((how, r, [[float(v) for v in o] for o in learn.recorder.values], gcb.df, gnc.df))
     torch.distributed.destroy_process_group()
 
-def test_ranks(tmp_path, ctx):
+def test_ranks(tmp_path):
     "Two ranks that name one folder: the first writes; both see the same `grad_norm`"
     events,q = {how:ctx.Event() for how in wraps},ctx.Queue()
     ps = [ctx.Process(target=rank, args=(r, tmp_path, events, q)) for r in (0,1)]
@@ -321,11 +374,11 @@ def test_ranks(tmp_path, ctx):
         want = one.df.groupby('epoch')['norm'].mean()
         for v in (a,b): np.testing.assert_allclose([o[-1] for o in v], want, rtol=1e-5)
 
-class CancelTrain(Callback):
+class OneEpoch(Callback):
     def before_batch(self):
         if self.training and self.epoch==1: raise CancelTrainException('not this one')
 
-@pytest.mark.parametrize('cancel,missing', [(TrainOnly, {1:[2,3],0:[2,3]}), (CancelTrain, {1:[1,4]})])
+@pytest.mark.parametrize('cancel,missing', [(TrainOnly, {1:[2,3],0:[2,3]}), (OneEpoch, {1:[1,4]})])
 def test_show_cancelled(cancel, missing):
     "A cancelled training or validation leaves NaN in its own columns; `validate` is untouched"
     learn = learner([GradNormCallback(show=True), cancel()], metrics=accuracy)
@@ -333,7 +386,18 @@ def test_show_cancelled(cancel, missing):
     assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','grad_norm','time']
     for i,v in enumerate(learn.recorder.values):
         assert len(v)==4 and [j+1 for j,o in enumerate(v) if np.isnan(o)]==missing.get(i, [])
-    if cancel is CancelTrain: np.testing.assert_allclose(learn.recorder.values[1][1:3], learn.validate(), rtol=1e-6)
+    if cancel is OneEpoch: np.testing.assert_allclose(learn.recorder.values[1][1:3], learn.validate(), rtol=1e-6)
+
+def test_show_interrupted():
+    "Ctrl-C in the second epoch: one column as before, no metric left behind"
+    class Stop(Callback):
+        def before_batch(self):
+            if self.training and self.epoch==1: raise KeyboardInterrupt
+    learn = learner(GradNormCallback(show=True), metrics=accuracy)
+    with pytest.raises(KeyboardInterrupt): fit(learn, 2, cbs=Stop())
+    assert len(learn.metrics)==1 and len(learn.validate())==2
+    fit(learn)
+    assert list(learn.recorder.metric_names)==['epoch','train_loss','valid_loss','accuracy','grad_norm','time'] and len(learn.recorder.values[-1])==4
 
 def test_show_stops():
     "Two columns stand side by side, and EarlyStoppingCallback watches them"

@@ -5,6 +5,7 @@ from matplotlib import pyplot as plt
 
 from conftest import ROOT,run
 from fastai_gradstats import GradRecord,save_report
+from fastai_gradstats.report import main
 
 def record(tensors=4, n=60, spike=None, bad=None, zero=None):
     "Gradients of 10**-3, but for a spike of 7 at (tensor, iteration), a NaN and a zero"
@@ -71,6 +72,15 @@ def test_command(tmp_path):
     record(spike=(2,40)).save(tmp_path/'run', format='csv')
     out = run(sys.executable, '-m', 'fastai_gradstats.report', tmp_path/'run', '--html', tmp_path/'a.html', cwd=ROOT)
     assert 'Largest output gradient 7 at iteration 40' in out and (tmp_path/'a.html').stat().st_size>10_000
+
+def test_command_fails(tmp_path, capsys):
+    "A sentence, no traceback; damage can be left out"
+    record().save(tmp_path/'run', format='csv')
+    (tmp_path/'run'/'steps-0-000000.csv').write_text('hello')
+    for args,say in (((tmp_path/'none',), 'no such folder'), ((tmp_path,), 'no record; expected are files like'), ((tmp_path/'run',), 'steps-0-000000.csv: no column.*--skip')):
+        with pytest.raises(SystemExit, match=say): main(*map(str, args))
+    with pytest.warns(UserWarning, match='1 parts left out'): main(str(tmp_path/'run'), skip=True)
+    assert 'Largest output gradient' in capsys.readouterr().out
 
 @pytest.mark.slow
 def test_browser(tmp_path):
