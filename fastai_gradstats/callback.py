@@ -248,8 +248,8 @@ def after_step(self:_GradCallback):
     if st.at is None: return
     if st.skip: self._skipped.add((-1 if st.phase==0 else st.fit, st.at[4]))
     self._stepped(st.at[4])
-    st.count[st.phase][1] = st.at[4]+1
-    st.read,st.skip,st.bs = None,False,0
+    st.count[st.phase][1] = step = st.at[4]+1
+    st.at,st.read,st.skip,st.bs,st.backward = (*st.at[:4], step),None,False,0,False   # what else this batch may do is of the next step
 
 # %% ../nbs/04_callback.ipynb #dd8ecf48
 class GradStatsCallback(_GradCallback):
@@ -451,7 +451,9 @@ def _check_views(self:GradStatsCallback):
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch
 def _stepped(self:GradStatsCallback, step):
-    if self._state.quiet and self._state.read is not None: self._state.engine.rewind(self._state.read)   # only now: GradNormCallback may have shared it
+    st = self._state
+    if st.quiet and st.read is not None: st.engine.rewind(st.read)   # only now: GradNormCallback may have shared it
+    self._put(st.at)
 
 # %% ../nbs/04_callback.ipynb #54671b33
 @patch
@@ -464,13 +466,19 @@ def _close(self:GradStatsCallback):
     if st.read is not None: st.engine.rewind(st.read)   # read for a step that was not taken
     st.read,st.skip = None,False
     if not st.backward: st.engine.rewind(st.done)
-    if st.engine.since(st.done):
-        st.its.append(at)
-        st.orders.append(st.order)
-        st.order,st.sums = [],[]
-        full = st.engine.close()
-        st.done = st.engine.mark()
-        self._full(full)
+    self._put(at)
+
+@patch
+def _put(self:GradStatsCallback, at):
+    "What was seen since is of the iteration and step `at`"
+    st = self._state
+    if not st.engine.since(st.done): return
+    st.its.append(at)
+    st.orders.append(st.order)
+    st.order,st.sums = [],[]
+    full = st.engine.close()
+    st.done = st.engine.mark()
+    self._full(full)
 
 @patch
 def _flush(self:GradStatsCallback):
