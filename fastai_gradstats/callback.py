@@ -438,7 +438,7 @@ def _check_compiled(self:GradStatsCallback):
     missed = [repr(st.names[i]) for i in silent(st.hooks, list(st.modules.values()), st.compiled)]
     if missed:
         self._say(f"torch.compile runs code from before this callback was there: output gradients of {', '.join(missed[:5])}{' ...' if missed[5:] else ''} are not recorded. "
-                  "Call `torch._dynamo.reset()` before `fit`, or record parameters only (kind='param')")
+                  "Call `torch._dynamo.reset()` before `fit`, or record parameters only (kind='param'). If it says so again, something else reads the weights of these modules and never calls them")
     st.compiled = ()   # until the next epoch
 
 # %% ../nbs/04_callback.ipynb #1ae00015
