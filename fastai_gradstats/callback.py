@@ -386,6 +386,7 @@ def _begin(self:GradStatsCallback, it):
 def before_backward(self:GradStatsCallback):
     st = self._state
     if st.at is None or not st.due: return
+    if not st.backward: st.engine.rewind(st.done)   # of a penalty's own `autograd.grad`, which is no gradient of the loss
     self._check_forward()
     st.engine.scale = _scale(self.learn)
 
