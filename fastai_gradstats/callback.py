@@ -318,7 +318,7 @@ def _start(self:GradStatsCallback):
         st.modules = {}
     st.names = list(st.modules)
     st.compiled = compiled_modules(self.learn.model)
-    st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward(), st.compiled)
+    st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward(), st.compiled, bool(self.extra))
     st.hooks.live,st.fired = False,0
 
 @patch
@@ -350,16 +350,20 @@ def _forward(self:GradStatsCallback):
     def seen(i, t):
         if not t.is_floating_point(): return
         st.order.append(i)
-        st.sums.append(t.sum(dtype=torch.float32 if t.itemsize<4 else None))
+        st.sums.append(t.detach().sum(dtype=torch.float32 if t.itemsize<4 else None))
     return seen
 
 @patch
 def _check_forward(self:GradStatsCallback):
     "Place, in order of execution, of the first output that is not finite; their number where all are"
     st = self._state
-    if not st.sums: return
-    bad = ~torch.stack([s.to(st.sums[0].device) for s in st.sums]+[st.sums[0]*torch.nan]).isfinite()
-    st.engine.value(FORWARD, bad.float().argmax())
+    if not (sums := st.sums): return
+    if all(s.is_cpu for s in sums) and not st.engine.by_rows:
+        k = next((k for k,s in enumerate(sums) if not math.isfinite(s.item())), None)
+        if k is not None: st.engine.value(FORWARD, torch.tensor(k))
+    else:
+        bad = ~torch.stack([s.to(sums[0].device) for s in sums]+[sums[0]*torch.nan]).isfinite()
+        st.engine.value(FORWARD, bad.float().argmax())
 
 # %% ../nbs/04_callback.ipynb #18b06136
 def _scale(learn):

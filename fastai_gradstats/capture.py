@@ -126,6 +126,10 @@ def _compiled_hook():
 _makers = {getattr(nn, n).forward for n in 'Linear LSTM GRU RNN MultiheadAttention InstanceNorm1d InstanceNorm2d InstanceNorm3d Conv1d Conv2d Conv3d'.split()}
 def _fresh(m): return type(m).forward in _makers and 'forward' not in m.__dict__
 
+def _detach(t):
+    "Without graph and, fastai's tensors being subclasses, as a plain tensor"
+    with torch._C.DisableTorchFunctionSubclass(): return t.detach()
+
 def _intact(v, version): return v._version==version
 
 def _of_view(t, # an output that is a view
@@ -137,7 +141,7 @@ def _of_view(t, # an output that is a view
         size,stride = t.size(),t.stride()
         if t.is_contiguous(): return b,lambda g: g.reshape(size),None
         if type(b) is Tensor: return b,lambda g: (g := g.reshape(-1)).as_strided(size, [g.stride(0)*s for s in stride], g.storage_offset()),None
-    with torch._C.DisableTorchFunctionSubclass(): v = t.detach()
+    v = _detach(t)
     if type(v) is Tensor: v.data = v.new_empty(0)
     return t,None,partial(_intact, v, v._version)
 
@@ -148,9 +152,10 @@ class OutputHooks:
                  modules:list, # modules to hook
                  f, # called with module index, number of the module's call since `start`, place of the tensor in the output, gradient
                  forward=None, # called in forward with module index and each tensor of its output
-                 compiled=() # ids of the modules that run inside `torch.compile`
+                 compiled=(), # ids of the modules that run inside `torch.compile`
+                 shaped=True # must a gradient have the output's shape, or only its elements?
                 ):
-        self.fresh = [_fresh(m) for m in modules]
+        self.fresh,self.shaped = [_fresh(m) for m in modules],shaped
         self.f,self.forward,self.live,self.leaves,self.views,self.calls,self.ran = f,forward,True,[],[],[0]*len(modules),set()
         self.handles = [m.register_forward_hook((_compiled_hook() if id(m) in compiled else _ForwardHook)(self, i)) for i,m in enumerate(modules)]
 
@@ -177,8 +182,7 @@ def _seen(self, i, out):
     "Module `i` returned `out`: ask for the gradient of each of its tensors"
     ts = tensors(out)
     if self.forward:
-        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
-            for _,t in ts: self.forward(i, t)
+        for _,t in ts: self.forward(i, t if type(t) is Tensor else _detach(t))
     if not (ts := [(o,t) for o,t in ts if t.requires_grad]): return
     call,me = self.calls[i],ref(self)
     self.calls[i] += 1
@@ -187,12 +191,14 @@ def _seen(self, i, out):
         if t._is_view():
             t,back,intact = _of_view(t, self.fresh[i])
             if intact: self.views.append((i, intact))
+            if not self.shaped: back = None
         @unserializable_hook
         def got(g, o=o, back=back, intact=intact):
             if g is None: return   # of several outputs of one function, this one was not used
             hooks = me()
             if hooks is not None and hooks.live and (intact is None or intact()):
-                with torch.no_grad(), torch._C.DisableTorchFunctionSubclass(): hooks.f(i, call, o, g.detach() if back is None else back(g.detach()))   # fastai's tensors are subclasses
+                if type(g) is not Tensor or g.requires_grad: g = _detach(g)
+                hooks.f(i, call, o, g if back is None else back(g))
         h = t.register_hook(got)
         if t.is_leaf: self.leaves.append(h)
 

@@ -11,7 +11,10 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/engine.html.md"""
 __all__ = ['Engine']
 
 # %% ../nbs/01_engine.ipynb #52b03ed0
-import math, numpy as np, torch
+import math, warnings, numpy as np, torch
+from functools import partial
+from itertools import accumulate
+from operator import add
 from torch import Tensor
 from fastcore.basics import patch
 from .stats import statistics
@@ -96,9 +99,9 @@ class _Octaves:
         self.every,self.rng,self.waiting = every,np.random.default_rng(0),[]   # its own generator: training draws from others
         self.scratch,self.acc = torch.zeros(64, SAMPLE, device=device),torch.zeros(2**10, 256, dtype=torch.int32, device=device)
 
-    def put(self, rs, gs, scale=None):
+    def put(self, rs, gs, scales):
         "Copy samples of the gradients `gs` of rows `rs`"
-        for r,g in zip(rs, gs):
+        for r,g,scale in zip(rs, gs, scales):
             x = flat(g.abs() if g.is_complex() else g)
             stride = 1 if self.every else _stride(len(x))
             for o in x[self.rng.integers(stride):][::stride].split(SAMPLE) if len(x) else ():
@@ -159,6 +162,10 @@ class _Buffer:
         self.absent.append(absent)
         return len(self.keys)-1
 
+    def apart(self): "Rows that come next need not follow on those that wait"
+    def settle(self): self.reduce()
+    def copied(self, b, r, k, n): self.acc[r:r+n,:len(sums)] = b.acc[k:k+n,:len(sums)]
+
 # %% ../nbs/01_engine.ipynb #4d97fe77
 @patch
 def cut(self:_Buffer, n):
@@ -172,7 +179,7 @@ def cut(self:_Buffer, n):
 @patch
 def close(self:_Buffer):
     "An iteration is over"
-    self.reduce()
+    self.settle()
     self.marks.append(len(self.keys))
 
 @patch
@@ -196,8 +203,9 @@ def fetch(self:_Buffer):
 @patch
 def odd(self:_Buffer, key, g):
     "A gradient that no fast path reads (complex): the definitions themselves"
-    self.reduce()
+    self.apart()
     r,n = self.row(key, g.numel()),g.numel()
+    if self.octaves: self.octaves.put([r], [g], [self.scale])
     if not n: return r
     v = {k: f(g, self.threshold) if k=='above' else f(g) for k,f in statistics.items()}
     m = v['mean']*n
@@ -248,6 +256,7 @@ def put(self:DeviceBuffer, key, g, absent=0):
     if not g.numel(): self.reduce()   # waiting rows are consecutive
     r,x = self.row(key, g.numel()+absent, absent),flat(g)
     self.extras(r, g)
+    if self.octaves: self.octaves.put([r], [g], [self.scale])
     for x in x.split(self.max_rows*W):
         rows = -(-len(x)//W)
         if self.waiting and (self.used+rows>self.max_rows or self.waiting[0][2]!=_wide(g)): self.reduce()
@@ -255,6 +264,9 @@ def put(self:DeviceBuffer, key, g, absent=0):
         if rows: self.waiting.append((r, len(x), _wide(g)))
         self.used += rows
     return r
+
+@patch
+def apart(self:DeviceBuffer): self.reduce()
 
 @patch
 def reduce(self:DeviceBuffer):
@@ -291,6 +303,7 @@ def put_all(self:DeviceBuffer, keys, gs, ws=None):
     scale,self.scale = self.scale,None
     todo = [(self.row(k, g.numel()), g, w) for k,g,w in zip(keys, gs, ws or gs)]
     for r,g,_ in todo: self.extras(r, g)
+    if self.octaves: self.octaves.put([r for r,*_ in todo], gs, [None]*len(gs))
     while todo:
         rows,n = 0,0
         while n<len(todo) and (rows := rows-(-todo[n][1].numel()//W))<=self.max_rows: n += 1
@@ -312,7 +325,7 @@ def several(self:DeviceBuffer, todo, weights):
     self.add(rs, p, dtype, weights)
 
 # %% ../nbs/01_engine.ipynb #8f031d94
-BLOCK,CHUNK,SMALL = 2**18,2**13,2**13   # elements: of a block; of a float32 sum of products; of a tensor that is batched
+BLOCK,CHUNK,SMALL = 2**18,2**13,2**15   # elements: of a block; of a float32 sum of products; of a tensor that is batched
 
 def _exact(x:np.ndarray, # 1-d
            threshold:float
@@ -339,46 +352,58 @@ def _floor32(t):
 
 # %% ../nbs/01_engine.ipynb #90b9e0c5
 def _block(t:Tensor, # 1-d float32 on a CPU
-           scratch, # (tensor, its array, array of bools), at least as long
+           scratch:Tensor, # at least as long
            threshold:np.float32,
            some_zero=False # are zeros to be expected?
           )->list:
     "The sums of `_exact` from fast operations, where they are right"
-    n,a = len(t),scratch[0][:len(t)]
-    torch.abs(t, out=a)
+    n = len(t)
+    a = torch.abs(t, out=scratch if n==len(scratch) else scratch[:n])
     low,top = (0,a.max()) if some_zero else a.aminmax()
-    top,x = top.item(),scratch[1][:n]
+    top = top.item()
     if top==0: return [0,0,0,0,0,0,n,0,0]
     if not 1e-16<top<1e16: return _exact(t.numpy(), threshold)   # NaN too
-    sa,s,sq,zeros = a.sum().item(),t.sum().item(),t.dot(t).item(),0 if low else n-np.count_nonzero(x.view(np.int32))
-    if sa*sa>.8*sq*(n-zeros): sq = _dot(x, x)
+    sa,s,sq,zeros = a.sum().item(),t.sum().item(),t.dot(t).item(),0 if low else n-np.count_nonzero(a.numpy().view(np.int32))
+    if sa*sa>.8*sq*(n-zeros): sq = _dot(x := t.numpy(), x)
     q = s*s/n
     if q>sq/4: return _exact(t.numpy(), threshold)
-    return [top, sa, sq, s, sq-q, q, zeros, 0, np.count_nonzero(np.greater(x, threshold, out=scratch[2][:n])) if top>threshold else 0]
+    return [top, sa, sq, s, sq-q, q, zeros, 0, np.count_nonzero(a.numpy()>threshold) if top>threshold else 0]
 
 # %% ../nbs/01_engine.ipynb #e222bdc7
-def _segments(x:np.ndarray, # 1-d, the tensors one after the other
-              n:np.ndarray, # their sizes, none 0
-              threshold:np.ndarray # of each
-             )->np.ndarray: # (tensors, 9)
+def _segments(x:np.ndarray, # 1-d float32, the tensors one after the other
+              n:list, # their sizes, none 0
+              threshold:list, # of each
+              scratch # two float32 arrays, at least as long
+             )->list: # for each what `_exact` returns
     "The sums of `_exact` of many tensors"
-    at,add = np.cumsum(n)-n,np.add.reduceat
+    (a,y),at,ends = (o[:len(x)] for o in scratch),[0,*accumulate(n)],np.add.reduceat
     with np.errstate(all='ignore'):
-        x = x.astype(np.float64, copy=False)
-        a,s,sq = np.abs(x),add(x, at),add(x*x, at)
-        q = s*s/n
-        return np.stack([np.maximum.reduceat(a, at), add(a, at), sq, s, np.maximum(sq-q, 0), q, *(add(o, at, dtype=np.int64) for o in (x==0, ~np.isfinite(x), a>np.repeat(threshold, n)))], 1)
+        bits = np.abs(x, out=a).view(np.int32)   # in the order of |x|, NaN last
+        sums = [f.reduceat(o, at[:-1]).tolist() for f,o in ((np.minimum,bits), (np.maximum,a), (np.add,a), (np.add,np.multiply(x, x, out=y)), (np.add,x))]
+    res = []
+    for i,j,t,low,top,sa,sq,s in zip(at, at[1:], threshold, *sums):
+        q = s*s/(j-i)
+        if top!=0 and not (1e-16<top<1e16 and q<=.9*sq): res.append(_exact(x[i:j], t))
+        else: res.append([top, sa, sq, s, sq-q, q, 0 if low else j-i-np.count_nonzero(bits[i:j]), 0, np.count_nonzero(a[i:j]>_floor32(t)) if top>t else 0])
+    return res
+
+def _products(x, y, n, out):
+    "sum x*y of each segment"
+    at,res = [0,*accumulate(n)],[]
+    with np.errstate(all='ignore'):
+        for i,j,s in zip(at, at[1:], np.add.reduceat(np.multiply(x, y, out=out[:len(x)]), at[:-1]).tolist()):
+            res.append(s if 1e-25<abs(s)<1e37 else np.dot(x[i:j].astype(np.float64), y[i:j].astype(np.float64)))
+    return res
 
 # %% ../nbs/01_engine.ipynb #48fa2569
 class HostBuffer(_Buffer):
     "Sums on a CPU"
-    room = 2**17   # elements of small tensors that wait
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.waiting,self.used,self.some_zero,self.plans = [],0,set(),{}
-        self.small = [torch.empty(self.room) for _ in range(2)]   # gradients, weights
-        a = torch.empty(BLOCK)
-        self.scratch = a,a.numpy(),np.empty(BLOCK, bool)
+        self.some_zero,self.takers,self.sources,self.weights = set(),[],set(),False
+        self.pool,self.pooled,self.used = [torch.zeros(BLOCK) for _ in range(2)],[],0   # small gradients, their weights
+        self.scratch = torch.empty(BLOCK),torch.empty(BLOCK)
+        self.arrays = [o.numpy() for o in self.scratch]
 
     def zeros(self, n): return np.zeros((n, len(sums)+len(self.extra)))
     def grow(self): self.acc = np.concatenate([self.acc, np.zeros_like(self.acc)])
@@ -386,44 +411,54 @@ class HostBuffer(_Buffer):
     def host(self, n): return self.acc[:n].copy()
     def copy(self, a, b): return self.acc[a:b].copy()
 
-    def reduce(self):
-        "Sum what waits"
-        if not self.waiting: return
-        (r,n,t),x = map(np.array, zip(*self.waiting)),self.small[0].numpy()[:self.used]
-        self.acc[r,:ABOVE+1] = _segments(x, n, t)
-        self.waiting,self.used = [],0
-
 # %% ../nbs/01_engine.ipynb #8eb10483
 @patch
 def put(self:HostBuffer, key, g, absent=0):
     "Add a gradient"
     n = g.numel()
     r,scale = self.row(key, n+absent, absent),1. if self.scale is None else float(self.scale)
-    self.extras(r, g)
+    if self.extra: self.extras(r, g)
+    if self.octaves: self.octaves.put([r], [g], [self.scale])
     if self.scale is not None: self.acc[r,SCALE] = scale
-    if not n: return r
     if n>SMALL or g.dtype==torch.float64: self.large(r, flat(g), None, self.threshold*scale)
-    else:
-        if self.used+n>self.room: self.reduce()
-        self.small[0][self.used:self.used+n].copy_(flat(g))
-        self.waiting.append((r, n, self.threshold*scale))
+    elif n:
+        if self.used+n>BLOCK: self.sum_pool()
+        self.pool[0][self.used:self.used+n].copy_(flat(g))
+        self.pooled.append((r, n, self.threshold*scale))
         self.used += n
     return r
 
 @patch
+def settle(self:HostBuffer): "Copies may wait for more"
+
+@patch
+def reduce(self:HostBuffer):
+    "Nothing waits any more, here or where rows are taken from"
+    self.sum_pool()
+    while self.takers: self.takers.pop()()
+    while self.sources: self.sources.pop().reduce()
+
+@patch
+def copied(self:HostBuffer, b, *rows):
+    b.takers.append(partial(_Buffer.copied, self, b, *rows))
+    self.sources.add(b)
+
+# %% ../nbs/01_engine.ipynb #8eb10485
+@patch
 def large(self:HostBuffer, r, x, w, threshold):
     "Sums of one tensor, and with `w` their products, block by block"
-    row,t32,key = self.acc[r],_floor32(threshold),self.keys[r]
+    t32,key,res,products = _floor32(threshold),self.keys[r],None,[0.,0.]
     some_zero = key in self.some_zero
     for i in range(0, len(x), BLOCK):
-        b = x[i:i+BLOCK]
+        b = x[i:i+BLOCK] if len(x)>BLOCK else x
         if b.dtype==torch.float64: v = _exact(b.numpy(), threshold)
         elif self.norms_only: v = _norms(b := b.float())
-        else: v = _block(b := b.float(), self.scratch, t32, some_zero)
-        if not v[0]<=row[0]: row[0] = v[0]   # NaN too
-        row[1:ABOVE+1] += v[1:]
-        if w is not None: row[W_SQ:DOT+1] += _products(b, w[i:i+BLOCK])
-    if some_zero!=(row[ZEROS]>0): self.some_zero ^= {key}   # the next gradient of this tensor will be alike
+        else: v = _block(b := b.float(), self.scratch[0], t32, some_zero)
+        res = v if res is None else [res[0] if v[0]<=res[0] else v[0], *map(add, res[1:], v[1:])]   # NaN too
+        if w is not None: products = list(map(add, products, _products_of(b, w[i:i+BLOCK])))
+    self.acc[r,:ABOVE+1] = res
+    if w is not None: self.acc[r,W_SQ:DOT+1] = products
+    if some_zero!=(res[ZEROS]>0): self.some_zero ^= {key}   # the next gradient of this tensor will be alike
 
 # %% ../nbs/01_engine.ipynb #32c683f4
 def _norms(t):
@@ -431,7 +466,7 @@ def _norms(t):
     with np.errstate(all='ignore'): sq = _dot(x := t.numpy(), x)
     return [0,0,sq,0,0,0,0,0,0] if 1e-25<sq<1e37 else _exact(x, 1.)
 
-def _products(x, w):
+def _products_of(x, w):
     "sum w² and sum x·w"
     x,w = x.numpy(),w.numpy()
     if w.dtype==np.float32==x.dtype:
@@ -440,23 +475,30 @@ def _products(x, w):
     with np.errstate(all='ignore'): x,w = x.astype(np.float64),w.astype(np.float64); return np.dot(w, w),np.dot(x, w)
 
 # %% ../nbs/01_engine.ipynb #0fb7d26c
-class _Batch:
-    "Small tensors that fit into the buffer together: which ones, their sizes and starts, and views of their shapes for gradients and weights"
-    def __init__(self, idx, gs, small):
-        self.idx,self.n = idx,np.array([gs[i].numel() for i in idx])
-        self.at,self.end = np.cumsum(self.n)-self.n,self.n.sum()
-        self.views = [[o.view(gs[i].shape) for i,o in zip(idx, b[:self.end].split(self.n.tolist()))] for b in small]
+@patch
+def pool_all(self:HostBuffer, rows, gs, ws):
+    "Copy small tensors"
+    n = [g.numel() for g in gs]
+    while n:
+        k = next((k for k,end in enumerate(accumulate(n, initial=self.used)) if end>BLOCK), len(n)+1)-1   # that fit
+        size = sum(n[:k])
+        for p,ts in zip(self.pool, (gs,ws) if ws else (gs,)):
+            if k: torch._foreach_copy_(p[self.used:self.used+size].split(n[:k]), ts[:k])
+        self.pooled += ((r,i,self.threshold) for r,i in zip(rows[:k], n))
+        self.used,self.weights = self.used+size,self.weights or bool(ws)
+        rows,gs,n,ws = rows[k:],gs[k:],n[k:],ws and ws[k:]
+        if n: self.sum_pool()
 
 @patch
-def plan(self:HostBuffer, gs):
-    "The large tensors and batches of small ones"
-    k = gs[0].dtype==torch.float64,tuple(g.shape for g in gs)
-    if k not in self.plans:
-        if len(self.plans)>=64: self.plans.clear()
-        small = [i for i,g in enumerate(gs) if 0<g.numel()<=SMALL and g.dtype!=torch.float64]
-        per = self.room//SMALL
-        self.plans[k] = sorted({i for i,g in enumerate(gs) if g.numel()}-set(small)),[_Batch(small[i:i+per], gs, self.small) for i in range(0, len(small), per)]
-    return self.plans[k]
+def sum_pool(self:HostBuffer):
+    "Sum what lies there"
+    if not self.pooled: return
+    (x,w),out,weights = (o.numpy()[:self.used] for o in self.pool),self.arrays[0],self.weights
+    r,n,t = map(list, zip(*self.pooled))
+    self.pooled,self.used,self.weights = [],0,False
+    if not self.norms_only: self.acc[r,:ABOVE+1] = _segments(x, n, t, self.arrays)
+    else: self.acc[r,SUM_SQ],self.acc[r,NONFINITE] = zip(*((v, 0 if math.isfinite(v) else k-np.isfinite(x[i:i+k]).sum()) for i,k,v in zip(accumulate(n, initial=0), n, _products(x, x, n, out))))
+    if weights: self.acc[r,W_SQ],self.acc[r,DOT] = _products(w, w, n, out),_products(x, w, n, out)
 
 # %% ../nbs/01_engine.ipynb #dc18e32a
 def _same(g, w):
@@ -467,32 +509,18 @@ def _same(g, w):
 @patch
 def put_all(self:HostBuffer, keys, gs, ws=None):
     "Add gradients of one dtype, and with `ws` their products with the weights"
-    self.reduce()
-    scale,self.scale = self.scale,None
-    large,batches = self.plan(gs)
+    scale,self.scale,small = self.scale,None,([],[],[])
     rows = [self.row(k, g.numel()) for k,g in zip(keys, gs)]
-    if self.extra:
-        for r,g in zip(rows, gs): self.extras(r, g)
-    for i in large:
-        g,w = _same(gs[i], ws[i]) if ws else (flat(gs[i]),None)
-        self.large(rows[i], g, w if w is None or g.dtype==torch.float64 else w.float(), self.threshold)
-    for b in batches: self.several(b, rows, gs, ws)
+    if self.octaves: self.octaves.put(rows, gs, [None]*len(rows))
+    for i,(r,g) in enumerate(zip(rows, gs)):
+        if self.extra: self.extras(r, g)
+        g,w = _same(g, ws[i]) if ws else (flat(g),None)
+        if len(g)>SMALL or g.dtype==torch.float64: self.large(r, g, w if w is None or g.dtype==torch.float64 else w.float(), self.threshold)
+        elif len(g):
+            for o,v in zip(small, (r,g,w)): o.append(v)
+    r,g,w = small
+    if r: self.pool_all(r, g, w if ws else None)
     self.scale = scale
-
-@patch
-def several(self:HostBuffer, b, rows, gs, ws):
-    "Sum a batch of small tensors"
-    r = [rows[i] for i in b.idx]
-    torch._foreach_copy_(b.views[0], [gs[i] for i in b.idx])
-    x = self.small[0].numpy()[:b.end].astype(np.float64)
-    if not self.norms_only: self.acc[r,:ABOVE+1] = _segments(x, b.n, np.full(len(r), self.threshold))
-    with np.errstate(all='ignore'):
-        add = np.add.reduceat
-        if self.norms_only: self.acc[r,SUM_SQ],self.acc[r,NONFINITE] = add(x*x, b.at),add(~np.isfinite(x), b.at, dtype=np.int64)
-        if not ws: return
-        torch._foreach_copy_(b.views[1], [ws[i] for i in b.idx])
-        w = self.small[1].numpy()[:b.end].astype(np.float64)
-        self.acc[r,W_SQ],self.acc[r,DOT] = add(w*w, b.at),add(x*w, b.at)
 
 # %% ../nbs/01_engine.ipynb #f66a8276
 class Engine:
@@ -514,18 +542,16 @@ class Engine:
         return self.buffers[device]
 
     def put(self, key, g):
-        "One gradient, reduced or copied at once"
-        b = self.buffer(g.device)
+        "One gradient, which is copied, or read now or a little later"
+        b = self.buffers.get(g.device) or self.buffer(g.device)
         b.scale = self.scale(g.device) if self.scale else None
-        n = g.numel()
-        if g.layout!=torch.strided: g = g.coalesce().values()
-        r = b.odd(key, g) if g.is_complex() else b.put(key, g, n-g.numel())
-        if b.octaves: b.octaves.put([r], [g], b.scale)
-        return r
+        if g.layout==torch.strided: return b.odd(key, g) if g.is_complex() else b.put(key, g)
+        v = g.coalesce().values()
+        return b.odd(key, v) if g.is_complex() else b.put(key, v, g.numel()-v.numel())
 
 # %% ../nbs/01_engine.ipynb #f614e4fb
 @patch
-@torch.no_grad()   # instead of `detach`, an operation for each
+@torch.no_grad()
 def put_all(self:Engine, keys, gs, ws=None):
     "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w"
     groups = {}
@@ -536,10 +562,7 @@ def put_all(self:Engine, keys, gs, ws=None):
     for where,o in groups.items():
         keys,gs,wl = zip(*o)
         if len(where)==2:
-            b = self.buffer(where[0])
-            n = len(b.keys)
-            b.put_all(keys, gs, wl if ws else None)
-            if b.octaves: b.octaves.put(range(n, len(b.keys)), gs)
+            self.buffer(where[0]).put_all(keys, gs, wl if ws else None)
         else: self._shards(keys, gs, wl if ws else None)
 
 @patch
@@ -565,6 +588,7 @@ def _shards(self:Engine, keys, gs, ws):
     n0,extra,scale = len(b.keys),b.extra,b.scale
     b.extra,b.scale = {},None
     b.put_all(keys, loc(gs), ws and loc(ws))
+    b.reduce()
     b.numel[n0:] = [g.numel() for g in gs]
     for dim,pl in enumerate(gs[0].placements):
         if not pl.is_shard(): continue
@@ -591,17 +615,17 @@ def value(self:Engine, key, v:Tensor # 0-d
          ):
     "A row that holds a number, in the column of the maximum"
     b = self.buffer(v.device)
-    b.reduce()
+    b.apart()
     b.write(b.row(key, 1), MAX, v.detach())
 
 @patch
 def take(self:Engine, other, mark, keys):
-    "The rows that `other` got since `mark`, under the names `keys`: two readers share one read"
+    "The rows that `other` got since `mark`, under the names `keys`, once they are summed: two readers share one read"
     for d,b in other.buffers.items():
-        b.reduce()
+        b.apart()
         o,k = self.buffer(d),mark.get(d, 0)-b.gone
         r = [o.row(keys[i], n, a) for i,n,a in zip(b.keys[k:], b.numel[k:], b.absent[k:])]
-        if r: o.acc[r[0]:r[-1]+1,:len(sums)] = b.acc[k:len(b.keys),:len(sums)]
+        if r: o.copied(b, r[0], k, len(r))
 
 # %% ../nbs/01_engine.ipynb #3ed57705
 @patch
