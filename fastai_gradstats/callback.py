@@ -249,8 +249,8 @@ def after_step(self:_GradCallback):
     if st.at is None: return
     if st.skip: self._skipped.add((-1 if st.phase==0 else st.fit, st.at[4]))
     self._stepped(st.at[4])
-    st.count[st.phase][1] = st.at[4]+1
-    st.read,st.skip,st.bs = None,False,0
+    st.count[st.phase][1] = step = st.at[4]+1
+    st.at,st.read,st.skip,st.bs,st.backward = (*st.at[:4], step),None,False,0,False   # what else this batch may do is of the next step
 
 # %% ../nbs/04_callback.ipynb #dd8ecf48
 class GradStatsCallback(_GradCallback):
@@ -391,6 +391,7 @@ def _begin(self:GradStatsCallback, it):
 def before_backward(self:GradStatsCallback):
     st = self._state
     if st.at is None or not st.due: return
+    if not st.backward: st.engine.rewind(st.done)   # of a penalty's own `autograd.grad`, which is no gradient of the loss
     self._check_forward()
     st.engine.scale = _scale(self.learn)
 
@@ -443,7 +444,7 @@ def _check_compiled(self:GradStatsCallback):
     missed = [repr(st.names[i]) for i in silent(st.hooks, list(st.modules.values()), st.compiled)]
     if missed:
         self._say(f"torch.compile runs code from before this callback was there: output gradients of {', '.join(missed[:5])}{' ...' if missed[5:] else ''} are not recorded. "
-                  "Call `torch._dynamo.reset()` before `fit`, or record parameters only (kind='param')")
+                  "Call `torch._dynamo.reset()` before `fit`, or record parameters only (kind='param'). If it says so again, something else reads the weights of these modules and never calls them")
     st.compiled = ()   # until the next epoch
 
 # %% ../nbs/04_callback.ipynb #1ae00015
@@ -456,7 +457,9 @@ def _check_views(self:GradStatsCallback):
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch
 def _stepped(self:GradStatsCallback, step):
-    if self._state.quiet and self._state.read is not None: self._state.engine.rewind(self._state.read)   # only now: GradNormCallback may have shared it
+    st = self._state
+    if st.quiet and st.read is not None: st.engine.rewind(st.read)   # only now: GradNormCallback may have shared it
+    self._put(st.at)
 
 # %% ../nbs/04_callback.ipynb #54671b33
 @patch
@@ -469,13 +472,19 @@ def _close(self:GradStatsCallback):
     if st.read is not None: st.engine.rewind(st.read)   # read for a step that was not taken
     st.read,st.skip = None,False
     if not st.backward: st.engine.rewind(st.done)
-    if st.engine.since(st.done):
-        st.its.append(at)
-        st.orders.append(st.order)
-        st.order,st.sums = [],[]
-        full = st.engine.close()
-        st.done = st.engine.mark()
-        self._full(full)
+    self._put(at)
+
+@patch
+def _put(self:GradStatsCallback, at):
+    "What was seen since is of the iteration and step `at`"
+    st = self._state
+    if not st.engine.since(st.done): return
+    st.its.append(at)
+    st.orders.append(st.order)
+    st.order,st.sums = [],[]
+    full = st.engine.close()
+    st.done = st.engine.mark()
+    self._full(full)
 
 @patch
 def _flush(self:GradStatsCallback):

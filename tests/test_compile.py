@@ -214,6 +214,18 @@ def test_unused_modules_do_not_warn():
     assert said(lambda: fit(learner(cbs=GradStatsCallback(include='^b'), model=Two)))==[]
     assert said(lambda: fit(learner(whole, GradStatsCallback(), Two)))==[]
 
+@pytest.mark.parametrize('wrap', [whole,inplace])
+def test_weights_read_by_a_parent(wrap):
+    "A plain parent that uses a compiled child's weights and never calls it looks like code compiled too early: the warning names this case too, and all that ran is right."
+    class Reads(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b = nn.Linear(192,10),wrap(nn.Linear(192,10))
+        def forward(self, x): x = x.flatten(1); return self.a(x)+F.linear(x, self.b.weight, self.b.bias)
+    learn = learner(cbs=[*both(), (spy := Spy())], model=Reads)
+    w = said(lambda: fit(learn))
+    assert len(w)==1 and "'b'" in w[0] and 'never calls them' in w[0]
+    assert learn.grad_stats.select(kind='output').df['name'].unique().tolist()==['a']
+    np.testing.assert_allclose(learn.grad_norm.norms, spy.norms, rtol=1e-5)
+
 @pytest.mark.parametrize('wrap', [whole,aot,inplace])
 def test_params_only_changes_nothing(wrap):
     "Parameter-only recording under compile: the same losses and weights bit for bit, one graph, nothing warned."

@@ -157,6 +157,7 @@ cases |= {('fsdp',k): (shard, (Half,*c), kw) for k,(c,kw) in both.items()}
 cases |= {('fsdp','whole'): (partial(shard, each=False), (Half,), {}), ('fsdp','kept'): (partial(shard, reshard_after_forward=False), (Half,), dict(n=2)),
           ('fsdp','columns'): (columns, (Half,), {}), ('fsdp','hybrid'): (hybrid, (Half,), {}), ('fsdp','ignored'): (some, (Half,Sum), dict(model=Some))}
 
+cases |= {('ddp','none'): (noop, (DDP,), dict(stats=False, norm=False)), ('fsdp','none'): (shard, (Half,), dict(stats=False, norm=False))}
 if importlib.util.find_spec('accelerate'): cases |= {('accelerate','plain'): (noop, (Accelerated,), {}), ('distrib_ctx','plain'): (noop, (Distrib,), dict(n=2, data=halves))}
 
 engines = {('engine',k): (None, (), dict(by_rows=v)) for k,v in (('host',False), ('rows',True))}
@@ -280,6 +281,12 @@ def test_samples_and_loss_are_the_first_half(ranks):
     for (w,x,y),loss in zip(keep.seen, a['GradNormCallback']['loss']):
         model.load_state_dict(w)
         np.testing.assert_allclose(loss, F.cross_entropy(model(x[:8]), y[:8]).item(), rtol=1e-5)
+
+@pytest.mark.parametrize('kind', ('ddp','fsdp'))
+def test_changes_nothing(ranks, kind):
+    "Weights without the callbacks, bit for bit, in both processes."
+    for a,b in zip(ok(ranks[kind,'plain']), ok(ranks[kind,'none'])):
+        for n,w in a['weights'].items(): assert torch.equal(w, b['weights'][n]), n
 
 @pytest.mark.parametrize('name', engines, ids='-'.join)
 def test_engine(ranks, name):

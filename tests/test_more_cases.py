@@ -96,15 +96,34 @@ class TwoSteps(Learner):
         self._do_grad_opt()
 
 def test_two_steps_in_a_batch():
-    "Each step has its rows, both under the number of the batch's step; the second forward is another `call`."
+    "Each step has a number and rows of its own, in the batch's iteration; the second forward is another `call`."
     learn = fit(learner(linear, [*both(), (spy := Spy())], cls=TwoSteps))
     d,s = learn.grad_stats.df,learn.grad_norm.df
     for n in spy.grads[0]:
         rows = d[d['name']==n].to_dict('records')
         for r,gs in zip(rows, spy.grads, strict=True): compare(r, gs[n])
-        assert [r['step'] for r in rows]==s['step'].tolist()==[0,0,1,1,2,2,3,3]
-    np.testing.assert_allclose(s['norm'], spy.norms, rtol=1e-5)
-    assert d.loc[d['kind']=='output','call'].tolist()==[0,1]*4
+        assert [r['step'] for r in rows]==s['step'].tolist()==[*range(8)]
+        assert [r['iteration'] for r in rows]==s['iteration'].tolist()==[0,0,1,1,2,2,3,3]
+    for norms in s['norm'],learn.grad_norm.by('module')['norm']: np.testing.assert_allclose(norms, spy.norms, rtol=1e-5)
+    out = d[d['kind']=='output']
+    assert out['call'].tolist()==[0,1]*4 and out['step'].tolist()==[*range(8)]
+
+@pytest.mark.parametrize('kind', ('skipped','cancelled'))
+def test_one_of_two_steps_in_a_batch(kind):
+    "The second step overflows, or its backward is cancelled: the first keeps its rows, and is not marked."
+    class Second(TwoSteps):
+        def _do_grad_opt(self):
+            self.n = getattr(self, 'n', -1)+1
+            if self.n%2 and kind=='skipped': self.loss_grad = self.loss_grad*torch.inf
+            super()._do_grad_opt()
+    class Cancel(Callback):
+        order = 5
+        def before_backward(self):
+            if self.learn.n%2: raise CancelBackwardException('test')
+    learn = fit(learner(linear, [*both(), CPUAmp(init_scale=1024.) if kind=='skipped' else Cancel()], cls=Second, n=32))
+    s,d = learn.grad_norm.df,learn.grad_stats.df
+    if kind=='skipped': assert s['skipped'].tolist()==[False,True]*2 and d.groupby('step')['skipped'].agg(['min','max']).values.tolist()==[[False]*2,[True]*2]*2
+    else: assert not d['skipped'].any() and d[d['kind']=='output']['call'].tolist()==[0,0]
 
 def test_unused_parameters_of_torch_optimizers():
     "torch's optimizers set gradients to None: a parameter that is not used this step has no row."

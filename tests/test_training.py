@@ -11,7 +11,7 @@ from torch import nn
 from copy import deepcopy
 
 from fastai_gradstats import GradNormCallback,GradStatsCallback
-from oracles import Spy,compare,fit
+from oracles import Spy,Twin,check_outputs,compare,fit
 
 del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's, which fastai exports and pytest would collect
 
@@ -219,7 +219,7 @@ excs = [CancelBatchException, CancelBackwardException, CancelStepException, Canc
 def test_cancel(event, order):
     "Whatever is raised wherever: rows for each backward and step that happened, none else, no hook left, and the next fit works."
     for exc in excs:
-        learn = learner(linear, [*both(), Raise(exc, event, 1, order)], cls=Traced)
+        learn = learner(linear, [*both(), Raise(exc, event, 1, order)], cls=Traced, n=48, valid=4)
         learn.events = []
         try: fit(learn, 2)
         except (Exception,KeyboardInterrupt) as e: assert isinstance(e, exc)
@@ -351,14 +351,6 @@ def test_not_training(tmp_path):
     assert not any(m._forward_hooks for m in learn.model.modules()) and '_do_epoch_train' not in learn.__dict__
     torch.save(learn, io.BytesIO())
 
-def test_predict_and_show_results():
-    from fastai.test_utils import synth_learner
-    learn = synth_learner(cbs=both())
-    fit(learn)
-    n = len(learn.grad_stats.df)
-    learn.predict(learn.dls.valid_ds[0]); learn.get_preds()
-    assert len(learn.grad_stats.df)==n
-
 class Fetch(Callback):
     "Takes our callbacks off in mid-fit for a prediction, as FetchPredsCallback and WandbCallback do"
     def after_epoch(self):
@@ -417,11 +409,15 @@ def test_one_callback_two_learners():
     assert len(cbs[1].norms)==4
 
 def test_second_backward():
-    "`create_graph`, and a second backward through the same outputs: each adds rows, as it adds to the gradient."
-    spy = Spy()
-    learn = fit(learner(linear, [*both(), spy, TwiceBackward()]))
+    "A penalty on the gradient: what `autograd.grad` computes for it on the way is no gradient of the loss and has no row; the rows are those of loss and penalty together."
+    def loss(learn, model):
+        l = learn.loss_func(model(*learn.xb), *learn.yb)
+        return l + .1*sum(o.square().sum() for o in torch.autograd.grad(l, list(model.parameters()), create_graph=True))
+    spy,twin = Spy(),Twin(loss=loss)
+    learn = fit(learner(lambda: nn.Sequential(nn.Flatten(), nn.Linear(192,9), nn.Tanh(), nn.Linear(9,10)), [*both(), spy, twin, TwiceBackward()]))
     check_params(learn, spy)
-    assert len(learn.grad_stats.select(kind='output').df)>=4
+    check_outputs(learn.grad_stats.df, twin, ['1','3'])
+    assert len(twin.grads)==4
 
 def test_bad_arguments_at_fit():
     with pytest.raises(ValueError, match='include.*matches no name'): fit(learner(cbs=GradStatsCallback(include='layer5')))
