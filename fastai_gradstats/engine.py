@@ -127,11 +127,15 @@ def octaves(h:np.ndarray # (rows, 256) counts by exponent bits
 
 # %% ../nbs/01_engine.ipynb #41570005
 @patch
+def reach(self:_Octaves, n):
+    while n>len(self.acc): self.acc = torch.cat([self.acc, torch.zeros_like(self.acc)])
+
+@patch
 def reduce(self:_Octaves):
     "Count what lies in the scratch"
     if not self.waiting: return
     x,(r,n,stride),self.waiting,self.used = self.scratch[:self.used],zip(*self.waiting),[],0
-    while max(r)>=len(self.acc): self.acc = torch.cat([self.acc, torch.zeros_like(self.acc)])
+    self.reach(max(r)+1)
     e,k = (x.view(torch.int32)>>23).bitwise_and_(255).masked_fill_(x==0, DROP),256*len(r)
     if x.device.type=='cpu': c = torch.from_numpy(np.bincount(np.repeat(np.arange(0, k, 256), n)+e.numpy(), minlength=k))
     else:
@@ -381,15 +385,16 @@ def _segments(x:np.ndarray, # 1-d float32, the tensors one after the other
               scratch # two float32 arrays, at least as long
              )->list: # for each what `_exact` returns
     "The sums of `_exact` of many tensors"
-    (a,y),at,ends = (o[:len(x)] for o in scratch),[0,*accumulate(n)],np.add.reduceat
+    (a,y),at = (o[:len(x)] for o in scratch),[0,*accumulate(n)]
     with np.errstate(all='ignore'):
         bits = np.abs(x, out=a).view(np.int32)   # in the order of |x|, NaN last
         sums = [f.reduceat(o, at[:-1]).tolist() for f,o in ((np.minimum,bits), (np.maximum,a), (np.add,a), (np.add,np.multiply(x, x, out=y)), (np.add,x))]
     res = []
     for i,j,t,low,top,sa,sq,s in zip(at, at[1:], threshold, *sums):
         q = s*s/(j-i)
-        if top!=0 and not (1e-16<top<1e16 and q<=.9*sq): res.append(_exact(x[i:j], t))
-        else: res.append([top, sa, sq, s, sq-q, q, 0 if low else j-i-np.count_nonzero(bits[i:j]), 0, np.count_nonzero(a[i:j]>_floor32(t)) if top>t else 0])
+        if top==0 or 1e-16<top<1e16 and q<=.9*sq:
+            res.append([top, sa, sq, s, sq-q, q, 0 if low else j-i-np.count_nonzero(bits[i:j]), 0, np.count_nonzero(a[i:j]>_floor32(t)) if top>t else 0])
+        else: res.append(_exact(x[i:j], t))
     return res
 
 def _products(x, y, n, out):
@@ -515,7 +520,10 @@ def sum_pool(self:HostBuffer):
         for i,k,j,scale in zip(r, n, accumulate(n), scales): self.octaves.put(i, x[j-k:j], scale)
     self.pooled,self.used,self.weights = [],0,False
     if not self.norms_only: self.acc[r,:ABOVE+1] = _segments(x, n, t, self.arrays)
-    else: self.acc[r,SUM_SQ],self.acc[r,NONFINITE] = zip(*((v, 0 if math.isfinite(v) else k-np.isfinite(x[i:i+k]).sum()) for i,k,v in zip(accumulate(n, initial=0), n, _products(x, x, n, out))))
+    else:
+        self.acc[r,SUM_SQ] = sq = _products(x, x, n, out)
+        for i,k,j,v in zip(r, n, accumulate(n), sq):
+            if not math.isfinite(v): self.acc[i,NONFINITE] = k-np.isfinite(x[j-k:j]).sum()
     if weights: self.acc[r,W_SQ],self.acc[r,DOT] = _products(w, w, n, out),_products(x, w, n, out)
 
 # %% ../nbs/01_engine.ipynb #dc18e32a
@@ -559,10 +567,11 @@ class Engine:
         return self.buffers[device]
 
     def put(self, key, g):
-        "One gradient, which is copied, or read now or a little later"
+        "One gradient, read or copied at once"
         b = self.buffers.get(g.device) or self.buffer(g.device)
         b.scale = self.scale(g.device) if self.scale else None
         if g.layout==torch.strided: return b.odd(key, g) if g.is_complex() else b.put(key, g)
+        if g.layout==torch.jagged: return self.put(key, g.values())
         v = g.coalesce().values()
         return b.odd(key, v) if g.is_complex() else b.put(key, v, g.numel()-v.numel())
 
@@ -578,8 +587,7 @@ def put_all(self:Engine, keys, gs, ws=None):
         else: groups.setdefault((g.device,_wide(g)), []).append((k,g,w))
     for where,o in groups.items():
         keys,gs,wl = zip(*o)
-        if len(where)==2:
-            self.buffer(where[0]).put_all(keys, gs, wl if ws else None)
+        if len(where)==2: self.buffer(where[0]).put_all(keys, gs, wl if ws else None)
         else: self._shards(keys, gs, wl if ws else None)
 
 @patch
@@ -590,6 +598,7 @@ def _odd(self:Engine, k, g, w):
     self.scale = scale
     if w is None: return
     b = self.buffer(g.device)
+    b.reduce()
     if g.layout!=torch.strided: g,at = g.coalesce().values(),w[tuple(g.coalesce().indices())]
     else: at = w
     b.write(r, W_SQ, w.abs().double().square().sum())
@@ -606,15 +615,17 @@ def _shards(self:Engine, keys, gs, ws):
     b.extra,b.scale = {},None
     b.put_all(keys, loc(gs), ws and loc(ws))
     b.reduce()
-    b.numel[n0:] = [g.numel() for g in gs]
+    n,b.numel[n0:] = len(b.keys),[g.numel() for g in gs]
+    if b.octaves: b.octaves.reduce(), b.octaves.reach(n)
     for dim,pl in enumerate(gs[0].placements):
         if not pl.is_shard(): continue
-        acc = torch.as_tensor(b.acc[n0:len(b.keys)]).contiguous()
+        if b.octaves: dist.all_reduce(b.octaves.acc[n0:n], group=mesh.get_group(dim))
+        acc = torch.as_tensor(b.acc[n0:n]).contiguous()
         mx = acc[:,MAX].clone().nan_to_num(torch.inf, torch.inf)   # MAX of NaN is up to the backend: sum_abs keeps the NaN
         dist.all_reduce(mx, dist.ReduceOp.MAX, group=mesh.get_group(dim))
         dist.all_reduce(acc, group=mesh.get_group(dim))
         acc[:,MAX] = mx
-        b.acc[n0:len(b.keys)] = acc if isinstance(b.acc, Tensor) else acc.numpy()
+        b.acc[n0:n] = acc if isinstance(b.acc, Tensor) else acc.numpy()
     b.extra = extra
     if extra:
         for r,g in enumerate(gs, n0): b.extras(r, g.full_tensor())

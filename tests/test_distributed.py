@@ -168,7 +168,7 @@ def tensors():
 
 def engine(by_rows):
     "Shards, copies, both dtypes and a plain tensor in one call; an earlier row must not be touched"
-    mesh,e = init_device_mesh('cpu', (2,)),Engine(.5, by_rows=by_rows)
+    mesh,e = init_device_mesh('cpu', (2,)),Engine(.5, by_rows=by_rows, hist='all')
     pl = [Shard(0), Shard(0), Shard(1), Replicate(), None, Shard(0)]
     gs = [g if p is None else distribute_tensor(g, mesh, [p]) for g,p in zip(tensors(), pl)]
     e.put(9, torch.ones(3))
@@ -290,13 +290,15 @@ def test_changes_nothing(ranks, kind):
 
 @pytest.mark.parametrize('name', engines, ids='-'.join)
 def test_engine(ranks, name):
-    "Sums of shards, copies and plain tensors, in every process."
+    "Sums and counts per octave of shards, copies and plain tensors, in every process."
     for r in ok(ranks[name]):
-        ns,keys,numel,s,_ = r['rows']
+        ns,keys,numel,s,h = r['rows']
         assert ns.tolist()==[7] and sorted(keys)==[0,1,2,3,4,5,9]
         f,c = finish(s, numel)
-        for k,n,row,f,c in zip(keys, numel, s, f.T, c.T):
+        for k,n,row,f,c,h in zip(keys, numel, s, f.T, c.T, h):
             g = torch.ones(3) if k==9 else tensors()[k]
+            exponents,n = g.float()[g!=0].frexp()[1].unique(return_counts=True)
+            assert dict(zip(h.nonzero()[0]-126, h[h>0]))==dict(zip(exponents.tolist(), n.tolist()))   # frexp's fraction is below 1
             want = measure(g, .5)
             np.testing.assert_allclose(f, [want[o] for o in ('max_abs','mean_abs','norm','mean','std')], rtol=1e-4, atol=1e-6)
             assert c.tolist()==[g.numel(), *(want[o] for o in ('zeros','nonfinite','above'))]
