@@ -4,7 +4,7 @@ import numpy as np,pandas as pd,pytest
 from matplotlib import pyplot as plt
 
 from conftest import ROOT,run
-from fastai_gradstats import GradRecord,save_report
+from fastai_gradstats import GradRecord,compare,save_report
 
 def record(tensors=4, n=60, spike=None, bad=None, zero=None):
     "Gradients of 10**-3, but for a spike of 7 at (tensor, iteration), a NaN and a zero"
@@ -35,7 +35,18 @@ def test_content(tmp_path):
     assert 'non_finite' in s and 'after clipping' in s and s.count('<svg')==2
     d,v = heat(s)
     assert v.shape==(4,60) and v[2,40]==7 and np.isnan(v[1,50]) and v[0,10]==0 and np.sum(v==np.float32(1e-3))==4*60-3
-    assert d['names'][2]=='layer0.2.</script> (output)' and d['lo'][40]==d['hi'][40]==40 and d['new']==[.5]
+    assert d['names'][2]=='layer0.2.</script> (output)' and d['lo'][40]==d['hi'][40]==40 and '<i class=fit0 style="left:50.00%">' in s
+
+def test_comparison(tmp_path):
+    "Each run has its sentence, its findings, its place in the heatmap and its rows in the table"
+    s = page(compare({'calm <1>':record(), 'wild':record(n=40, spike=(2,30), bad=(1,20))}), tmp_path)
+    assert '<b>calm &lt;1&gt;</b>: Largest output gradient 0.001' in s and '<b>wild</b>: Largest output gradient 7 at iteration 30' in s
+    errors = re.findall(r'<tr class="error">(.*?)<tr', s, re.S)
+    assert [re.findall(r'<td>([^<]*)', e)[:3] for e in errors]==[['non_finite','error','wild']]
+    d,v = heat(s)
+    assert v.shape==(4,100) and v[2,90]==7 and np.isnan(v[1,80]) and d['segs']==['calm <1>','wild'] and d['seg']==[1]*60+[2]*40 and d['lo'][60]==0
+    assert '<i class=fit1 style="left:60.00%">' in s and '<b style="left:60.00%">wild</b>' in s
+    assert re.findall(r'<tr class=""><td>([^<]*)<td>', s)==['calm &lt;1&gt;']*4+['wild']*4
 
 def test_alone(tmp_path):
     "Nothing is loaded: no address but the namespaces of SVG, no file"
