@@ -61,12 +61,12 @@ def _codes(s):
     return c, list(v)
 
 # %% ../nbs/05_plot.ipynb #c64b2420
-def _rows(df, stat, **want):
+def _rows(df, stat, cols=('kind','name','out','call','octave'), **want):
     "Rows where each column in `want` has that value (None: any), sorted; `v` is the statistic's absolute value, NaN where not finite"
     ok = np.ones(len(df), bool)
     for c,v in want.items():
         if v is not None and c in df: ok &= (df[c]==v).to_numpy()
-    cols = [c for c in ('run','fit','phase','epoch','kind','name','out','call','nonfinite','octave') if c in df]
+    cols = [c for c in ('run','fit','phase','epoch','nonfinite',*cols) if c in df]
     d = df[list(dict.fromkeys(cols+['iteration',stat]))]
     if not ok.all(): d = d[ok]
     with np.errstate(invalid='ignore'): v = np.abs(d[stat].to_numpy(np.float32 if d[stat].dtype==np.float32 else np.float64, copy=True))
@@ -206,7 +206,7 @@ def _by_run(d, name):
 # %% ../nbs/05_plot.ipynb #51d1c392
 def _reduce(df, stat, reduce='max', **want):
     "The iterations and one value for each; NaN where anything was not finite"
-    d,v,key = _rows(df, stat, **want)
+    d,v,key = _rows(df, stat, (), **want)
     its = _iterations(d, key)
     if not len(its): return its,v
     if reduce=='max': return its,np.maximum.reduceat(v, its['start'])
@@ -463,7 +463,7 @@ def plot_grad_flow(o, # a Learner, callback, `GradRecord` or frame
     df = rec.df
     _check(df, 'max_abs', kind, phase)
     if not (ks := _kinds(df, kind, phase)): return _say_empty(_axes(ax, figsize, 4), _missing(df, kind, phase, len(rec.steps)))
-    df = df[(df['kind']==ks[0])&((df['phase']==phase) if phase else True)]
+    df = df.loc[(df['kind']==ks[0])&((df['phase']==phase) if phase else True), [c for c in ('run','fit','iteration','kind','name','out','call','nonfinite','max_abs','mean_abs') if c in df]]
     runs = [(r,f) for r,d,_ in _by_run(df, words[ks[0]]) if len(f := _at(d, iteration))]
     its = df['iteration']
     if not runs: raise ValueError(f"iteration: accepted are those recorded, between {its.min()} and {its.max()}, and -1 for the last, got {iteration}")
