@@ -50,6 +50,7 @@ def relink(text, cfg):
     "Links to our own site from its root, so that they work offline and get checked; to notebooks, at their staged names."
     text = text.replace(cfg.doc_url, '/')
     text = re.sub(r'\[(`[^`]+`)\]\(/(\w+)\.html#(\w+)[\w.]*\)', lambda m: m[0] if m[3] in public(m[2]) else m[1], text)
+    text = re.sub(r'\[(`(run|params|module)`)\]\(https?:[^)]*\)', r'\1', text)   # words here; nbdev takes them for fastcore's and fastai's functions
     text = re.sub(r'\[!\[(Open In Colab)\]\([^)]*\)\]', r'[\1]', text)   # the badge is another host's picture
     text = re.sub(r'^( *"?)output-file: [^"\n\\]*', r'\1', text, flags=re.M)
     return re.sub(r'\]\((?!\w+:)([^)\s#]+\.(?:ipynb|qmd))', lambda m: f']({staged(m[1]).as_posix()}', text)
