@@ -42,14 +42,15 @@ def stage(cfg):
 
 @cache
 def public(mod):
-    "Names that module `mod` documents; nbdev links private ones too, which have no anchor."
-    try: return import_module(f'fastai_gradstats.{mod}').__all__
+    "Anchors of the names that module `mod` documents; nbdev links private ones too, which have none."
+    try: return {n.lower() for n in import_module(f'fastai_gradstats.{mod}').__all__}
     except ImportError: return ()
 
 def relink(text, cfg):
     "Links to our own site from its root, so that they work offline and get checked; to notebooks, at their staged names."
     text = text.replace(cfg.doc_url, '/')
     text = re.sub(r'\[(`[^`]+`)\]\(/(\w+)\.html#(\w+)[\w.]*\)', lambda m: m[0] if m[3] in public(m[2]) else m[1], text)
+    text = re.sub(r'\[(`(run|params|module)`)\]\(https?:[^)]*\)', r'\1', text)   # words here; nbdev takes them for fastcore's and fastai's functions
     text = re.sub(r'\[!\[(Open In Colab)\]\([^)]*\)\]', r'[\1]', text)   # the badge is another host's picture
     text = re.sub(r'^( *"?)output-file: [^"\n\\]*', r'\1', text, flags=re.M)
     return re.sub(r'\]\((?!\w+:)([^)\s#]+\.(?:ipynb|qmd))', lambda m: f']({staged(m[1]).as_posix()}', text)
@@ -108,8 +109,22 @@ def local_katex(site):
 def markdown_copies(site):
     "`stats.llms.md` as `stats.html.md`, which is the address nbdev writes into each module's docstring."
     for p in sorted(site.rglob('*.llms.md')): p.rename(p.with_name(p.name.replace('.llms.md', '.html.md')))
-    for p in [site/'llms.txt', *site.rglob('*.html.md')]:
+    for p in site.rglob('*.html.md'):
         p.write_text(p.read_text(encoding='utf-8').replace('.llms.md', '.html.md'), encoding='utf-8')
+
+def entry(site, url, page):
+    "A page's line in llms.txt: title, address, description"
+    md = str(Path(page).with_suffix('.html.md'))
+    title,desc = re.match(r'# (.*)\n+(.*)', (site/md).read_text(encoding='utf-8')).groups()
+    return f'- [{title}]({url}{md})' + (f': {desc}' if desc and desc[0] not in '#<' else '')
+
+def llms_txt(site, cfg):
+    "llms.txt with every page, in the sidebar's order, under its sections and with its description"
+    res = [f'# {cfg.title or cfg.lib_name}', f'> {cfg.description}', '## Pages']
+    for c in config(cfg)['website']['sidebar']['contents']:
+        if 'section' in c: res += [f"## {c['section']}", '\n'.join(entry(site, cfg.doc_url, p) for p in c['contents'])]
+        else: res.append(entry(site, cfg.doc_url, c if isinstance(c, str) else c['href']))
+    (site/'llms.txt').write_text('\n\n'.join(res)+'\n', encoding='utf-8')
 
 class Links(HTMLParser):
     "The ids of a page and what it links to."
@@ -146,6 +161,7 @@ def main():
     shutil.move(res.out, site)
     local_katex(site)
     markdown_copies(site)
+    llms_txt(site, cfg)
     problems = [*res.warnings, *dead_links(site)]
     for p in problems: print(f'warning: {p}', file=sys.stderr)
     print(f'{len(res.pages)} pages in {site.relative_to(ROOT)}/, {len(problems)} warnings')

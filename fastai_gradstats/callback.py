@@ -486,6 +486,7 @@ def _put(self:GradStatsCallback, at):
     st.done = st.engine.mark()
     self._full(full)
 
+# %% ../nbs/04_callback.ipynb #54671b34
 @patch
 def _flush(self:GradStatsCallback):
     "What lies in the buffers goes to the record: the one place that waits for the device"

@@ -25,23 +25,29 @@ class Findings(pd.DataFrame):
         return not self['severity'].isin(['error','warning']).any() and self.attrs['checked']>0
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60009
+used = ['fit','iteration','name','numel','max_abs','norm','zeros','nonfinite']   # the columns that rules on tensors read
+
 class _Run:
-    "The frames of one phase, with the facts of its fits"
+    "The frames of one phase of one run, with the facts of its fits"
     def __init__(self, rec, phase):
         s = rec.select(phase=phase)
-        self.rec,self.phase,self.steps,self.by = rec,phase,s.steps,s.by('param', phase)
-        self.param,self.output = (s.df[s.df['kind']==k] for k in ('param','output'))
-        self.tensors = s.df
-        seen = set(s.df['fit'])|set(s.steps['fit'])
+        self.rec,self.phase,self.steps,self.by,self.tensors = rec,phase,s.steps,s.by('param', phase),s.df
+        self.param,self.output = (s.df.loc[s.df['kind']==k, used] for k in ('param','output'))
+        seen = {*s.df['fit'].unique(), *s.steps['fit'].unique()}
         self.facts = [f for f in rec.facts if f['fit'] in seen]
         self.update = self.by[self.by['update_norm'].notna()] if 'update_norm' in self.by else self.by[:0]
         self.dim = {n:d for f in self.facts for n,_,d in f['params']}
-        self.order = {n:i for i,n in enumerate(self.dim or rec.names)}
+        self.order = {n:i for i,n in enumerate(self.dim or rec.df['name'].astype('category').cat.categories)}
+
+def _named(d, f):
+    "Rows of tensors for whose name `f` holds"
+    n = d['name'].astype('category').cat
+    return d[np.array([bool(f(str(o))) for o in n.categories]+[False])[n.codes]]
 
 # %% ../nbs/06_diagnosis.ipynb #d1a6000a
 rules = []
 records = dict(steps='GradNormCallback()', by='GradNormCallback()', update='GradNormCallback(update_every=n)', param="GradStatsCallback(kind='both')",
-               output="GradStatsCallback(kind='both')", tensors='GradStatsCallback()', facts='GradStatsCallback() during a fit (a frame does not hold it)')
+               output="GradStatsCallback(kind='both')", tensors='GradStatsCallback()', facts='GradStatsCallback() during a fit (neither a frame nor a comparison holds it)')
 
 def rule(needs, meaning, do, source):
     "Add a function to the list, with what its findings mean"
@@ -93,8 +99,7 @@ def dead_units(r,
                dead=.4, # share of zeros in a bias gradient, median of the last quarter of steps; healthy: at most .15
                batch=8 # in smaller batches a silent unit is no sign
               ):
-    d = _late(r.param)
-    d = d[d['name'].astype(str).str.fullmatch(r'(.*\.)?bias')]
+    d = _named(_late(r.param), lambda n: n.rpartition('.')[2]=='bias')
     g = (d['zeros']/d['numel']).groupby(d['name'], observed=True, sort=False).median()
     g = g[g>dead]
     if not len(g): return
@@ -111,7 +116,7 @@ def zero_norm(r):
 @rule('facts param', 'these parameters ask for a gradient and no loss depends on them', 'use them in forward, or take them out', 'docs.pytorch.org: find_unused_parameters')
 def unused(r):
     for f in r.facts:
-        got = set(r.param.loc[r.param['fit']==f['fit'], 'name'])
+        got = set(r.param.loc[r.param['fit']==f['fit'], 'name'].unique())
         if got and (miss := [n for n,req,_ in f['params'] if req and n not in got]): yield 'warning', miss[0], '', f"no gradient in fit {f['fit']}: " + ', '.join(miss[:5]) + (f' and {len(miss)-5} more' if len(miss)>5 else '')
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60010
@@ -134,7 +139,7 @@ def fp16_flush(r,
               ):
     for f in r.facts:
         if not f['half'] or f['scaled']: continue
-        d = r.param[(r.param['fit']==f['fit'])&(r.param['nonfinite']==0)&(r.param['name'].astype(str).map(r.dim)>1)]
+        d = _named(r.param[(r.param['fit']==f['fit'])&(r.param['nonfinite']==0)], lambda n: r.dim.get(n, 0)>1)
         s = d.groupby('name', observed=True, sort=False)[['zeros','numel']].sum()
         top = d.groupby('name', observed=True, sort=False)['max_abs'].median()
         s = (s['zeros']/s['numel'])[lambda o: (o>flush)&(top<small)]
@@ -174,7 +179,7 @@ def update_ratio(r,
                  low=1e-4, # a note below this; a warning where it is all tensors
                  high=.1 # a warning above this
                 ):
-    d = r.update[(r.update['weight_norm']>0)&~r.update['name'].astype(str).str.contains('bias')]
+    d = _named(r.update[r.update['weight_norm']>0], lambda n: 'bias' not in n)
     g = (d['update_norm']/d['weight_norm']).groupby(d['name'], observed=True, sort=False).median()
     for bad,sev,pick in ((g[g>high],'warning','idxmax'),(g[g<low],'warning' if (g<low).all() else 'note','idxmin')):
         if len(bad): yield sev, str(n := getattr(bad, pick)()), _span(d['iteration']), f'median |update|/|weight| {bad[n]:.1e}; {len(bad)} of {len(g)} tensors'
@@ -184,8 +189,8 @@ def update_ratio(r,
 def scale_invariant(r,
                     cos=1e-4 # |cosine| of gradient and weight
                    ):
-    d = r.by[(r.by['norm']>0)&(r.by['weight_norm']>0)]
-    g = (d['dot'].abs()/(d['norm'].astype(float)*d['weight_norm'])).groupby(d['name'], observed=True, sort=False).median()
+    d = r.rec.radial(r.phase)
+    g = d['radial'].abs().groupby(d['name'], observed=True, sort=False).median()
     if len(g := g[g<cos]): yield 'note', str(g.index[0]), '', f'weight and gradient at right angles in {len(g)} tensors'
 
 @rule('steps', 'clipping is part of this training; alone it is no sign of anything', 'suggest_clip() gives a max_norm from the norms', 'Zhang et al. 2020')
@@ -193,22 +198,35 @@ def clipping(r):
     d = r.steps[(r.steps['clip_coef']<1)&~r.steps['skipped']]
     if len(d): yield 'note', '(all)', _span(d['iteration']), f"{len(d)/len(r.steps):.0%} of steps clipped; norm / max_norm {(d['norm']/d['clipped_norm']).median():.2g} (median of those)"
 
-# %% ../nbs/06_diagnosis.ipynb #d1a60017
-def diagnose(o, # a Learner, callback, `GradRecord` or frame
-             phase='fit', # 'fit', 'lr_find' or None for all
-             **thresholds # of the rules, by name: `dead`, `decades`, `spike`'s `factor`, ...
-            )->Findings: # rule, severity, tensor, iterations, evidence, meaning, try, source
-    """What the record says is wrong, by severity: 'error', 'warning', 'note', 'not checked'.
-    A Learner brings what all its callbacks recorded, a callback only its own record: `learn.grad_stats.diagnose()` reports the rules on norms as not checked"""
-    ok = {n:f for f in rules for n in list(inspect.signature(f).parameters)[1:]}
-    if bad := [n for n in thresholds if n not in ok]: raise ValueError(f"{bad[0]}: accepted thresholds are {', '.join(ok)}")
-    r,res,checked = _Run(as_record(o), phase),[],0
+# %% ../nbs/06_diagnosis.ipynb #b6e00001
+def runs(rec):
+    "Names of the runs of a comparison; [None] where there is one run"
+    return list(dict.fromkeys(r for d in (rec.df,rec.steps) if 'run' in d for r in d['run'].unique())) or [None]
+
+def _apply(rec, phase, thresholds):
+    "What each rule says of one run, and how many rules had something to look at"
+    r,res,checked = _Run(rec, phase),[],0
     for f in rules:
         row = lambda *a: res.append((f.__name__, *a, f.meaning, f.do, f.source))
         if miss := [n for n in f.needs if not len(getattr(r, n))]: row('not checked', '', '', f'not recorded: {records[miss[0]]} records it'); continue
         checked += 1
-        for x in f(r, **{n:v for n,v in thresholds.items() if ok[n] is f}): row(*x)
-    d = Findings(res, columns='rule severity tensor iterations evidence meaning try source'.split())
+        for x in f(r, **{n:v for n,v in thresholds.items() if n in inspect.signature(f).parameters}): row(*x)
+    return pd.DataFrame(res, columns='rule severity tensor iterations evidence meaning try source'.split()),checked
+
+# %% ../nbs/06_diagnosis.ipynb #d1a60017
+def diagnose(o, # a Learner, callback, `GradRecord` or frame
+             phase='fit', # 'fit', 'lr_find' or None for all
+             **thresholds # of the rules, by name: `dead`, `decades`, `spike`'s `factor`, ...
+            )->Findings: # rule, severity, tensor, iterations, evidence, meaning, try, source; of a comparison also `run`
+    """What the record says is wrong, by severity: 'error', 'warning', 'note', 'not checked'. Of a comparison each run is looked at by itself.
+    A Learner brings what all its callbacks recorded, a callback only its own record: `learn.grad_stats.diagnose()` reports the rules on norms as not checked"""
+    ok = [n for f in rules for n in list(inspect.signature(f).parameters)[1:]]
+    if bad := [n for n in thresholds if n not in ok]: raise ValueError(f"{bad[0]}: accepted thresholds are {', '.join(ok)}")
+    rec = as_record(o)
+    rs = runs(rec)
+    ds,checked = zip(*(_apply(rec if r is None else rec.select(run=r), phase, thresholds) for r in rs))
+    if rs!=[None]: [d.insert(2, 'run', r) for d,r in zip(ds, rs)]
+    d = pd.concat(ds, ignore_index=True)
     d = Findings(d.iloc[np.argsort(d['severity'].map(['error','warning','note','not checked'].index), kind='stable')].reset_index(drop=True))
-    d.attrs['checked'] = checked
+    d.attrs['checked'] = min(checked)
     return d

@@ -177,6 +177,7 @@ class _Buffer:
 @patch
 def cut(self:_Buffer, n):
     "Forget all rows from number `n` on, counted over the buffer's life"
+    if n-self.gone==len(self.keys): return
     self.reduce()
     n -= self.gone
     self.acc[n:len(self.keys)] = 0

@@ -61,12 +61,12 @@ def _codes(s):
     return c, list(v)
 
 # %% ../nbs/05_plot.ipynb #c64b2420
-def _rows(df, stat, **want):
+def _rows(df, stat, cols=('kind','name','out','call','octave'), **want):
     "Rows where each column in `want` has that value (None: any), sorted; `v` is the statistic's absolute value, NaN where not finite"
     ok = np.ones(len(df), bool)
     for c,v in want.items():
         if v is not None and c in df: ok &= (df[c]==v).to_numpy()
-    cols = [c for c in ('run','fit','phase','epoch','kind','name','out','call','nonfinite','octave') if c in df]
+    cols = [c for c in ('run','fit','phase','epoch','nonfinite',*cols) if c in df]
     d = df[list(dict.fromkeys(cols+['iteration',stat]))]
     if not ok.all(): d = d[ok]
     with np.errstate(invalid='ignore'): v = np.abs(d[stat].to_numpy(np.float32 if d[stat].dtype==np.float32 else np.float64, copy=True))
@@ -132,15 +132,19 @@ def _mark_name(its, i):
     return f"epoch {r['epoch']}" if not several else 'lr_find' if r['phase']=='lr_find' else f"fit {r['fit']}"
 
 # %% ../nbs/05_plot.ipynb #1df9738f
+def _begins(its):
+    "Where lines are drawn, as (iteration, does a fit begin there?), and what gets a name: fits where there are several, else epochs"
+    fit = its['seg'].diff().ne(0).to_numpy()
+    new = fit|its['epoch'].diff().ne(0).to_numpy()
+    named = np.flatnonzero(fit if its['seg'].nunique()>1 else new)
+    return [(i, fit[i]) for i in np.flatnonzero(new if new.sum()<=60 else fit)[1:]],named if len(named)>1 else []
+
 def _marks(ax, its, color=grey):
     "A dotted line where an epoch begins, a solid one where a fit begins"
-    fit,x,fits = its['seg'].diff().ne(0).to_numpy(),its['x'].to_numpy()-.5,its['seg'].nunique()>1
-    new = fit|its['epoch'].diff().ne(0).to_numpy()
-    for i in np.flatnonzero(new if new.sum()<=60 else fit)[1:]:
-        ax.axvline(x[i], color=color, lw=1.2 if fit[i] else .8, ls='-' if fit[i] else ':', zorder=1.5, gid='fit' if fit[i] else 'epoch')
-    todo = np.flatnonzero(fit if fits else new)
+    x,(lines,named) = its['x'].to_numpy()-.5,_begins(its)
+    for i,fit in lines: ax.axvline(x[i], color=color, lw=1.2 if fit else .8, ls='-' if fit else ':', zorder=1.5, gid='fit' if fit else 'epoch')
     (a,b),w,end = ax.get_xlim(),_pixels(ax)[0],-np.inf
-    for i in todo if len(todo)>1 else []:
+    for i in named:
         px,s = (x[i]-a)/(b-a)*w,_mark_name(its, i)
         if px<end: continue
         ax.text(x[i], 1.015, s, transform=ax.get_xaxis_transform(), fontsize=7, color=grey, va='bottom', gid='mark')
@@ -202,7 +206,7 @@ def _by_run(d, name):
 # %% ../nbs/05_plot.ipynb #51d1c392
 def _reduce(df, stat, reduce='max', **want):
     "The iterations and one value for each; NaN where anything was not finite"
-    d,v,key = _rows(df, stat, **want)
+    d,v,key = _rows(df, stat, (), **want)
     its = _iterations(d, key)
     if not len(its): return its,v
     if reduce=='max': return its,np.maximum.reduceat(v, its['start'])
@@ -264,17 +268,20 @@ def _groups(t, slots, n=32):
     return np.array(start), [_short(keys[i][1], n) for i in start]
 
 # %% ../nbs/05_plot.ipynb #f18e5998
-def _name_ticks(ax, t, axis='y', size=7):
-    "Names of tensors, or of stages, along an axis: the largest stages first, as far as they have room"
-    px,n = size*1.3*ax.figure.dpi/72,len(t)
-    room = _pixels(ax)[axis=='y']/n
-    start,lab = _groups(t, int(n*room/px), np.clip(int(_pixels(ax)[axis=='x']/px), 6, 32))
-    length = np.diff(np.r_[start, n])
+def _places(t, lines, n=32):
+    "Names of tensors, or of stages, where `lines` have room: the largest stages first. Returns where stages start, and the middles and labels of those named"
+    start,lab = _groups(t, int(lines), n)
+    length = np.diff(np.r_[start, len(t)])
     mid,chosen = start+(length-1)/2,[]
     for i in np.argsort(-length, kind='stable'):
-        if all(abs(mid[i]-mid[j])*room>=px*.95 for j in chosen): chosen.append(i)
-    a = getattr(ax, axis+'axis')
-    a.set_ticks(mid[chosen], [lab[i] for i in chosen], fontsize=size, **(dict(rotation=90) if axis=='x' else {}))
+        if all(abs(mid[i]-mid[j])*lines/len(t)>=.95 for j in chosen): chosen.append(i)
+    return start,mid[chosen],[lab[i] for i in chosen]
+
+def _name_ticks(ax, t, axis='y', size=7):
+    "Names of tensors, or of stages, along an axis"
+    px,n,a = size*1.3*ax.figure.dpi/72,len(t),getattr(ax, axis+'axis')
+    start,mid,lab = _places(t, _pixels(ax)[axis=='y']/px, np.clip(int(_pixels(ax)[axis=='x']/px), 6, 32))
+    a.set_ticks(mid, lab, fontsize=size, **(dict(rotation=90) if axis=='x' else {}))
     if len(start)<n:
         ax.tick_params(axis=axis, which='major', length=0, pad=8)
         a.set_ticks(np.r_[start,n]-.5, minor=True)
@@ -343,20 +350,29 @@ def _blocks(ax, t):
         ax.text(1.004, (i[0]+i[-1])/2, words[k], transform=ax.get_yaxis_transform(), rotation=270, va='center', fontsize=8, color=grey)
         if i[0]: ax.axhline(i[0]-.5, color='w', lw=3)
 
+# %% ../nbs/05_plot.ipynb #b5e00004
+def _with_absent(rec, row, t):
+    "Row numbers and tensors, with the parameters that are watched and never had a gradient"
+    have,known = t.loc[t['kind']==kinds[1],'label'],list(dict.fromkeys(n for f in rec.facts for n,*_ in f['params']))
+    out = len(t)-len(have)
+    at = {n:out+i for i,n in enumerate(known)}
+    if not 0<len(known)-len(have)<len(have) or not at.keys()>=set(have): return row,t
+    new = np.array([*range(out), *map(at.get, have)])
+    return new[row], pd.DataFrame(dict(kind=[*t['kind'][:out], *[kinds[1]]*len(known)], label=[*t['label'][:out], *known]))
+
+def _cells(rec, stat, kind, phase):
+    "Of a heatmap the values, the tensor's number of each, the tensors, and the iterations"
+    d,v,key = _rows(rec.df, stat, kind=kind, phase=phase)
+    return v,*_with_absent(rec, *_tensors(d)),_iterations(d, key)
+
 # %% ../nbs/05_plot.ipynb #ff55e624
-def plot_grad_heatmap(o, # a Learner, callback, `GradRecord` or frame
-                      stat='max_abs', # a float column
-                      kind=None, # 'output' or 'param'; None: both, where recorded
-                      phase='fit', # 'fit', 'lr_find' or None for all
-                      ax=None, figsize=None):
-    "Tensors in network order by iteration, colour is log10 of a statistic. Blank: took no part; red: not finite; black: all zero"
-    rec = as_record(o)
+def _heatmap(rec, axes, stat='max_abs', kind=None, phase='fit'):
+    "`axes` makes the Axes from a height in inches"
     df = rec.df
     _check(df, stat, kind, phase)
-    if not _kinds(df, kind, phase): return _say_empty(_axes(ax, figsize), _missing(df, kind, phase, len(rec.steps)))
-    d,v,key = _rows(df, stat, kind=kind, phase=phase)
-    (row,t),its = _tensors(d),_iterations(d, key)
-    ax = _axes(ax, figsize, min(max(1.2+.14*len(t), 2.4), 7.5))
+    if not _kinds(df, kind, phase): return _say_empty(axes(3.2), _missing(df, kind, phase, len(rec.steps)))
+    v,row,t,its = _cells(rec, stat, kind, phase)
+    ax = axes(min(max(1.2+.14*len(t), 2.4), 7.5))
     width,height = _pixels(ax)
     img = _grid(v, row, t, its, width//2, height)
     handles = _draw_grid(ax, img, len(t), its['x'].min(), its['x'].max(), f"$\\log_{{10}}$ {labels.get(stat, stat)}")
@@ -365,6 +381,15 @@ def plot_grad_heatmap(o, # a Learner, callback, `GradRecord` or frame
     _x_axis(ax, [its], point='column')
     _legend(ax, handles)
     return ax
+
+# %% ../nbs/05_plot.ipynb #b5e00002
+def plot_grad_heatmap(o, # a Learner, callback, `GradRecord` or frame
+                      stat='max_abs', # a float column
+                      kind=None, # 'output' or 'param'; None: both, where recorded
+                      phase='fit', # 'fit', 'lr_find' or None for all
+                      ax=None, figsize=None):
+    "Tensors in network order by iteration, colour is log10 of a statistic. Blank: took no part; red: not finite; black: all zero"
+    return _heatmap(as_record(o), lambda height: _axes(ax, figsize, height), stat, kind, phase)
 
 # %% ../nbs/05_plot.ipynb #2a21bfe8
 def _steps(rec, phase):
@@ -438,7 +463,7 @@ def plot_grad_flow(o, # a Learner, callback, `GradRecord` or frame
     df = rec.df
     _check(df, 'max_abs', kind, phase)
     if not (ks := _kinds(df, kind, phase)): return _say_empty(_axes(ax, figsize, 4), _missing(df, kind, phase, len(rec.steps)))
-    df = df[(df['kind']==ks[0])&((df['phase']==phase) if phase else True)]
+    df = df.loc[(df['kind']==ks[0])&((df['phase']==phase) if phase else True), [c for c in ('run','fit','iteration','kind','name','out','call','nonfinite','max_abs','mean_abs') if c in df]]
     runs = [(r,f) for r,d,_ in _by_run(df, words[ks[0]]) if len(f := _at(d, iteration))]
     its = df['iteration']
     if not runs: raise ValueError(f"iteration: accepted are those recorded, between {its.min()} and {its.max()}, and -1 for the last, got {iteration}")
@@ -527,7 +552,7 @@ def _far_slope(x, y):
     "Slope of log y against log x between the last two points"
     if len(y) and y[-1]==0: return 'exactly 0'
     ok = np.flatnonzero(y>0)[-2:]
-    return f'slope {np.diff(np.log(y[ok]))[0]/np.diff(np.log(x[ok]))[0]:.2f}' if len(ok)>1 else 'no slope'
+    return f'slope {round(np.diff(np.log(y[ok]))[0]/np.diff(np.log(x[ok]))[0], 2)+0.:.2f}' if len(ok)>1 else 'no slope'   # -0. + 0. is 0.
 
 def _beside(ax, texts):
     "Texts right of the axes at heights `y` in axes fractions, pushed apart where they would overlap: (y, text, colour)"

@@ -18,54 +18,69 @@ from pathlib import Path
 from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
 from .record import GradRecord,as_record
-from .diagnosis import diagnose
-from .plot import _columns,_grid,_groups,_iterations,_kinds,_missing,_rows,_tensors,plot_grad_flow,plot_grad_heatmap,plot_grad_norm
+from .diagnosis import diagnose,runs
+from .plot import _begins,_cells,_columns,_grid,_heatmap,_kinds,_mark_name,_missing,_places,_tensors,plot_grad_flow,plot_grad_norm,words
 
 # %% ../nbs/07_report.ipynb #6c4580ef
 columns,most = 800,700_000   # columns, and values in all: 2.8 MB
 
 def _heat(rec, stat, phase):
-    "Values (tensors, columns) as `plot_grad_heatmap` has them, the tensors, and of each column the first and last iteration and what begins there"
-    d,v,key = _rows(rec.df, stat, phase=phase)
-    (row,t),its = _tensors(d),_iterations(d, key)
+    "Values (tensors, columns) as `plot_grad_heatmap` has them, the tensors, and of each column the first and last iteration and its run or fit; where lines and names are"
+    v,row,t,its = _cells(rec, stat, None, phase)
     n = max(min(columns, most//len(t)), 1)
     img = _grid(v, row, t, its, n, len(t)).astype(np.float32)
     col,k = _columns(its['x'].to_numpy(), n)
-    span = its.groupby(col)['iteration'].agg(['min','max']).reindex(range(k)).bfill()
-    new = its.groupby('seg')['epoch'].diff().fillna(0).ne(0)|its['seg'].diff().fillna(0).ne(0)
-    return img,t,dict(lo=span['min'].astype(int).tolist(), hi=span['max'].astype(int).tolist(), new=sorted({int(c)/k for c in col[new]}))
+    span = its.groupby(col).agg(lo=('iteration','min'), hi=('iteration','max'), seg=('seg','min')).reindex(range(k)).bfill().astype(int)
+    (lines,named),first = _begins(its),np.flatnonzero(its['seg'].diff().ne(0))
+    segs = [_mark_name(its, i) for i in first] if len(first)>1 else None
+    at = lambda i: int(col[i])/k
+    return img,t,dict(span.to_dict('list'), segs=segs),[(at(i), bool(fit)) for i,fit in lines],[(at(i), _mark_name(its, i)) for i in named]
 
 # %% ../nbs/07_report.ipynb #743e8bb8
 def _labels(t, height):
     "Names beside the heatmap: (middle in percent, name)"
-    start,lab = _groups(t, int(height/13), 30)
-    length,mid,chosen = np.diff(np.r_[start, len(t)]),[],[]
-    mid = (start+length/2)/len(t)
-    for i in np.argsort(-length, kind='stable'):
-        if all(abs(mid[i]-mid[j])*height>=12 for j in chosen): chosen.append(i)
-    return [(100*mid[i], lab[i]) for i in sorted(chosen)]
+    _,mid,lab = _places(t, height/13, 30)
+    return [(100*(m+.5)/len(t), l) for m,l in zip(mid, lab)]
+
+def _above(names, width=770):
+    "Names above the heatmap, as far as they have room: (left in percent, name)"
+    res,end = [],-1
+    for x,s in names:
+        if x*width>=end: res.append((100*x, s)); end = x*width+7*len(s)+10
+    return res
 
 # %% ../nbs/07_report.ipynb #65315654
-def _heat_html(rec, stat, phase):
-    "The heatmap's part of the page"
-    if not _kinds(rec.df, None, phase): return f"<p class=none>{escape(_missing(rec.df, None, phase, len(rec.steps)))}</p>"
-    img,t,cols = _heat(rec, stat, phase)
-    height = int(np.clip(18*len(t), 60, 640))
+def _heat_data(img, t, cols):
+    "What the page's script draws: values, names, the range of colours, and what else occurs"
     ok = np.log10(img[img>0], dtype=np.float64)
     lo,hi = (float(np.percentile(ok, 1)),float(ok.max())) if len(ok) else (-1.,0.)
     lut = [round(255*c) for rgb in colormaps['viridis'](np.linspace(0, 1, 256))[:,:3] for c in rgb]
-    data = dict(v=base64.b64encode(img.astype('<f4').tobytes()).decode(), rows=len(t), cols=img.shape[1], names=[f'{l} ({k})' for k,l in zip(t['kind'], t['label'])],
-                min=lo, max=max(hi, lo+.1), lut=lut, **cols)
-    names = ''.join(f'<span style="top:{m:.2f}%">{escape(n)}</span>' for m,n in _labels(t, height))
-    lines = ''.join(f'<i style="left:{100*x:.2f}%"></i>' for x in (cols['new'] if len(cols['new'])<=60 else []))
-    js = json.dumps(data).replace('</', '<\\/')
-    return heat.format(height=height, names=names, lines=lines, first=cols['lo'][0], last=cols['hi'][-1], data=js)
+    d = dict(v=base64.b64encode(img.astype('<f4').tobytes()).decode(), rows=len(t), cols=img.shape[1], names=[f'{l} ({k})' for k,l in zip(t['kind'], t['label'])],
+             min=lo, max=max(hi, lo+.1), lut=lut, **cols)
+    return json.dumps(d).replace('</', '<\\/')
+
+def _kind_html(t):
+    "The kinds' names at the right edge, a line between them"
+    res,n = '',len(t)
+    for k in t['kind'].unique():
+        i = np.flatnonzero(t['kind']==k)
+        res += f'<em style="top:{100*i[0]/n:.2f}%;height:{100*len(i)/n:.2f}%">{words[k]}</em>' + (f'<hr style="top:{100*i[0]/n:.2f}%">' if i[0] else '')
+    return res
+
+def _heat_html(rec, stat, phase):
+    "The heatmap's part of the page"
+    if not _kinds(rec.df, None, phase): return f"<p class=none>{escape(_missing(rec.df, None, phase, len(rec.steps)))}</p>"
+    img,t,cols,lines,names = _heat(rec, stat, phase)
+    height,key = int(np.clip(18*len(t), 60, 640)),[(np.isnan(img), '#e00000', 'not finite'), (img==0, '#000', 'all zero'), (img==-1, 'var(--blank)', 'no gradient')]
+    left,over = (''.join(f'<{tag} style="{side}:{x:.2f}%">{escape(s)}</{tag}>' for x,s in todo) for tag,side,todo in (('span','top',_labels(t, height)), ('b','left',_above(names))))
+    return heat.format(height=height, width=12+max(int(6.5*len(s)) for _,s in _labels(t, height)), names=left, above=over, kinds=_kind_html(t), lines=''.join(f'<i class=fit{fit:d} style="left:{100*x:.2f}%"></i>' for x,fit in lines),
+        key=''.join(f'<u style="background:{c}"></u>{s}' for m,c,s in key if m.any()), first=f"iteration {cols['lo'][0]}" if not cols['segs'] else 'iterations, end to end',
+        last=f"{cols['hi'][-1]}"*(not cols['segs']), data=_heat_data(img, t, cols))
 
 # %% ../nbs/07_report.ipynb #d8af5d0b
-heat = """<div class=scroll><div class=heat style="height:{height}px"><div class=names>{names}</div><div class=map>
-<canvas id=bad height=1></canvas><canvas id=heat></canvas>{lines}<div class=ends><span>iteration {first}</span><span>{last}</span></div></div></div></div>
-<p class=key><span id=min></span><b id=bar></b><span id=max></span> <u style="background:#e00000"></u>not finite <u style="background:#000"></u>all zero
-<u style="background:var(--blank)"></u>no gradient <span id=wide></span></p>
+heat = """<div class=scroll><div class=heat style="height:{height}px"><div class=names style="width:{width}px">{names}</div><div class=map>{above}
+<canvas id=bad height=1></canvas><canvas id=heat></canvas>{lines}{kinds}<div class=ends><span>{first}</span><span>{last}</span></div></div></div></div>
+<p class=key><span id=min></span><s id=bar></s><span id=max></span> {key} <span id=wide></span></p>
 <div id=tip hidden></div><script id=data type="application/json">{data}</script>"""
 
 # %% ../nbs/07_report.ipynb #64de04bf
@@ -80,14 +95,19 @@ def _svg(plot, rec, height, **kw):
     return s.replace('id="', f'id="{plot.__name__}-').replace('url(#', f'url(#{plot.__name__}-').replace('href="#', f'href="#{plot.__name__}-')
 
 # %% ../nbs/07_report.ipynb #281f4887
-def _tensor_table(df):
-    "One row per tensor: kind, name, elements, largest gradient and where, median norm, shares of elements above the threshold and 0, how many not finite"
-    row,t = _tensors(df)
-    d = df[['numel','iteration','norm','max_abs','above','zeros','nonfinite']].reset_index(drop=True)
-    g = d.groupby(row)
-    s,at = g[['numel','above','zeros','nonfinite']].sum(),d['max_abs'].fillna(np.inf).groupby(row).idxmax().to_numpy()
-    return pd.DataFrame(dict(kind=t['kind'], tensor=t['label'], elements=g['numel'].max(), largest=d['max_abs'].to_numpy()[at], at=d['iteration'].to_numpy()[at],
-        median_norm=g['norm'].median(), above=s['above']/s['numel'], zeros=s['zeros']/s['numel'], not_finite=s['nonfinite']))
+def _tensor_table(rec, phase):
+    "One row per run and tensor: kind, name, elements, largest gradient and where, median norm, shares of elements above the threshold and 0, how many not finite"
+    res = []
+    for run in runs(rec):
+        df = rec.select(phase=phase, run=run).df
+        row,t = _tensors(df)
+        d = df[['numel','iteration','norm','max_abs','above','zeros','nonfinite']]
+        g = d.groupby(row)
+        s,at = g[['numel','above','zeros','nonfinite']].sum(),d['max_abs'].fillna(np.inf).groupby(row).idxmax().to_numpy()
+        one = pd.DataFrame({'kind':t['kind'], 'tensor':t['label'], 'elements':g['numel'].max(), 'max |g|':d['max_abs'].to_numpy()[at], 'at iteration':d['iteration'].to_numpy()[at],
+            'median norm':g['norm'].median(), f'share above {rec.threshold:g}':s['above']/s['numel'], 'share of zeros':s['zeros']/s['numel'], 'not finite':s['nonfinite']})
+        res.append(one if run is None else one.assign(run=str(run))[['run',*one]])
+    return pd.concat(res)
 
 # %% ../nbs/07_report.ipynb #09168d50
 def _cell(v):
@@ -95,31 +115,41 @@ def _cell(v):
     if isinstance(v, str): return f'<td>{escape(v)}'
     return f'<td class=n data-v="{v:.9g}">' + (f'{v:,}' if isinstance(v, (int,np.integer)) else f'{v:.3g}')
 
-def _table(df, cls='', heads=None):
-    rows = ''.join(f'<tr class="{escape(str(r[1])).replace(" ", "-")}">' + ''.join(map(_cell, r)) for r in df.astype(object).itertuples(index=False, name=None))
-    return f'<div class=scroll><table class="{cls}"><thead><tr>' + ''.join(f'<th>{escape(h)}' for h in heads or df) + f'</thead><tbody>{rows}</tbody></table></div>'
+def _table(df, cls=''):
+    heads = ''.join(f"<th{' class=n' if df[c].dtype.kind in 'iuf' else ''}>{escape(c)}" for c in df)
+    rows = zip(df.get('severity', ['']*len(df)), df.astype(object).itertuples(index=False, name=None))
+    body = ''.join(f'<tr class="{s.replace(" ", "-")}">' + ''.join(map(_cell, r)) for s,r in rows)
+    return f'<div class=scroll><table class="{cls}"><thead><tr>{heads}</thead><tbody>{body}</tbody></table></div>'
 
 # %% ../nbs/07_report.ipynb #cb5f13f6
 def _findings_html(f):
     "Findings, and what was not checked"
     miss = f['severity']=='not checked'
     s = _table(f[~miss], 'findings') if (~miss).any() else '<p>No findings' + (' in what was recorded.' if f.attrs['checked'] else ': nothing was recorded that a rule looks at.')
-    return s + (f"<details><summary>{miss.sum()} rules not checked</summary>{_table(f.loc[miss, ['rule','severity','evidence']])}</details>" if miss.any() else '')
+    return s + (f"<details><summary>{miss.sum()} {'rows' if 'run' in f else 'rules'} not checked</summary>{_table(f.loc[miss, [c for c in ('rule','severity','run','evidence') if c in f]])}</details>" if miss.any() else '')
+
+# %% ../nbs/07_report.ipynb #b7e00001
+def _sentences(rec, phase='fit', attr=''):
+    "The sentence of each run"
+    one = lambda r: escape(rec.sentence(phase)) if r is None else f'<b>{escape(str(r))}</b>: {escape(rec.select(run=r).sentence(phase))}'
+    return ''.join(f'<p{attr}>{one(r)}</p>' for r in runs(rec))
 
 # %% ../nbs/07_report.ipynb #7bf61576
 css = """:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#666f7a;--line:#d9dde3;--blank:#e6e8eb;--warn:#a15c00;--err:#c40000}
 @media(prefers-color-scheme:dark){:root{--bg:#15181d;--fg:#e4e7eb;--dim:#98a1ac;--line:#343a43;--blank:#454c57;--warn:#f0a848;--err:#ff7b72}}
 body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}
 h1{font-size:1.5em}h2{font-size:1.15em;margin:2em 0 .5em}.lead{font-size:1.1em}.none,.key,summary,footer{color:var(--dim)}
-.scroll{overflow-x:auto}svg{width:100%;height:auto;max-width:1000px}svg text{fill:currentColor}
+.scroll{overflow-x:auto}svg{display:block;width:100%;min-width:640px;height:auto;fill:currentColor}svg text{fill:currentColor}
 table{border-collapse:collapse;font-size:13px;width:100%}th,td{text-align:left;vertical-align:top;padding:.3em .7em .3em 0;border-bottom:1px solid var(--line)}
-.n{text-align:right;font-variant-numeric:tabular-nums}.sort th{cursor:pointer;white-space:nowrap}.sort th.up:after{content:" ▲"}.sort th.down:after{content:" ▼"}
+.findings{min-width:860px}.findings td:nth-child(-n+3){white-space:nowrap}th{white-space:nowrap}th.n,.n{text-align:right;font-variant-numeric:tabular-nums}.sort th{cursor:pointer}.sort th.up:after{content:" ▲"}.sort th.down:after{content:" ▼"}
 tr.warning td:nth-child(-n+2){color:var(--warn);font-weight:600}tr.error td:nth-child(-n+2){color:var(--err);font-weight:600}
-.heat{display:flex;margin:9px 0 26px;min-width:980px}.names{position:relative;width:210px;flex:none;font-size:11px;color:var(--dim)}
-.names span{position:absolute;right:6px;transform:translateY(-50%);white-space:nowrap}.map{position:relative;flex:1}.map canvas{display:block;width:100%;image-rendering:pixelated}
-#heat{height:100%;background:var(--blank)}#bad{position:absolute;top:-6px;height:6px}.map i{position:absolute;top:0;bottom:0;border-left:1px dotted #fff;pointer-events:none}
+.heat{display:flex;margin:22px 0 26px;min-width:760px}.names{position:relative;flex:none;font-size:11px;color:var(--dim)}
+.names span{position:absolute;right:6px;transform:translateY(-50%);white-space:nowrap}.map{position:relative;flex:1;margin-right:20px}.map canvas{display:block;width:100%;image-rendering:pixelated}
+.map b,.map em{position:absolute;font:11px system-ui,sans-serif;color:var(--dim);white-space:nowrap}.map b{top:-22px}.map em{left:100%;margin-left:4px;writing-mode:vertical-rl;text-align:center}
+#heat{height:100%;background:var(--blank);outline:1px solid var(--line)}#bad{position:absolute;top:-6px;height:6px}.map i,.map hr{position:absolute;pointer-events:none;margin:0;border:0}
+.map i{top:0;bottom:0;border-left:1px dotted #fff}.map i.fit1{border-left:2px solid #fff}.map hr{left:0;right:0;border-top:3px solid var(--bg);transform:translateY(-50%)}
 .ends{display:flex;justify-content:space-between;font-size:12px;color:var(--dim)}.key{font-size:12px}.key u{display:inline-block;width:12px;height:12px;margin:0 4px 0 12px;vertical-align:-2px;border:1px solid var(--line)}
-#bar{display:inline-block;width:160px;height:10px;margin:0 6px}#tip{position:fixed;pointer-events:none;background:var(--fg);color:var(--bg);padding:.3em .6em;border-radius:4px;font-size:12px;white-space:pre;z-index:9}"""
+#bar{display:inline-block;width:160px;height:10px;margin:0 6px}#wide{margin-left:12px}#tip{position:fixed;pointer-events:none;background:var(--fg);color:var(--bg);padding:.3em .6em;border-radius:4px;font-size:12px;white-space:pre;z-index:9}"""
 
 # %% ../nbs/07_report.ipynb #eeff8622
 js = r"""const $=i=>document.getElementById(i), raw=$('data')
@@ -134,13 +164,13 @@ if(raw){
     if(Number.isNaN(v)) b.fillRect(i%D.cols,0,1,1)
     m.data.set([...(Number.isNaN(v)?[224,0,0]:v==0?[0,0,0]:rgb(v)),255],4*i)})
   g.putImageData(m,0,0)
-  const pow=x=>Number((10**x).toPrecision(2)).toExponential()
+  const pow=x=>{const v=Number((10**x).toPrecision(2)); return v<.001||v>=1e4?v.toExponential():String(v)}
   $('min').textContent='≤ '+pow(D.min); $('max').textContent=pow(D.max)
   $('bar').style.background='linear-gradient(90deg,'+[0,32,64,96,128,160,192,224,255].map(i=>`rgb(${D.lut.slice(3*i,3*i+3)})`)+')'
   const per=D.hi[0]-D.lo[0]+1; if(per>1) $('wide').textContent=`Each column is the largest of about ${per} iterations.`
   cv.onmousemove=e=>{
     const r=cv.getBoundingClientRect(), x=Math.min(D.cols-1,Math.max(0,Math.floor((e.clientX-r.left)/r.width*D.cols))), y=Math.min(D.rows-1,Math.max(0,Math.floor((e.clientY-r.top)/r.height*D.rows)))
-    const v=V[y*D.cols+x], at=D.lo[x]==D.hi[x]?`iteration ${D.lo[x]}`:`iterations ${D.lo[x]} to ${D.hi[x]}`
+    const v=V[y*D.cols+x], at=(D.segs?D.segs[D.seg[x]-1]+', ':'')+(D.lo[x]==D.hi[x]?`iteration ${D.lo[x]}`:`iterations ${D.lo[x]} to ${D.hi[x]}`)
     tip.textContent=`${D.names[y]}\n${at}\n`+(v==-1?'no gradient':Number.isNaN(v)?'not finite':v.toPrecision(4)); tip.hidden=false
     tip.style.left=Math.min(e.clientX+14,innerWidth-tip.offsetWidth-8)+'px'; tip.style.top=Math.min(e.clientY+14,innerHeight-tip.offsetHeight-8)+'px'}
   cv.onmouseleave=()=>{tip.hidden=true}
@@ -148,18 +178,18 @@ if(raw){
 
 # %% ../nbs/07_report.ipynb #55d93707
 sort_js = r"""document.querySelectorAll('.sort th').forEach((h,i)=>h.onclick=()=>{
-  const body=h.closest('table').tBodies[0], up=!(h.className=='down'), val=r=>r.cells[i].dataset.v??r.cells[i].textContent
+  const body=h.closest('table').tBodies[0], up=!h.classList.contains('down'), val=r=>r.cells[i].dataset.v??r.cells[i].textContent
   const num=[...body.rows].some(r=>'v' in r.cells[i].dataset), key=v=>v=='nan'?Infinity:v=='inf'?Infinity:+v
-  h.parentNode.querySelectorAll('th').forEach(o=>o.className=''); h.className=up?'down':'up'
+  h.parentNode.querySelectorAll('th').forEach(o=>o.classList.remove('up','down')); h.classList.add(up?'down':'up')
   body.append(...[...body.rows].sort((a,b)=>(up?-1:1)*(num?(key(val(a))-key(val(b))||0):val(b).localeCompare(val(a)))))})"""
 
 # %% ../nbs/07_report.ipynb #85d9d7ed
 page = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title><style>{css}</style>
-<h1>{title}</h1><p class=lead>{sentence}</p>
+<h1>{title}</h1>{sentence}
 <h2>Findings</h2>{findings}
 <h2>Largest |gradient| of each tensor, outputs before parameters</h2>{heatmap}
-<h2>Gradient norm per step</h2>{norm}
-<h2>Gradient flow, last iteration</h2>{flow}
+<h2>Gradient norm per step</h2><div class=scroll>{norm}</div>
+<h2>Gradient flow, last iteration</h2><div class=scroll>{flow}</div>
 <h2>Tensors</h2>{tensors}
 <footer><p>fastai-gradstats</footer><script>{js}</script></html>
 """
@@ -172,26 +202,24 @@ def save_report(o, # a Learner, callback, `GradRecord`, frame or folder
                )->Path:
     "Write one HTML page: what the gradients were, findings, heatmap, norms, flow and a table of tensors"
     rec = as_record(o)
-    df = rec.select(phase=phase).df
-    heads = ['kind','tensor','elements','max |g|','at iteration','median norm',f'share above {rec.threshold:g}','share of zeros','not finite']
-    table = _table(_tensor_table(df), 'sort', heads) if len(df) else f"<p class=none>{escape(_missing(rec.df, None, phase, len(rec.steps)))}</p>"
-    s = page.format(title=escape(title), css=css, sentence=escape(rec.sentence(phase)), findings=_findings_html(diagnose(rec, phase)), heatmap=_heat_html(rec, 'max_abs', phase),
+    table = _table(_tensor_table(rec, phase), 'sort') if _kinds(rec.df, None, phase) else f"<p class=none>{escape(_missing(rec.df, None, phase, len(rec.steps)))}</p>"
+    s = page.format(title=escape(title), css=css, sentence=_sentences(rec, phase, ' class=lead'), findings=_findings_html(diagnose(rec, phase)), heatmap=_heat_html(rec, 'max_abs', phase),
                     norm=_svg(plot_grad_norm, rec, 3.2, phase=phase), flow=_svg(plot_grad_flow, rec, 4.2, phase=phase), tensors=table, js=js+'\n'+sort_js)
     path = Path(path)
     path.write_text(s, encoding='utf-8')
     return path
 
 # %% ../nbs/07_report.ipynb #eb36a580
+def _finding(r): return ' '.join(filter(None, (r['rule'], r.get('run'), r['tensor'])))+': '+r['evidence']
+
 def glance(rec):
     "HTML of a record: sentence, findings above 'note', heatmap"
     f = diagnose(rec)
     f = f[f['severity'].isin(['error','warning'])]
-    s = f'<p>{escape(rec.sentence())}</p>' + ''.join(f"<p><b>{r['severity']}</b>: {escape(' '.join(filter(None, (r['rule'], r['tensor']))))}: {escape(r['evidence'])}</p>" for _,r in f.iterrows())
+    s = _sentences(rec) + ''.join(f"<p><b>{r['severity']}</b>: {escape(_finding(r))}</p>" for _,r in f.iterrows())
     if not _kinds(rec.df, None, 'fit'): return s
-    n = len(_tensors(rec.df[rec.df['phase']=='fit'])[1])
-    fig,b = figure.Figure(figsize=(9, min(max(1.2+.14*n, 2.4), 7.5)), layout='constrained'),BytesIO()
-    plot_grad_heatmap(rec, ax=fig.subplots())
-    fig.savefig(b, format='png', dpi=80)
+    ax,b = _heatmap(rec, lambda h: figure.Figure(figsize=(9,h), layout='constrained').subplots()),BytesIO()
+    ax.figure.savefig(b, format='png', dpi=80)
     return s + f'<img alt="tensors by iteration, colour is log10 of the largest gradient" src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}">'
 
 # %% ../nbs/07_report.ipynb #c904d619
@@ -199,7 +227,7 @@ def _tell(run, html, phase, skip):
     rec = GradRecord.load(run, 'skip' if skip else 'raise')
     print(rec.summary(phase=phase))
     f = diagnose(rec, phase)
-    for _,r in f[f['severity'].isin(['error','warning'])].iterrows(): print(f"\n{r['severity']}: {r['rule']} {r['tensor']}: {r['evidence']}\n  {r['meaning']}; try: {r['try']}")
+    for _,r in f[f['severity'].isin(['error','warning'])].iterrows(): print(f"\n{r['severity']}: {_finding(r)}\n  {r['meaning']}; try: {r['try']}")
     if html: print(f"\n{save_report(rec, html, phase)}")
 
 # %% ../nbs/07_report.ipynb #d83994ee

@@ -4,7 +4,7 @@ from fastai.basics import *
 from fastai.callback.training import GradientClip
 from torch import nn
 
-from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,diagnose,digits
+from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,compare,diagnose,digits
 
 del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's
 
@@ -66,7 +66,9 @@ def test_non_finite():
     class Bad(Callback):
         def before_batch(self):
             if self.train_iter==5: self.learn.xb = (self.xb[0]/0.,)
-    says(run(mlp, cbs=[Bad()])[1], 'non_finite', severity='error')
+    d = run(mlp, cbs=[Bad()])[1]
+    says(d, 'non_finite', '1', 'error')
+    assert d['non_finite']['evidence']=='not finite from iteration 5 on: in forward between (input) and 1'
 
 def test_frozen():
     def freeze(m): m[3].weight.requires_grad_(False)
@@ -90,7 +92,7 @@ def test_fp16_flush():
     def shrink(m):
         for l in m:
             if isinstance(l, nn.Linear): l.weight.data.mul_(.02)
-    says(run(partial(mlp, 5, init=shrink), epochs=1, cbs=[Half()])[1], 'fp16_flush')
+    says(run(partial(mlp, 5, init=shrink), epochs=1, cbs=[Half()])[1], 'fp16_flush', '1.weight')
 
 # --- on frames made by hand, where the answer is known
 
@@ -165,6 +167,24 @@ def test_spike_needs_a_rising_loss():
     assert not found('spike', GradRecord(steps=steps(norm=norm)))
     got = found('spike', GradRecord(steps=steps(norm=norm, loss=np.where(np.arange(100)>=60, 3., 1.))))
     assert [o[:3] for o in got]==[('warning','(all)','60')] and '20 times' in got[0][3]
+
+def test_spike_names_the_largest_gradient():
+    "Of the step with the jump, not of the loudest step before"
+    par = params(a_weight=1e-3, b_weight=1e-3)
+    par.loc[(par['name']=='b.weight')&(par['step']==15), 'norm'] = 19.
+    par.loc[(par['name']=='a.weight')&(par['step']==14), 'norm'] = 20.
+    rec = GradRecord(steps=steps(20, norm=some(20, 15, of=20., else_=1.), loss=np.where(np.arange(20)>=15, 3., 1.)), params=par)
+    assert [o[:3] for o in found('spike', rec)]==[('warning','b.weight','15')]
+
+def test_comparison():
+    "Each run by itself: the calm one is not blamed, and a rule that saw nothing of one run is not ok"
+    sick = GradRecord(steps=steps(norm=some(100, 60, of=0., else_=1.)))
+    f = diagnose(compare({'calm':GradRecord(steps=steps()), 'sick':sick}))
+    d = f[f['severity']!='not checked']
+    assert d[['rule','severity','run','iterations']].to_numpy().tolist()==[['zero_norm','warning','sick','60']]
+    assert f.loc[f['rule']=='depth','run'].tolist()==['calm','sick'] and not f.ok and f.attrs['checked']>0
+    assert 'run' not in diagnose(sick) and diagnose(compare({'calm':GradRecord(steps=steps())})).ok
+    assert diagnose(compare({'calm':GradRecord(steps=steps()), 'none':GradRecord()})).ok   # a run without a row is not in the comparison
 
 def test_not_checked_is_not_ok():
     f = diagnose(GradRecord(steps=steps()))

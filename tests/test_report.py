@@ -1,23 +1,24 @@
 "One page from a record: what is in it, how large it is, and that it works in a browser."
-import base64,json,re,shutil,subprocess,sys,warnings
+import base64,json,re,shutil,subprocess,sys,time,warnings
+from functools import partial
 import numpy as np,pandas as pd,pytest
 from matplotlib import pyplot as plt
 
 from conftest import ROOT,run
-from fastai_gradstats import GradRecord,save_report
+from fastai_gradstats import GradRecord,compare,plot_grad_flow,plot_grad_heatmap,plot_grad_log10,plot_grad_norm,save_report
 from fastai_gradstats.report import main
 
 def record(tensors=4, n=60, spike=None, bad=None, zero=None):
     "Gradients of 10**-3, but for a spike of 7 at (tensor, iteration), a NaN and a zero"
-    it = np.repeat(np.arange(n), tensors)
-    name = np.tile(np.arange(tensors), n)
+    it = np.repeat(np.arange(n, dtype=np.int32), tensors)
+    name = np.tile(np.arange(tensors, dtype=np.int16), n)
     v = np.full(n*tensors, 1e-3, np.float32)
     for at,x in ((spike,7.),(bad,np.nan),(zero,0.)):
         if at: v[at[1]*tensors+at[0]] = x
     names = [f'layer{i//10}.{i%10}.</script>' for i in range(tensors)]
-    cat = lambda codes,cs: pd.Categorical.from_codes(codes, cs)
-    df = pd.DataFrame(dict(fit=0, phase=cat(it*0, ['fit','lr_find']), epoch=it*2//n, iteration=it, step=it, kind=cat(it*0, ['output','param']), name=cat(name, names), out=0, call=0, numel=10,
-                           max_abs=v, mean_abs=v, norm=v, mean=v, std=v, zeros=10*(v==0), nonfinite=1*np.isnan(v), above=1*(v>1), skipped=False))
+    cat,o = lambda codes,cs: pd.Categorical.from_codes(codes, cs),np.int32(0)
+    df = pd.DataFrame(dict(fit=o, phase=cat(name*0, ['fit','lr_find']), epoch=it//-(-n//2), iteration=it, step=it, kind=cat(name*0, ['output','param']), name=cat(name, names), out=o, call=o, numel=np.int32(10),
+                           max_abs=v, mean_abs=v, norm=v, mean=v, std=v, zeros=np.int32(10)*(v==0), nonfinite=np.isnan(v).astype(np.int32), above=(v>1).astype(np.int32), skipped=False))
     s = np.arange(n)
     steps = pd.DataFrame(dict(fit=0, phase=cat(s*0, ['fit','lr_find']), epoch=s*2//n, iteration=s, step=s, lr=.1, loss=1., bs=8, norm=1.+s%3, clip_coef=1/(1.+s%3), clipped_norm=1., weight_norm=1., nonfinite=0, skipped=False))
     return GradRecord(df, steps)
@@ -36,7 +37,18 @@ def test_content(tmp_path):
     assert 'non_finite' in s and 'after clipping' in s and s.count('<svg')==2
     d,v = heat(s)
     assert v.shape==(4,60) and v[2,40]==7 and np.isnan(v[1,50]) and v[0,10]==0 and np.sum(v==np.float32(1e-3))==4*60-3
-    assert d['names'][2]=='layer0.2.</script> (output)' and d['lo'][40]==d['hi'][40]==40 and d['new']==[.5]
+    assert d['names'][2]=='layer0.2.</script> (output)' and d['lo'][40]==d['hi'][40]==40 and '<i class=fit0 style="left:50.00%">' in s
+
+def test_comparison(tmp_path):
+    "Each run has its sentence, its findings, its place in the heatmap and its rows in the table"
+    s = page(compare({'calm <1>':record(), 'wild':record(n=40, spike=(2,30), bad=(1,20))}), tmp_path)
+    assert '<b>calm &lt;1&gt;</b>: Largest output gradient 0.001' in s and '<b>wild</b>: Largest output gradient 7 at iteration 30' in s
+    errors = re.findall(r'<tr class="error">(.*?)<tr', s, re.S)
+    assert [re.findall(r'<td>([^<]*)', e)[:3] for e in errors]==[['non_finite','error','wild']]
+    d,v = heat(s)
+    assert v.shape==(4,100) and v[2,90]==7 and np.isnan(v[1,80]) and d['segs']==['calm <1>','wild'] and d['seg']==[1]*60+[2]*40 and d['lo'][60]==0
+    assert '<i class=fit1 style="left:60.00%">' in s and '<b style="left:60.00%">wild</b>' in s
+    assert re.findall(r'<tr class=""><td>([^<]*)<td>', s)==['calm &lt;1&gt;']*4+['wild']*4
 
 def test_alone(tmp_path):
     "Nothing is loaded: no address but the namespaces of SVG, no file"
@@ -97,3 +109,31 @@ def test_browser(tmp_path):
     assert p.returncode==0 and 'CONSOLE' not in p.stderr, p.stderr
     title = re.search(r'<title>(.*?)</title>', p.stdout, re.S)[1]
     assert title=='false|layer0.2.&lt;/script&gt; (output)\niteration 40\n7.000|7', title
+
+@pytest.mark.slow
+def test_full_size(tmp_path):
+    "300 tensors, 100,000 iterations: every plot is there in seconds and has the one spike and the one NaN; the page has at most 5 MB"
+    n,k,spike,bad = 100_000,300,(123,60_007),(7,33_333)
+    rec = record(k, n, spike=spike, bad=bad)
+    rec.steps.loc[spike[1],'norm'] = 7.
+    def drawn(f):
+        t = time.process_time()
+        ax = f(rec)
+        ax.figure.canvas.draw()
+        plt.close('all')
+        assert time.process_time()-t<40   # on a quiet machine 1 to 5
+        return ax
+    line = lambda ax,what='line': next(l for l in ax.lines if l.get_gid()==what)
+    top = lambda ax: (line(ax).get_xdata()[i := np.nanargmax(line(ax).get_ydata())], line(ax).get_ydata()[i])
+    ax = drawn(plot_grad_log10)
+    np.testing.assert_allclose(top(ax), (spike[1], np.log10(7)), rtol=1e-6)
+    assert line(ax, 'not finite').get_xdata()==[bad[1]]
+    assert top(drawn(plot_grad_norm))==(spike[1], 7)
+    ax = drawn(plot_grad_heatmap)
+    z,over = ax.images[0].get_array(),ax.images[1].get_array()
+    at = lambda o: [[o[0]*len(z)//k, o[1]*z.shape[1]//n]]
+    assert np.argwhere(z.filled(-9)>0).tolist()==at(spike) and np.argwhere((over[...,0]>.8)&(over[...,1]<.1)).tolist()==at(bad)
+    assert line(drawn(partial(plot_grad_flow, iteration=spike[1]))).get_ydata()[spike[0]]==7
+    t = time.process_time()
+    s = page(rec, tmp_path)
+    assert time.process_time()-t<200 and len(s)<5e6 and np.nanmax(heat(s)[1])==7 and np.isnan(heat(s)[1]).sum()==1

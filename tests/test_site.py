@@ -70,3 +70,19 @@ def test_pages(site, tmp_path):
         if problems: bad[p] = problems
     missing = [m for m in missing if m!='404 /favicon.ico']   # browsers ask for it unasked
     assert not bad and not missing and formulas, (bad, missing, formulas)
+
+def test_names_link(site):
+    "Public names in the pages' text lead to their documentation, classes and functions alike"
+    folder,_,_ = site
+    text = {p.relative_to(folder).as_posix(): p.read_text(encoding='utf-8') for p in folder.rglob('*.html')}
+    for name,page in dict(GradStatsCallback='callback', GradNormCallback='callback', GradRecord='record', diagnose='diagnosis', plot_grad_heatmap='plot', grad_along_ray='probe', save_report='report').items():
+        assert f'id="{name.lower()}"' in text[f'{page}.html']
+        plain = [p for p,t in text.items() if p!='changelog.html' and re.search(rf'<p>[^<]*<code>{name}</code>', t)]
+        assert not plain, f'{name} is no link in {plain}'
+
+def test_llms_txt(site):
+    "It lists every page, with a description"
+    folder,_,_ = site
+    lines = [l for l in (folder/'llms.txt').read_text(encoding='utf-8').splitlines() if l.startswith('- ')]
+    assert len(lines)==len(list(folder.rglob('*.html'))) and sum(': ' in l for l in lines)>=len(lines)-1
+    for l in lines: assert (folder/re.search(r'\]\(https://[^/]*/[^/]*/(.*?)\)', l)[1]).exists(), l
