@@ -32,7 +32,7 @@ def finish(s:np.ndarray, # (rows, sums) float64
     with np.errstate(all='ignore'):
         n = numel.astype(np.float64)
         mx = np.where(np.isnan(s[:,SUM_ABS]), np.nan, s[:,MAX])
-        var = np.maximum(s[:,M2] + s[:,Q] - s[:,SUM]**2/n, 0)/n
+        var = np.maximum(s[:,M2] + (s[:,Q]-s[:,SUM]**2/n), 0)/n
         f = np.stack([mx, s[:,SUM_ABS]/n, np.sqrt(s[:,SUM_SQ]), s[:,SUM]/n, np.sqrt(var)])/scale
         return (np.concatenate([f, s[:,len(sums):].T]).astype(np.float32),
                 np.stack([n, s[:,ZEROS], s[:,NONFINITE], s[:,ABOVE]]).astype(np.uint32))
@@ -609,7 +609,8 @@ def _odd(self:Engine, k, g, w):
     if g.layout!=torch.strided: g,at = g.coalesce().values(),w[tuple(g.coalesce().indices())]
     else: at = w
     b.write(r, W_SQ, w.abs().double().square().sum())
-    b.write(r, DOT, (g.conj()*at).real.double().sum())
+    wide = torch.complex128 if g.is_complex() else torch.float64
+    b.write(r, DOT, (g.to(wide).conj()*at.to(wide)).real.sum())
 
 # %% ../nbs/01_engine.ipynb #d3966236
 @patch
