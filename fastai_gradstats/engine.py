@@ -177,9 +177,9 @@ class _Buffer:
 @patch
 def cut(self:_Buffer, n):
     "Forget all rows from number `n` on, counted over the buffer's life"
-    if n-self.gone==len(self.keys): return
+    n = max(n-self.gone, 0)   # a mark from before a fetch
+    if n==len(self.keys): return
     self.reduce()
-    n -= self.gone
     self.acc[n:len(self.keys)] = 0
     if self.octaves: self.octaves.cut(n, len(self.keys))
     for o in (self.keys,self.numel,self.absent): del o[n:]
