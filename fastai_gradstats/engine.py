@@ -12,7 +12,7 @@ __all__ = ['Engine']
 
 # %% ../nbs/01_engine.ipynb #52b03ed0
 import math, warnings, numpy as np, torch
-from functools import cache, partial
+from functools import lru_cache, partial
 from itertools import accumulate
 from operator import add
 from torch import Tensor
@@ -32,7 +32,7 @@ def finish(s:np.ndarray, # (rows, sums) float64
     with np.errstate(all='ignore'):
         n = numel.astype(np.float64)
         mx = np.where(np.isnan(s[:,SUM_ABS]), np.nan, s[:,MAX])
-        var = np.maximum(s[:,M2] + s[:,Q] - s[:,SUM]**2/n, 0)/n
+        var = np.maximum(s[:,M2] + (s[:,Q]-s[:,SUM]**2/n), 0)/n
         f = np.stack([mx, s[:,SUM_ABS]/n, np.sqrt(s[:,SUM_SQ]), s[:,SUM]/n, np.sqrt(var)])/scale
         return (np.concatenate([f, s[:,len(sums):].T]).astype(np.float32),
                 np.stack([n, s[:,ZEROS], s[:,NONFINITE], s[:,ABOVE]]).astype(np.uint32))
@@ -86,10 +86,10 @@ class _Plan:
 # %% ../nbs/01_engine.ipynb #41570002
 SAMPLE,DROP = 2**12,255   # elements of a tensor that are counted; exponent of what is not finite, and of zeros here
 
-@cache
+@lru_cache(2**12)
 def _stride(n):
     "The smallest step that leaves at most `SAMPLE` of `n` elements and shares no factor with common shapes"
-    s = -(-n//SAMPLE)
+    s = max(-(-n//SAMPLE), 1)
     while s>1 and math.gcd(s, 210)>1: s += 1
     return s
 
@@ -177,9 +177,9 @@ class _Buffer:
 @patch
 def cut(self:_Buffer, n):
     "Forget all rows from number `n` on, counted over the buffer's life"
-    if n-self.gone==len(self.keys): return
+    n = max(n-self.gone, 0)   # a mark from before a fetch
+    if n==len(self.keys): return
     self.reduce()
-    n -= self.gone
     self.acc[n:len(self.keys)] = 0
     if self.octaves: self.octaves.cut(n, len(self.keys))
     for o in (self.keys,self.numel,self.absent): del o[n:]
@@ -214,7 +214,9 @@ def odd(self:_Buffer, key, g):
     self.apart()
     r,n = self.row(key, g.numel()),g.numel()
     if self.octaves: self.octaves.put(r, flat(g.abs()), self.scale)
+    self.extras(r, g)
     if not n: return r
+    if self.scale is not None: g = g.to(torch.complex128)/self.scale
     v = {k: f(g, self.threshold) if k=='above' else f(g) for k,f in statistics.items()}
     m = v['mean']*n
     for c,o in ((MAX,v['max_abs']), (SUM_ABS,v['mean_abs']*n), (SUM_SQ,v['norm']**2), (SUM,m), (M2,v['std']**2*n), (Q,m*m/n),
@@ -225,7 +227,7 @@ def odd(self:_Buffer, key, g):
 def extras(self:_Buffer, r, g):
     "The user's own statistics, of the gradient without AMP's scale"
     if not self.extra: return
-    if self.scale is not None: g = g.float()/self.scale
+    if self.scale is not None: g = (g if g.is_complex() else g.float())/self.scale
     for j,f in enumerate(self.extra.values()): self.write(r, len(sums)+j, f(g))
 
 # %% ../nbs/01_engine.ipynb #cdf1c0ba
@@ -347,17 +349,17 @@ def _exact(x:np.ndarray, # 1-d
         return [a.max(), a.sum(), np.dot(x,x), s, np.square(x-s/len(x)).sum(), s*s/len(x), len(x)-np.count_nonzero(x), len(x)-np.isfinite(x).sum(), (a>threshold).sum()]
 
 def _dot(x, y):
-    "Sum of products; float32 sums of 8k products are right to 1e-6, and small enough not to start BLAS's threads"
+    "Sum of products; float32 sums of 8k products are right to 2e-5 at worst, and small enough not to start BLAS's threads"
     n = len(x)
     k = n//CHUNK*CHUNK
-    s = np.matmul(x[:k].reshape(-1,1,CHUNK), y[:k].reshape(-1,CHUNK,1)).sum(dtype=np.float64) if k else 0.
-    return float(s+np.dot(x[k:], y[k:])) if k<n else float(s)
+    s = sum(np.matmul(x[:k].reshape(-1,1,CHUNK), y[:k].reshape(-1,CHUNK,1)).ravel().tolist()) if k else 0.
+    return s+float(np.dot(x[k:], y[k:])) if k<n else s
 
 # %% ../nbs/01_engine.ipynb #7a94a2a0
-@cache
+@lru_cache(2**10)   # AMP's scale may take any number of values
 def _floor32(t):
     "The largest float32 that is not above `t`"
-    f = np.float32(t)
+    with np.errstate(over='ignore'): f = np.float32(t)
     return f if float(f)<=t else np.nextafter(f, np.float32(-np.inf))
 
 # %% ../nbs/01_engine.ipynb #90b9e0c5
@@ -373,10 +375,9 @@ def _block(t:Tensor, # 1-d float32 on a CPU
     top = top.item()
     if top==0: return [0,0,0,0,0,0,n,0,0]
     if not 1e-16<top<1e16: return _exact(t.numpy(), threshold)   # NaN too
-    sa,s,sq,zeros = a.sum().item(),t.sum().item(),t.dot(t).item(),0 if low else n-np.count_nonzero(a.numpy().view(np.int32))
-    if sa*sa>.8*sq*(n-zeros): sq = _dot(x := t.numpy(), x)
+    sa,s,sq,zeros = a.sum().item(),t.sum().item(),_dot(x := t.numpy(), x),0 if low else n-np.count_nonzero(a.numpy().view(np.int32))
     q = s*s/n
-    if q>sq/4: return _exact(t.numpy(), threshold)
+    if q>sq/4: return _exact(x, threshold)
     return [top, sa, sq, s, sq-q, q, zeros, 0, np.count_nonzero(a.numpy()>threshold) if top>threshold else 0]
 
 # %% ../nbs/01_engine.ipynb #e222bdc7
@@ -453,6 +454,7 @@ def reduce(self:HostBuffer):
 
 @patch
 def copied(self:HostBuffer, b, *rows):
+    if b.sources: b.reduce()   # rows that it took itself
     b.takers.append(partial(_Buffer.copied, self, b, *rows))
     self.sources.add(b)
 
@@ -468,7 +470,8 @@ def scratch_of(self:HostBuffer, n):
 @patch
 def large(self:HostBuffer, r, x, w, threshold, scale=None):
     "Sums of one tensor, and with `w` their products, block by block"
-    key,res = self.keys[r],None
+    if not len(x): return
+    key,x,res = self.keys[r],x.resolve_neg(),None   # numpy has no lazy minus
     some_zero = key in self.some_zero
     for i in range(0, len(x), BLOCK):
         b = x[i:i+BLOCK] if len(x)>BLOCK else x
@@ -515,17 +518,17 @@ def pool_all(self:HostBuffer, rows, gs, ws):
 def sum_pool(self:HostBuffer):
     "Sum what lies there"
     if not self.pooled: return
-    (x,w),out,weights = (o.numpy()[:self.used] for o in self.pool),self.arrays[0],self.weights
     r,n,t,scales = map(list, zip(*self.pooled))
-    if self.octaves:
-        for i,k,j,scale in zip(r, n, accumulate(n), scales): self.octaves.put(i, x[j-k:j], scale)
-    self.pooled,self.used,self.weights = [],0,False
+    (x,w),out = (o.numpy()[:sum(n)] for o in self.pool),self.arrays[0]
     if not self.norms_only: self.acc[r,:ABOVE+1] = _segments(x, n, t, self.arrays)
     else:
         self.acc[r,SUM_SQ] = sq = _products(x, x, n, out)
         for i,k,j,v in zip(r, n, accumulate(n), sq):
             if not math.isfinite(v): self.acc[i,NONFINITE] = k-np.isfinite(x[j-k:j]).sum()
-    if weights: self.acc[r,W_SQ],self.acc[r,DOT] = _products(w, w, n, out),_products(x, w, n, out)
+    if self.weights: self.acc[r,W_SQ],self.acc[r,DOT] = _products(w, w, n, out),_products(x, w, n, out)
+    self.pooled,self.used,self.weights = [],0,False   # not before: an interrupt loses nothing
+    if self.octaves:
+        for i,k,j,scale in zip(r, n, accumulate(n), scales): self.octaves.put(i, x[j-k:j], scale)
 
 # %% ../nbs/01_engine.ipynb #dc18e32a
 def _same(g, w):
@@ -570,7 +573,10 @@ class Engine:
     def put(self, key, g):
         "One gradient, read or copied at once"
         b = self.buffers.get(g.device) or self.buffer(g.device)
-        b.scale = self.scale(g.device) if self.scale else None
+        scale = self.scale(g.device) if self.scale else None
+        if scale is not b.scale:
+            b.apart()   # what waits has the old one
+            b.scale = scale
         if g.layout==torch.strided: return b.odd(key, g) if g.is_complex() else b.put(key, g)
         if g.layout==torch.jagged: return self.put(key, g.values())
         v = g.coalesce().values()
@@ -603,7 +609,8 @@ def _odd(self:Engine, k, g, w):
     if g.layout!=torch.strided: g,at = g.coalesce().values(),w[tuple(g.coalesce().indices())]
     else: at = w
     b.write(r, W_SQ, w.abs().double().square().sum())
-    b.write(r, DOT, (g.conj()*at).real.double().sum())
+    wide = torch.complex128 if g.is_complex() else torch.float64
+    b.write(r, DOT, (g.to(wide).conj()*at.to(wide)).real.sum())
 
 # %% ../nbs/01_engine.ipynb #d3966236
 @patch

@@ -21,7 +21,7 @@ def loaders(x, y, bs=None, valid=2):
 def np64(g):
     "A gradient as numpy, in double precision"
     g = g.detach().to_dense() if g.layout!=torch.strided else g.detach()
-    return g.cpu().to(torch.complex128 if g.is_complex() else torch.float64).numpy().copy()
+    return g.cpu().to(torch.complex128 if g.is_complex() else torch.float64).resolve_neg().numpy().copy()
 
 class Spy(Callback):
     "Copies gradients just before the optimizer's step, in double precision, and asks torch for their total norm"

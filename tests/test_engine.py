@@ -1,0 +1,213 @@
+"Random sequences of what an engine can be asked for, against numpy on copies; distributions that are hard to sum; what once went wrong."
+import warnings
+import numpy as np,pytest,torch
+from torch import tensor
+
+from fastai_gradstats import engine
+from fastai_gradstats.engine import ABOVE,BLOCK,DOT,MAX,NONFINITE,SMALL,SUM_SQ,W_SQ,Engine,finish,octaves
+from oracles import compare,np64
+
+paths = pytest.mark.parametrize('by_rows', (None, True))
+cpu = torch.device('cpu')
+
+def stats(e):
+    "Of all rows: max_abs, mean_abs, norm, mean, std, extra"
+    e.close()
+    _,_,n,s,_ = e.fetch()
+    return finish(s, n)[0]
+
+# --- random sequences
+
+def values(rng, n):
+    x,p = rng.standard_normal(n),rng.random(n)
+    return [x, x*(p>.7), np.full(n, rng.choice([.1,-3e38,1e-45,1e-16,1e16])), 10.**rng.uniform(-45, 38, n)*np.sign(x), np.where(p==p.max(initial=0), 1, 2e-4*x), 1e-3*x-100,
+            np.where(p<.01, np.nan, x), np.where(p<.01, -np.inf, x), -0.*np.abs(x), np.where(p<.5, 1e-45, -0.), 1+np.round(x)*2**-23, 2.**np.round(9*x), (-1.)**np.arange(n), np.sort(x**8), x*1e37][rng.integers(15)]
+
+def gradient(rng):
+    "A tensor of any size, dtype and layout"
+    n = int(rng.choice([0,1,2,7,64,1000,1024,1025,4097,20_000] + [SMALL,SMALL+1,BLOCK,BLOCK+1]*(rng.random()<.15)))
+    dtype = [torch.float32,torch.float32,torch.float32,torch.float64,torch.bfloat16,torch.float16][rng.integers(6)]
+    t,how = torch.from_numpy(values(rng, n)).to(dtype),rng.integers(9)
+    if how==0 and n: return t[0]
+    if how==1 and n>23: return t[:n//24*24].view(-1,3,2,4).contiguous(memory_format=torch.channels_last)
+    if how==2 and 0<n<2000: return t[:,None].expand(-1,3)
+    if how==3: return t[::2]
+    if how==4: return torch.sparse_coo_tensor(torch.arange(n)[None]*2, t, (2*n+1,), check_invariants=True)
+    if how==5 and dtype.itemsize>2: return torch.complex(t, t).conj().imag
+    if how==6 and dtype.itemsize>2 and t.isfinite().all(): return torch.complex(t, t.flip(0))
+    return t
+
+class Rows:
+    "An engine beside a list of what its rows should be: (key, gradient, weights)"
+    def __init__(self, hist=False, **kw): self.e,self.rows,self.closed,self.hist = Engine(hist=hist, **kw),[],0,hist; self.e.buffer(cpu)
+    def put(self, rng):
+        g,k,scale = gradient(rng),int(rng.integers(9)),2.**rng.integers(0, 20)
+        if scale>2**9: self.e.scale = lambda device, s=tensor(scale): s
+        with torch.no_grad(): self.e.put(k, g)
+        self.rows.append((k, np64(g)/scale if self.e.scale else np64(g), None))
+        self.e.scale = None
+    def put_all(self, rng):
+        gs = [gradient(rng) for _ in range(rng.integers(1, 9))]
+        ws = [torch.randn(g.shape).to(g.dtype).requires_grad_() for g in gs]
+        keys = rng.integers(0, 9, len(gs)).tolist()
+        self.e.put_all(keys, gs, ws)
+        odd,double = (lambda g: g.layout!=torch.strided or g.is_complex()),(lambda g: g.dtype==torch.float64)
+        first = next((double(g) for g in gs if not odd(g)), None)
+        o = sorted(zip(keys, gs, ws), key=lambda o: 0 if odd(o[1]) else 1 if double(o[1])==first else 2)   # as they are grouped
+        self.rows += [(k, np64(g), np64(w)) for k,g,w in o]
+    def rewind(self, rng):
+        m,n = self.e.mark(),len(self.rows)
+        self.put_all(rng)
+        self.e.rewind(m)
+        del self.rows[n:]
+    def take(self, rng, other):
+        m,n = other.e.mark(),len(other.rows)
+        other.put_all(rng)
+        self.e.take(other.e, m, {k:k+100 for k in range(9)})
+        self.rows += [(k+100, *o) for k,*o in other.rows[n:]]
+        if rng.random()<.3: other.e.rewind(m); del other.rows[n:]
+    def close(self): self.e.close(); self.closed = len(self.rows)
+    def check(self):
+        n,keys,numel,s,h = self.e.fetch()
+        f,c = finish(s, numel)
+        assert keys.tolist()==[k for k,*_ in self.rows[:self.closed]] and n.sum()==self.closed
+        for i,(_,g,w) in enumerate(self.rows[:self.closed]): check(g.ravel(), w, s[i], f[:,i], c[:,i], h[i] if self.hist else None, self.e.norms_only)
+        self.rows,self.closed = self.rows[self.closed:],0
+
+@np.errstate(all='ignore')
+def check(g, w, s, f, c, h, norms_only):
+    "One row"
+    ok = np.isfinite(g).all()
+    if norms_only: np.testing.assert_allclose([s[SUM_SQ],s[NONFINITE]], [np.square(np.abs(g)).sum(),(~np.isfinite(g)).sum()], rtol=2e-5)
+    elif ok or not np.iscomplexobj(g): compare(dict(zip(['max_abs','mean_abs','norm','mean','std','numel','zeros','nonfinite','above'], [*f,*c]), name='row'), g)
+    if w is not None and ok:
+        w = w.ravel()
+        np.testing.assert_allclose(s[W_SQ], np.square(np.abs(w)).sum(), rtol=2e-5)
+        assert abs(s[DOT]-(g.conj()*w).real.sum())<=1e-5*np.abs(g*w).sum()+1e-40
+    x = np.abs(g).astype(np.float32)
+    if h is not None: assert h[:255].sum()==(np.isfinite(x)&(x>0)).sum()
+
+@paths
+@pytest.mark.parametrize('seed', range(12))
+@pytest.mark.filterwarnings('ignore:Sparse')
+def test_random_sequences(seed, by_rows):
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    a,b = Rows('all', by_rows=by_rows),Rows(norms_only=True, by_rows=by_rows)
+    for _ in range(14):
+        match rng.integers(8):
+            case 0|1: a.put(rng)
+            case 2: a.put_all(rng)
+            case 3: b.put_all(rng)
+            case 4: (a if rng.random()<.5 else b).rewind(rng)
+            case 5: b.take(rng, a)
+            case 6: (a if rng.random()<.5 else b).close()
+            case _: (a if rng.random()<.5 else b).check()
+    for o in (b,a) if seed%2 else (a,b):
+        o.close()
+        o.check()
+
+# --- hard sums
+
+def hard(n):
+    "Values whose float32 sums go wrong: one huge among many that vanish beside it, halves of two sizes, constants, ulps apart"
+    huge,i = np.full(n, 5.9e-8**.5),np.arange(n)
+    huge[0] = 1
+    return dict(huge=huge, halves=np.where(i<n//2, 1, .01), tenths=np.full(n, .1), alternating=(-1.)**i*.1, sorted=np.linspace(1, 0, n)**4, ulps=1+i%5*2**-23, powers=2.**-(i%60), subnormal=i%9*1e-45)
+
+@paths
+@pytest.mark.parametrize('n', (10, SMALL, SMALL+1, BLOCK+1, 3_000_000))
+@pytest.mark.parametrize('how', hard(1))
+def test_hard_sums(how, n, by_rows):
+    x = tensor(hard(n)[how], dtype=torch.float32)
+    e,norms = (Engine(by_rows=by_rows, norms_only=o) for o in (False, True))
+    for o in (e,norms): o.put_all([0], [x], [x])
+    g,f = np64(x),stats(e)[:5,0]
+    np.testing.assert_allclose(f[[0,1,2]], np.float32([g.max(), np.abs(g).mean(), np.linalg.norm(g)]), rtol=1e-5, atol=1e-45)
+    np.testing.assert_allclose(f[3], g.mean(), rtol=0, atol=1e-6*np.abs(g).mean()+1e-45)
+    rows = 1+n//(1024 if by_rows else BLOCK)   # a spread below the last digits of the mean: each row's sum adds an error of float64
+    np.testing.assert_allclose(f[4], g.std(), rtol=1e-5, atol=(1e-7+np.sqrt(rows*2**-54) if by_rows else np.sqrt((rows-1)*2**-54))*np.abs(g).mean()+1e-45)
+    np.testing.assert_allclose(stats(norms)[2,0], np.linalg.norm(g), rtol=1e-5, atol=1e-45)
+
+# --- what once went wrong
+
+@paths
+@pytest.mark.parametrize('hist', (False, True, 'all'))
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.complex64))
+def test_empty(dtype, hist, by_rows):
+    e,g = Engine(by_rows=by_rows, hist=hist),torch.empty(0, 3, dtype=dtype)
+    with torch.no_grad(): e.put(0, g)
+    e.put_all([0], [g], [g])
+    assert stats(e)[0].tolist()==[0,0]
+
+@paths
+def test_scale_changes(by_rows):
+    "Rows that wait keep the scale they came with, also where a sparse gradient without one comes next"
+    e = Engine(by_rows=by_rows)
+    for s in (2.,1024.,8.):
+        e.scale = lambda device: tensor(s)
+        e.put(0, torch.full((10,), s))
+    e.put_all([1], [torch.ones(5).to_sparse()])
+    e.scale = None
+    e.put(2, torch.ones(10))
+    assert stats(e)[0].tolist()==[1]*5
+
+@paths
+def test_complex_with_scale(by_rows):
+    "Divided by it, counted without it, and with the user's own statistics"
+    e = Engine(by_rows=by_rows, extra=dict(top=lambda g: g.abs().max()))
+    e.scale = lambda device: tensor(1024.)
+    e.put(0, torch.full((10,), 768j))
+    e.close()
+    _,_,n,s,_ = e.fetch()
+    assert s[0,[MAX,ABOVE,-1]].tolist()==[.75,0,.75] and finish(s, n)[0][2,0]==np.float32(.75*10**.5)
+
+@paths
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float64))
+def test_lazy_minus(dtype, by_rows):
+    e,g = Engine(by_rows=by_rows),torch.full((SMALL+1,), 2-3j).to(torch.complex(tensor(0., dtype=dtype), tensor(0., dtype=dtype)).dtype).conj().imag
+    assert g.is_neg()
+    e.put_all([0,1], [g,g[:1]])
+    assert stats(e)[3].tolist()==[3,3]
+
+@paths
+def test_sparse_products(by_rows):
+    "In double precision: neither rounded to bfloat16 nor beyond float32"
+    e,g = Engine(by_rows=by_rows),torch.linspace(1, 2, 99).bfloat16()
+    big = torch.full((9,), 1e38+1e38j)
+    e.put_all([0,1], [g.to_sparse(), big], [g.flip(0), big])
+    e.close()
+    np.testing.assert_allclose(e.fetch()[3][:,DOT], [np64(g)@np64(g)[::-1], 9*2*float(np.float32(1e38))**2], rtol=1e-12)
+
+def test_take_what_was_taken():
+    a,b,c = (Engine() for _ in range(3))
+    a.put_all([0], [torch.full((9,), 4.)])
+    b.take(a, {}, {0:1})
+    c.take(b, {}, {1:2})
+    assert stats(c)[0].tolist()==[4]
+
+@pytest.mark.parametrize('f', ('_segments', '_products'))
+def test_interrupt(f, monkeypatch):
+    "One that comes while the pool is summed loses nothing"
+    e,gs = Engine(),[torch.full((100,), 2.), torch.full((7,), 3.)]
+    e.put_all([0,1], gs, gs)
+    e.close()
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(engine, f, stop)
+        with pytest.raises(KeyboardInterrupt): e.fetch()
+    s = e.fetch()[3]
+    assert s[:,MAX].tolist()==[2,3] and s[:,DOT].tolist()==s[:,W_SQ].tolist()==s[:,SUM_SQ].tolist()==[400,63]
+
+@paths
+def test_threshold_beyond_float32(by_rows):
+    e = Engine(1e39, by_rows=by_rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        e.put_all([0,1], [torch.full((9,), 3e38), torch.full((9,), torch.inf)])
+        e.close()
+        assert e.fetch()[3][:,ABOVE].tolist()==[0,9]
+
+def test_caches_are_bounded():
+    for n in range(1, 6000): engine._stride(n), engine._floor32(float(n))
+    assert engine._stride.cache_info().currsize<=2**12 and engine._floor32.cache_info().currsize<=2**10
