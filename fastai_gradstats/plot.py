@@ -122,7 +122,7 @@ class _Plain(LogFormatterSciNotation):
         a,b = sorted(np.log10(self.axis.get_view_interval()))
         if b-a>=2: return super().__call__(x, pos)
         digit = x/10**np.floor(np.log10(x)+1e-9)
-        return f'{x:g}' if b-a<.4 or np.isclose(digit, (1,2,5) if b-a>.9 else (1,2,3,4,6)).any() else ''
+        return f'{x:g}' if b-a<.4 or np.isclose(digit, (1,2,5) if b-a>.9 else (1,2,3,4,6,8)).any() else ''
 
 def _finite(ax, log=True):
     "A log axis where a line has finite numbers; else the axes say that there are none"
