@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm,to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatterSciNotation,MaxNLocator
 from .record import as_record,kinds,phases
 
 # %% ../nbs/05_plot.ipynb #2f39a621
@@ -115,10 +115,27 @@ def _line(ax, x, y, label, color, f=np.asarray, edge=0, marks=True, also=(), **k
         if len(j): ax.plot(x[j], np.full(len(j), at), mk, ms=7, mfc=c, mec=color, clip_on=False, zorder=4, transform=ax.get_xaxis_transform(), gid=what)
     return i
 
+# %% ../nbs/05_plot.ipynb #e7a10002
+class _Plain(LogFormatterSciNotation):
+    "Plain numbers where an axis spans less than two decades, powers of ten where more"
+    def __call__(self, x, pos=None):
+        a,b = sorted(np.log10(self.axis.get_view_interval()))
+        if b-a>=2: return super().__call__(x, pos)
+        digit = x/10**np.floor(np.log10(x)+1e-9)
+        return f'{x:g}' if b-a<.4 or np.isclose(digit, (1,2,5) if b-a>.9 else (1,2,3,4,6,8)).any() else ''
+
 def _finite(ax, log=True):
     "A log axis where a line has finite numbers; else the axes say that there are none"
     if not any(np.isfinite(l.get_ydata()).any() for l in ax.lines if l.get_gid()=='line'): _say(ax, 'no finite gradient other than 0'); ax.set_yticks([])
-    elif log: ax.set_yscale('log')
+    elif log:
+        ax.set_yscale('log')
+        ax.yaxis.set_major_formatter(_Plain())
+        ax.yaxis.set_minor_formatter(_Plain(labelOnlyBase=False))
+
+def _line_at_1(ax, label):
+    "A line at 1 where a log axis reaches it, or would if it were a quarter longer"
+    a,b = np.log10(ax.get_ylim()) if ax.get_yscale()=='log' else (1,1)
+    if a-(b-a)/4<=0<=b+(b-a)/4: ax.axhline(1, color=grey, lw=1, ls='--', zorder=1, label=label)
 
 # %% ../nbs/05_plot.ipynb #5e7728eb
 def _text_px(ax, s, size=7):
@@ -147,8 +164,8 @@ def _marks(ax, its, color=grey):
     for i in named:
         px,s = (x[i]-a)/(b-a)*w,_mark_name(its, i)
         if px<end: continue
-        ax.text(x[i], 1.015, s, transform=ax.get_xaxis_transform(), fontsize=7, color=grey, va='bottom', gid='mark')
-        end = px+_text_px(ax, s)
+        ax.text(x[i], 1.015, s, transform=ax.get_xaxis_transform(), fontsize=8, color=grey, va='bottom', gid='mark')
+        end = px+_text_px(ax, s, 8)
 
 # %% ../nbs/05_plot.ipynb #51cd1dec
 def _x_axis(ax, its, at='iteration', point='point'):
@@ -162,18 +179,19 @@ def _x_axis(ax, its, at='iteration', point='point'):
     ax.set_xlabel(at + (', fits end to end' if (longest['x']!=longest[at]).any() else '') + (f" (each {point} the largest of about {per:,})" if per>1 else ''))
     _marks(ax, longest)
 
-def _legend(ax, handles=None, pad=1.8):
-    "Above the axes, where it hides no data"
+def _legend(ax, handles=None, size=9):
+    "Above the axes, where it hides no data; none where it would only repeat the y axis's label"
     handles = sorted(ax.get_legend_handles_labels()[0] if handles is None else handles, key=lambda h: h.get_gid()!='line')
     width,height,pt = *_pixels(ax),ax.figure.dpi/72
-    w = [_text_px(ax, h.get_label(), 8)+29*pt for h in handles]
+    w = [_text_px(ax, h.get_label(), size)+29*pt for h in handles]
     handles,w = [h for h,o in zip(handles, w) if o<=width],[o for o in w if o<=width]   # a wider one would squeeze the axes
-    if not handles: return
+    if not handles or len(handles)==1 and handles[0].get_label() in ax.get_ylabel(): return
     ncol = next((n for n in range(len(w), 1, -1) if sum(max(c) for c in np.array_split(w, n))<=width), 1)
-    room = ncol*max(int(height*.4/(17*pt)), 1)
+    room = ncol*max(int(height*.4/((size+9)*pt)), 1)
     if len(w)>room>1: handles = handles[:room-1]+[Line2D([], [], ls='', label=f'and {len(w)-room+1} more')]
-    kw = dict(frameon=False, fontsize=8, handlelength=1.4, columnspacing=1.4)
-    ax.legend(handles=handles, loc='lower right', bbox_to_anchor=(1,1), borderaxespad=pad, ncol=ncol, **kw)
+    kw = dict(frameon=False, fontsize=size, handlelength=1.4, columnspacing=1.4)
+    above = any(t.get_gid()=='mark' for t in ax.texts) or ax.get_title('left')
+    ax.legend(handles=handles, loc='lower right', bbox_to_anchor=(1,1), borderaxespad=1.6 if above else .4, ncol=ncol, **kw)
 
 # %% ../nbs/05_plot.ipynb #6e9be938
 def _kinds(df, kind, phase):
@@ -428,6 +446,7 @@ def plot_grad_norm(o, # a Learner, callback, `GradRecord` or frame
     runs = _by_run(s, 'gradient norm')
     its = [_norm_lines(ax, d, r, c, e) for e,(r,d,c) in enumerate(runs)]
     _finite(ax)
+    _line_at_1(ax, 'norm 1')
     _x_axis(ax, its, 'step')
     ax.set_ylabel('gradient norm (L2)')
     _legend(ax)
@@ -583,5 +602,5 @@ def plot_ray(frame, # of `grad_along_ray`: `scale` and the statistics there; `ru
     top = lambda y: ax.transAxes.inverted().transform(ax.transData.transform((1, y)))[1] if y==y else 0
     _beside(ax, [(top(y), s, c) for y,s,c in ends])
     ax.set(xlabel='scale of the weights', ylabel=dict(norm='gradient norm (L2)', max_abs='largest |gradient|').get(stat, stat))
-    _legend(ax, pad=.5)
+    _legend(ax)
     return ax
