@@ -11,6 +11,7 @@ __all__ = ['GradStatsCallback', 'GradNormCallback']
 
 # %% ../nbs/04_callback.ipynb #cc3aadd2
 import re, sys, weakref
+from functools import update_wrapper
 from types import SimpleNamespace
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
@@ -502,6 +503,11 @@ def _flush(self:GradStatsCallback):
     rows.append(its, n, keys[tensor], *finish(s[tensor], numel[tensor]), octaves(h[tensor]) if self.hist else None)
 
 # %% ../nbs/04_callback.ipynb #ad116d0d
+def _forward_to(n):
+    def v(self, *args, **kwargs): return getattr(self.record, n)(*args, **kwargs)
+    v.__name__ = n
+    return v
+
 def _delegate(cls):
     "Give `cls` every public name of `GradRecord` it has not got"
     for n in [*dir(GradRecord), *views]:
@@ -509,8 +515,8 @@ def _delegate(cls):
         f = getattr(GradRecord, n, None)
         if isinstance(f, property): v = property(lambda self, n=n: getattr(self.record, n), doc=f.__doc__)
         else:
-            def v(self, *args, n=n, **kwargs): return getattr(self.record, n)(*args, **kwargs)
-            v.__name__,v.__doc__ = n,getattr(f, '__doc__', None)
+            v = _forward_to(n)
+            if f: update_wrapper(v, f)   # its signature and text
         setattr(cls, n, v)
     cls._repr_html_ = lambda self: self.record._repr_html_()
 

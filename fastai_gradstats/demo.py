@@ -19,6 +19,10 @@ from .callback import GradNormCallback, GradStatsCallback
 from .stats import decade
 from .plot import plot_grad_heatmap, plot_grad_log10, plot_grad_norm
 
+# %% ../nbs/09_demo.ipynb #dd090001
+class _Samples(list):
+    def new_empty(self): return type(self)()
+
 # %% ../nbs/09_demo.ipynb #bcc6843c
 def digits(classes=range(10), # which digits
            size=8, # side in pixels
@@ -35,7 +39,7 @@ def digits(classes=range(10), # which digits
     x = F.interpolate(x, size=(size,size), mode='bilinear').expand(-1,channels,-1,-1).contiguous()
     idx = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     n = int(len(x)*valid_pct)
-    valid,train = (L(zip(x[i], y[i])) for i in (idx[:n],idx[n:]))
+    valid,train = (_Samples(zip(x[i], y[i])) for i in (idx[:n],idx[n:]))
     return DataLoaders(DataLoader(train, bs=bs, shuffle=True, drop_last=True), DataLoader(valid, bs=bs))
 
 # %% ../nbs/09_demo.ipynb #551f83f8

@@ -13,7 +13,7 @@ __all__ = ['Engine']
 # %% ../nbs/01_engine.ipynb #52b03ed0
 import math, warnings, numpy as np, torch
 from functools import lru_cache, partial
-from itertools import accumulate
+from itertools import accumulate, repeat
 from operator import add
 from torch import Tensor
 from fastcore.basics import patch
@@ -346,7 +346,7 @@ def _exact(x:np.ndarray, # 1-d
     with np.errstate(all='ignore'):
         x = x.astype(np.float64, copy=False)
         a,s = np.abs(x),x.sum()
-        return [a.max(), a.sum(), np.dot(x,x), s, np.square(x-s/len(x)).sum(), s*s/len(x), len(x)-np.count_nonzero(x), len(x)-np.isfinite(x).sum(), (a>threshold).sum()]
+        return [a.max(), a.sum(), np.square(x).sum(), s, np.square(x-s/len(x)).sum(), s*s/len(x), len(x)-np.count_nonzero(x), len(x)-np.isfinite(x).sum(), (a>threshold).sum()]
 
 def _dot(x, y):
     "Sum of products; float32 sums of 8k products are right to 2e-5 at worst, and small enough not to start BLAS's threads"
@@ -399,12 +399,12 @@ def _segments(x:np.ndarray, # 1-d float32, the tensors one after the other
         else: res.append(_exact(x[i:j], t))
     return res
 
-def _products(x, y, n, out):
-    "sum x*y of each segment"
+def _products(x, y, n, out, wanted=None):
+    "sum x*y of each segment, or of those that are `wanted`; in float64 where float32 is too narrow, without BLAS and its threads"
     at,res = [0,*accumulate(n)],[]
     with np.errstate(all='ignore'):
-        for i,j,s in zip(at, at[1:], np.add.reduceat(np.multiply(x, y, out=out[:len(x)]), at[:-1]).tolist()):
-            res.append(s if 1e-25<abs(s)<1e37 else np.dot(x[i:j].astype(np.float64), y[i:j].astype(np.float64)))
+        for i,j,s,yes in zip(at, at[1:], np.add.reduceat(np.multiply(x, y, out=out[:len(x)]), at[:-1]).tolist(), wanted or repeat(True)):
+            res.append(0. if not yes else s if 1e-25<abs(s)<1e37 else np.multiply(x[i:j], y[i:j], dtype=np.float64).sum())
     return res
 
 # %% ../nbs/01_engine.ipynb #48fa2569
@@ -412,7 +412,7 @@ class HostBuffer(_Buffer):
     "Sums on a CPU"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.some_zero,self.takers,self.sources,self.weights,self.done,self.part = set(),[],set(),False,[],{}
+        self.some_zero,self.takers,self.sources,self.done,self.part = set(),[],set(),[],{}
         self.pool,self.pooled,self.used = [torch.zeros(BLOCK) for _ in range(2)],[],0   # small gradients, their weights
         self.scratch = torch.empty(BLOCK),torch.empty(BLOCK)
         self.arrays = [o.numpy() for o in self.scratch]
@@ -435,7 +435,7 @@ def put(self:HostBuffer, key, g, absent=0):
     elif n:
         if self.used+n>BLOCK: self.sum_pool()
         self.pool[0][self.used:self.used+n].copy_(flat(g))
-        self.pooled.append((r, n, self.threshold*scale, self.scale))
+        self.pooled.append((r, n, self.threshold*scale, self.scale, False))
         self.used += n
     return r
 
@@ -497,7 +497,7 @@ def _products_of(x, w):
     if w.dtype==np.float32==x.dtype:
         with np.errstate(all='ignore'): res = _dot(w, w),_dot(x, w)
         if 1e-25<res[0]<1e37 and 1e-25<abs(res[1])<1e37: return res
-    with np.errstate(all='ignore'): x,w = x.astype(np.float64),w.astype(np.float64); return np.dot(w, w),np.dot(x, w)
+    with np.errstate(all='ignore'): return tuple(np.multiply(o, w, dtype=np.float64).sum() for o in (w,x))
 
 # %% ../nbs/01_engine.ipynb #0fb7d26c
 @patch
@@ -509,8 +509,8 @@ def pool_all(self:HostBuffer, rows, gs, ws):
         size = sum(n[:k])
         for p,ts in zip(self.pool, (gs,ws) if ws else (gs,)):
             if k: torch._foreach_copy_(p[self.used:self.used+size].split(n[:k]), ts[:k])
-        self.pooled += ((r,i,self.threshold,None) for r,i in zip(rows[:k], n))
-        self.used,self.weights = self.used+size,self.weights or bool(ws)
+        self.pooled += ((r,i,self.threshold,None,bool(ws)) for r,i in zip(rows[:k], n))
+        self.used += size
         rows,gs,n,ws = rows[k:],gs[k:],n[k:],ws and ws[k:]
         if n: self.sum_pool()
 
@@ -518,15 +518,15 @@ def pool_all(self:HostBuffer, rows, gs, ws):
 def sum_pool(self:HostBuffer):
     "Sum what lies there"
     if not self.pooled: return
-    r,n,t,scales = map(list, zip(*self.pooled))
+    r,n,t,scales,weights = map(list, zip(*self.pooled))
     (x,w),out = (o.numpy()[:sum(n)] for o in self.pool),self.arrays[0]
     if not self.norms_only: self.acc[r,:ABOVE+1] = _segments(x, n, t, self.arrays)
     else:
         self.acc[r,SUM_SQ] = sq = _products(x, x, n, out)
         for i,k,j,v in zip(r, n, accumulate(n), sq):
             if not math.isfinite(v): self.acc[i,NONFINITE] = k-np.isfinite(x[j-k:j]).sum()
-    if self.weights: self.acc[r,W_SQ],self.acc[r,DOT] = _products(w, w, n, out),_products(x, w, n, out)
-    self.pooled,self.used,self.weights = [],0,False   # not before: an interrupt loses nothing
+    if any(weights): self.acc[r,W_SQ],self.acc[r,DOT] = _products(w, w, n, out, weights),_products(x, w, n, out, weights)
+    self.pooled,self.used = [],0   # not before: an interrupt loses nothing
     if self.octaves:
         for i,k,j,scale in zip(r, n, accumulate(n), scales): self.octaves.put(i, x[j-k:j], scale)
 
