@@ -54,7 +54,7 @@ def execute(fn):
     nbdev_clean(str(fn))
 
 def main():
-    os.environ.update(IN_TEST='1')   # a closing `nbdev_export()` does nothing
+    os.environ.update(IN_TEST='1', OMP_NUM_THREADS='1')   # a closing `nbdev_export()` does nothing; unstable runs give the same numbers with any number of cores
     os.environ.pop('MPLBACKEND', None)
     os.chdir(ROOT)
     for fn in [Path(a).resolve() for a in sys.argv[1:]] or sorted(Path(f).resolve() for f in nbglob()):
