@@ -24,7 +24,7 @@ def _text(f):
     res = [] if not miss.all() or not len(f) else ['nothing was recorded that a rule looks at']
     if not (~miss).any() and not res: res = ['no findings']
     for _,d in f[~miss].iterrows():
-        at = ', '.join(str(o) for o in (d.get('run', ''), d['tensor']) if o!='')
+        at = ', '.join(str(o) for o in (d.get('run', ''), d['tensor'], d['iterations'] and f"iteration{'s'*(not d['iterations'].isdigit())} {d['iterations']}") if o!='')
         res.append(fill(f"{d['severity']}, {d['rule']}{at and ', '+at}: {d['evidence']}; try: {d['try']}", 110, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False))
     if miss.any(): res.append('not checked: ' + ', '.join(dict.fromkeys(f"{d['rule']} ({d['run']})" if 'run' in f else d['rule'] for _,d in f[miss].iterrows())))
     return '\n'.join(res)

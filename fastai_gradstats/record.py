@@ -546,7 +546,7 @@ def suggest_clip(self:GradRecord,
     n = s.loc[~s['skipped'].astype(bool),'norm']
     ok = n[np.isfinite(n)]
     if not len(ok): raise ValueError(f"none of the norms of {len(s)} steps is finite: a max_norm needs steps before the first NaN or inf, diagnose() says where that is")
-    if (bad := len(n)-len(ok))>.1*len(n): warn(f"suggest_clip: {bad} of {len(n)} norms are not finite and were left out; clipping does not mend a NaN, diagnose() says where it came from")
+    if (bad := len(n)-len(ok))>.1*len(n): warn(f"suggest_clip: {bad} of {len(n)} norms are not finite and were left out; clipping does not mend a NaN, diagnose() says where it came from", stacklevel=2)
     m = float(f'{ok.quantile(q):.2g}')
     return Clip(m, float((ok>m).mean()), bad)
 
