@@ -11,10 +11,24 @@ __all__ = ['Findings', 'diagnose']
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60004
 import inspect
+from textwrap import fill
 import numpy as np, pandas as pd
-from .record import GradRecord,as_record
+from .record import GradRecord,_from,_gap,as_record
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60007
+_told = 'rule severity tensor iterations evidence try'.split()
+
+def _text(f):
+    "A paragraph for each finding, and last what was not checked"
+    miss = f['severity']=='not checked'
+    res = [] if not miss.all() or not len(f) else ['nothing was recorded that a rule looks at']
+    if not (~miss).any() and not res: res = ['no findings']
+    for _,d in f[~miss].iterrows():
+        at = ', '.join(str(o) for o in (d.get('run', ''), d['tensor'], d['iterations'] and f"iteration{'s'*(not d['iterations'].isdigit())} {d['iterations']}") if o!='')
+        res.append(fill(f"{d['severity']}, {d['rule']}{at and ', '+at}: {d['evidence']}; try: {d['try']}", 110, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False))
+    if miss.any(): res.append('not checked: ' + ', '.join(dict.fromkeys(f"{d['rule']} ({d['run']})" if 'run' in f else d['rule'] for _,d in f[miss].iterrows())))
+    return '\n'.join(res)
+
 class Findings(pd.DataFrame):
     "What `diagnose` found: one row per finding"
     @property
@@ -23,6 +37,7 @@ class Findings(pd.DataFrame):
     def ok(self)->bool:
         "No finding above 'note', and at least one rule had something to look at"
         return not self['severity'].isin(['error','warning']).any() and self.attrs['checked']>0
+    def __repr__(self): return _text(self) if {*_told}<={*self} else super().__repr__()
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60009
 used = ['fit','iteration','name','numel','max_abs','norm','zeros','nonfinite']   # the columns that rules on tensors read
@@ -31,7 +46,7 @@ class _Run:
     "The frames of one phase of one run, with the facts of its fits"
     def __init__(self, rec, phase):
         s = rec.select(phase=phase)
-        self.rec,self.phase,self.steps,self.by,self.tensors = rec,phase,s.steps,s.by('param', phase),s.df
+        self.rec,self.phase,self.steps,self.by,self.tensors = rec,phase,s.steps,s._by('param', phase),s.df
         self.param,self.output = (s.df.loc[s.df['kind']==k, used] for k in ('param','output'))
         seen = {*s.df['fit'].unique(), *s.steps['fit'].unique()}
         self.facts = [f for f in rec.facts if f['fit'] in seen]
@@ -47,10 +62,11 @@ def _named(d, f):
 # %% ../nbs/06_diagnosis.ipynb #d1a6000a
 rules = []
 records = dict(steps='GradNormCallback()', by='GradNormCallback()', update='GradNormCallback(update_every=n)', param="GradStatsCallback(kind='both')",
-               output="GradStatsCallback(kind='both')", tensors='GradStatsCallback()', facts='GradStatsCallback() during a fit (neither a frame nor a comparison holds it)')
+               output="GradStatsCallback(kind='both')", tensors='GradStatsCallback()', **{'tensors|steps':'GradStatsCallback() or GradNormCallback()'},
+               facts='GradStatsCallback() during a fit (neither a frame nor a comparison holds it)')
 
 def rule(needs, meaning, do, source):
-    "Add a function to the list, with what its findings mean"
+    "Add a function to the list, with what its findings mean. `needs`: frames, `a|b` where one of them is enough. It yields severity, tensor, iterations, evidence and, where that depends on them, what to try"
     def _f(f):
         f.needs,f.meaning,f.do,f.source = needs.split(),meaning,do,source
         rules.append(f)
@@ -65,13 +81,26 @@ def _span(its):
 def _late(d): return d[d['iteration']>=np.quantile(d['iteration'].unique(), .75)]
 
 # %% ../nbs/06_diagnosis.ipynb #d1a6000c
-@rule('tensors', 'a NaN or inf destroys every weight it reaches', 'lower the learning rate, clip, look for log or division by 0 at this place', 'IEEE 754')
+@rule('tensors|steps', 'a NaN or inf destroys every weight it reaches', 'lower the learning rate, clip, look for log or division by 0 at this place', 'IEEE 754')
 def non_finite(r):
-    d = r.tensors[(r.tensors['nonfinite']>0)&~r.tensors['skipped']]
-    if len(d):
-        rec = r.rec if not r.tensors['skipped'].any() else GradRecord(r.tensors[~r.tensors['skipped']])
-        n = rec.first_nonfinite(r.phase)
-        yield 'error', n.before, _span(d['iteration']), repr(n)
+    d,s = ((o['nonfinite']>0)&~o['skipped'].astype(bool) for o in (r.tensors,r.steps))
+    its = _span(r.tensors.loc[d,'iteration'] if d.any() else r.steps.loc[s,'iteration']) if d.any() or s.any() else ''
+    if d.any():
+        n = GradRecord(r.tensors.assign(nonfinite=r.tensors['nonfinite'].where(d, 0)), breaks=r.rec.breaks).first_nonfinite(r.phase)
+        early = r.steps[s&(r.steps['iteration']<n.iteration)&(r.steps['fit']==r.tensors.loc[d,'fit'].iloc[0])]
+        do = [f'look for a NaN or inf in the batch (the data) and in the weights of {n.before}: both give this place'] if n.after=='(input)' else []
+        yield 'error', n.before, its, repr(n) + (f"; in the steps from iteration {early['iteration'].iloc[0]} on" if len(early) else ''), *do
+    elif s.any():
+        first = r.steps[s].iloc[0]
+        where,why = _broken(r, first)
+        yield 'error', where, its, f"gradient not finite {_from(first['iteration'], _gap(r.steps[r.steps['fit']==first['fit']], first['iteration']))}, in {s.sum()} of {len(s)} steps{why}"
+
+def _broken(r, step):
+    "The parameter of a step that was not finite before its gradient was, or else whose gradient was, nearest the loss"
+    d = r.by[(r.by['fit']==step['fit'])&(r.by['step']==step['step'])]
+    w,g = (d.loc[~np.isfinite(d[c]),'name'] for c in ('weight_norm','norm'))
+    if len(w): return str(w.iloc[0]),'; its weights were not finite before this step'
+    return (str(g.iloc[-1]),f'; in {len(g)} of {len(d)} parameters') if 0<len(g)<len(d) else ('(all)','')
 
 @rule('steps', 'a gradient scaler skips a step whose gradient overflowed; some are how it finds its scale', 'nothing, if they are few', 'docs.pytorch.org/docs/stable/amp.html')
 def skipped(r,
@@ -153,10 +182,11 @@ def spike(r,
          ):
     d = r.steps[~r.steps['skipped']]
     norm,loss = d['norm'],d['loss']
-    med = norm.rolling(window, min_periods=10).median().shift()
-    after,before = loss[::-1].rolling(5, min_periods=1).mean()[::-1],loss.rolling(window, min_periods=10).median().shift()
-    hit = d[(norm>factor*med)&(after>1.5*before)]
-    if len(hit): yield 'warning', _loudest(r, hit['step'].iloc[0]), _span(hit['iteration']), f"norm {hit['norm'].iloc[0]:.2g}, {hit['norm'].iloc[0]/med[hit.index[0]]:.0f} times the median of the {window} steps before, and the loss rose"
+    before = lambda o: o.rolling(window, min_periods=min(10, window))
+    med,seen = before(norm).median().shift(),before(norm).count().shift()
+    after,usual = loss[::-1].rolling(5, min_periods=1).mean()[::-1],before(loss).median().shift()
+    hit = d[(norm>factor*med)&(after>1.5*usual)]
+    if len(hit): yield 'warning', _loudest(r, hit['step'].iloc[0]), _span(hit['iteration']), f"norm {hit['norm'].iloc[0]:.2g}, {hit['norm'].iloc[0]/med[hit.index[0]]:.0f} times the median of the {seen[hit.index[0]]:.0f} steps before, and the loss rose"
 
 def _loudest(r, step):
     "The parameter with the largest gradient at a step"
@@ -171,7 +201,9 @@ def loss_rose(r,
     loss = r.steps['loss'].to_numpy(float)
     if len(loss)<10: return
     a,b = np.median(loss[:5]),np.median(loss[-max(len(loss)//10, 1):])
-    if a>0 and not b<rose*a: yield 'warning', _loudest(r, r.steps.loc[r.steps['norm'].idxmax(), 'step']) if r.steps['norm'].notna().any() else '(all)', _span(r.steps['iteration']), f'loss {a:.3g} at the start, {b:.3g} at the end'
+    if a>0 and not b<rose*a: 
+        top = r.steps.loc[r.steps['norm'].idxmax()] if r.steps['norm'].notna().any() else None
+        yield 'warning', '', _span(r.steps['iteration']), f'loss {a:.3g} at the start, {b:.3g} at the end' + ('' if top is None else f"; largest norm at iteration {top['iteration']}" + (f', in {n}' if (n := _loudest(r, top['step']))!='(all)' else ''))
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60014
 @rule('update', 'the step is too large or too small for the weights; healthy: 1e-3 to 1e-2', 'change the learning rate of this layer', 'Karpathy 2022, Building makemore part 3')
@@ -207,11 +239,20 @@ def _apply(rec, phase, thresholds):
     "What each rule says of one run, and how many rules had something to look at"
     r,res,checked = _Run(rec, phase),[],0
     for f in rules:
-        row = lambda *a: res.append((f.__name__, *a, f.meaning, f.do, f.source))
-        if miss := [n for n in f.needs if not len(getattr(r, n))]: row('not checked', '', '', f'not recorded: {records[miss[0]]} records it'); continue
+        row = lambda severity, tensor, its, evidence, do=f.do: res.append((f.__name__, severity, tensor, its, evidence, f.meaning, do, f.source))
+        if miss := [n for n in f.needs if not any(len(getattr(r, o)) for o in n.split('|'))]: row('not checked', '', '', f'not recorded: {records[miss[0]]} records it'); continue
         checked += 1
         for x in f(r, **{n:v for n,v in thresholds.items() if n in inspect.signature(f).parameters}): row(*x)
     return pd.DataFrame(res, columns='rule severity tensor iterations evidence meaning try source'.split()),checked
+
+# %% ../nbs/06_diagnosis.ipynb #f0a00001
+_shares,_whole = ('skip','dead','flush','cos'),('window','batch')
+
+def _check(n, v):
+    "Refuse what is no threshold"
+    ok = isinstance(v, (int,np.integer) if n in _whole else (int,float,np.number)) and not isinstance(v, bool) and v>=(n in _whole) and not (n in _shares and v>1)
+    if not ok: raise ValueError(f"{n}: a {'whole number from 1 up' if n in _whole else 'number from 0 to 1' if n in _shares else 'number from 0 up'} is accepted, got {v!r}")
+
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60017
 def diagnose(o, # a Learner, callback, `GradRecord` or frame
@@ -222,6 +263,7 @@ def diagnose(o, # a Learner, callback, `GradRecord` or frame
     A Learner brings what all its callbacks recorded, a callback only its own record: `learn.grad_stats.diagnose()` reports the rules on norms as not checked"""
     ok = [n for f in rules for n in list(inspect.signature(f).parameters)[1:]]
     if bad := [n for n in thresholds if n not in ok]: raise ValueError(f"{bad[0]}: accepted thresholds are {', '.join(ok)}")
+    for n,v in thresholds.items(): _check(n, v)
     rec = as_record(o)
     rs = runs(rec)
     ds,checked = zip(*(_apply(rec if r is None else rec.select(run=r), phase, thresholds) for r in rs))

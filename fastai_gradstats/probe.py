@@ -64,8 +64,10 @@ def _batches(learn, batch=None):
         yield b[:i],b[i:]
 
 # %% ../nbs/08_probe.ipynb #01a670ce
-def _bare(model):
-    "The model inside compile and data-parallel wrappers"
+def _bare(learn):
+    "The Learner's model, out of compile and data-parallel wrappers"
+    if miss := [a for a in ('model','dls','loss_func') if not hasattr(learn, a)]: raise TypeError(f"learn: a Learner is accepted, got {type(learn).__name__}, which has no {miss[0]}")
+    model = learn.model
     while type(model).__name__ in ('OptimizedModule','DistributedDataParallel','DataParallel'): model = getattr(model, '_orig_mod', None) or model.module
     return model
 
@@ -129,7 +131,8 @@ def _slope(t, y):
     return s
 
 def _scales(scales):
-    ts = np.atleast_1d(np.asarray(scales, np.float64))
+    try: ts = np.atleast_1d(np.asarray(scales, np.float64))
+    except (TypeError,ValueError): ts = np.empty(0)
     if ts.ndim>1 or not len(ts) or not np.isfinite(ts).all() or len(np.unique(ts))<len(ts): raise ValueError(f"scales: one or more different finite numbers are accepted, got {scales!r}")
     return ts
 
@@ -141,7 +144,7 @@ def grad_along_ray(learn, # a Learner
                    batch=None # as of `dls.one_batch()`; None for one of the training data
                   )->pd.DataFrame: # `scale, loss, norm, max_abs, slope`, a row for each scale
     "Loss and gradient as the weights move out. `slope` is the local power of t with which the gradient's norm grows, d log norm / d log |t|"
-    model,ts = _bare(learn.model),_scales(scales)
+    model,ts = _bare(learn),_scales(scales)
     ws = _chosen(model, params)
     with _untouched(model), _rng(model):
         model._compiled_call_impl = None
@@ -202,7 +205,7 @@ def per_sample_norms(learn, # a Learner
                     )->pd.Series: # the norm of each sample's gradient; `.attrs` has `how` they were computed and the `mean_norm`, the norm of their mean gradient
     "Gradient norm of single samples, by `torch.func.vmap`, or by a loop where the model does not allow it"
     if isinstance(n, bool) or not isinstance(n, int) or n<1: raise ValueError(f"n: a whole number from 1 up is accepted, got {n!r}")
-    model,norms,total = _bare(learn.model),[],0
+    model,norms,total = _bare(learn),[],0
     ws = _chosen(model, params)
     with _untouched(model), _rng(model):
         model._compiled_call_impl = None
