@@ -13,7 +13,6 @@ __all__ = ['GradRecord', 'NonFinite', 'Clip', 'as_record', 'compare']
 import os
 from collections import namedtuple
 from collections.abc import Sequence
-from difflib import get_close_matches
 from time import monotonic
 from warnings import warn
 from importlib import import_module
@@ -290,11 +289,6 @@ def breaks(self:GradRecord):
 # %% ../nbs/03_record.ipynb #6ee3162a
 _many = list,tuple,set,L,range,np.ndarray,pd.Index,pd.Series
 
-def _known(rec, names):
-    "Refuse names that no row has, unless there are no rows"
-    ok = [str(n) for n in dict.fromkeys(n for d in (rec.df,rec._frame('_params')) if 'name' in d for n in d['name'].astype('category').cat.categories)]
-    if ok and (miss := [n for n in names if n not in ok]): raise ValueError(f"name: {miss[0]!r} was not recorded; near names: {', '.join(get_close_matches(str(miss[0]), ok, 5, 0))}")
-
 @patch
 def select(self:GradRecord,
            kind=None, # 'output' or 'param'
@@ -308,7 +302,6 @@ def select(self:GradRecord,
     want = dict(kind=kind, name=name, fit=fit, phase=phase, epoch=epoch, run=run)
     for c,ok in dict(kind=kinds, phase=phases).items():
         if want[c] is not None and want[c] not in ok: raise ValueError(f"{c}: accepted are {', '.join(map(repr, ok))} and None, got {want[c]!r}")
-    if name is not None: _known(self, name if isinstance(name, _many) else [name])
     def keep(df):
         for c,v in want.items():
             if v is None or c not in df: continue

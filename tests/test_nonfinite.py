@@ -118,10 +118,11 @@ def stats(): return run(lambda learn: None, GradStatsCallback())
     (lambda l: diagnose(l, factor='x'), 'factor: a number'), (lambda l: diagnose(l, window=-3), 'window: a whole number'), (lambda l: diagnose(l, dead=5), 'dead: a number from 0 to 1'),
     (lambda l: l.grad_stats.top(3, 'foo'), 'stat: accepted are .*max_abs'), (lambda l: l.grad_stats.suggest_clip('a'), 'q: a number'), (lambda l: l.grad_stats.suggest_clip(), 'GradNormCallback'),
     (lambda l: grad_along_ray(l.model, [1]), 'learn: a Learner'), (lambda l: grad_along_ray(l, 'a'), 'scales: '), (lambda l: per_sample_norms(l.model, 3), 'learn: a Learner'),
-    (lambda l: GradRecord.load(5), 'folder: a path'), (lambda l: l.grad_stats.by('module'), 'GradNormCallback'), (lambda l: l.grad_stats.elasticity(), 'GradNormCallback'),
-    (lambda l: l.grad_stats.select(name='3.wieght'), "name: '3.wieght' .*3.weight"), (lambda l: l.grad_stats.select(name=['3','zzz']), "name: 'zzz'")])
+    (lambda l: GradRecord.load(5), 'folder: a path'), (lambda l: l.grad_stats.by('module'), 'GradNormCallback'), (lambda l: l.grad_stats.elasticity(), 'GradNormCallback')])
 def test_errors(stats, call, says):
     with pytest.raises((TypeError,ValueError), match=says) as e: call(stats)
     assert '\n' not in str(e.value)
 
-def test_select_of_nothing(): assert len(GradRecord().select(name='zzz').df)==0
+def test_select_of_nothing(stats):
+    "As in pandas: what is not there is no row, be it that a frozen layer had no gradient."
+    assert len(stats.grad_stats.select(name='zzz').df)==0
