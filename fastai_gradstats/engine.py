@@ -369,7 +369,7 @@ def _block(t:Tensor, # 1-d float32 on a CPU
            some_zero=False # are zeros to be expected?
           )->list:
     "The sums of `_exact` from fast operations, where they are right"
-    n = len(t)
+    n = t.numel()
     torch.abs(t, out=a)
     low,top = (0,a.max()) if some_zero else a.aminmax()
     top = top.item()
@@ -470,15 +470,16 @@ def scratch_of(self:HostBuffer, n):
 @patch
 def large(self:HostBuffer, r, x, w, threshold, scale=None):
     "Sums of one tensor, and with `w` their products, block by block"
-    if not len(x): return
+    n = x.numel()   # `len` of a tensor takes ten times as long
+    if not n: return
     key,x,res = self.keys[r],x.resolve_neg(),None   # numpy has no lazy minus
     some_zero = key in self.some_zero
-    for i in range(0, len(x), BLOCK):
-        b = x[i:i+BLOCK] if len(x)>BLOCK else x
+    for i in range(0, n, BLOCK):
+        b = x[i:i+BLOCK] if n>BLOCK else x
         if b.dtype==torch.float64: v = _exact(b.numpy(), threshold)
         else:
             if b.dtype!=torch.float32: b = b.float()
-            v = _norms(b) if self.norms_only else _block(b, self.scratch_of(len(b)), _floor32(threshold), some_zero)
+            v = _norms(b) if self.norms_only else _block(b, self.scratch_of(b.numel()), _floor32(threshold), some_zero)
         v += (0,0) if w is None else _products_of(b, w[i:i+BLOCK])
         res = v if res is None else [res[0] if v[0]<=res[0] else v[0], *map(add, res[1:], v[1:])]   # NaN too
     self.done.append((r, res))
@@ -544,8 +545,8 @@ def put_all(self:HostBuffer, keys, gs, ws=None):
     for i,(r,g) in enumerate(zip(rows, gs)):
         if self.extra: self.extras(r, g)
         g,w = _same(g, ws[i]) if ws else (flat(g),None)
-        if len(g)>SMALL or g.dtype==torch.float64: self.large(r, g, w if w is None or g.dtype==torch.float64 else w.float(), self.threshold)
-        elif len(g):
+        if (n := g.numel())>SMALL or g.dtype==torch.float64: self.large(r, g, w if w is None or g.dtype==torch.float64 else w.float(), self.threshold)
+        elif n:
             for o,v in zip(small, (r,g,w)): o.append(v)
     r,g,w = small
     if r: self.pool_all(r, g, w if ws else None)
