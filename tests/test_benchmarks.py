@@ -87,6 +87,7 @@ def test_curves():
     assert [x for _,x,*_ in curves.recorded(20, 2)]==[10,20]
     assert [x for _,x,*_ in curves.every('linear', (1,2), 5)]==[1,2]
 
+@pytest.mark.slow
 def test_main(tmp_path):
     run(sys.executable, '-W', 'ignore', '-m', 'benchmarks', '--only', 'machine', 'bounded', '--out', str(tmp_path), cwd=ROOT)
     assert set(pd.read_csv(tmp_path/'machine.csv')['what'])>={'date','cpu','cores','torch'}

@@ -71,7 +71,7 @@ def check(learn, twin, spy):
     assert len(twin.grads)==learn.grad_stats.df['iteration'].max()+1
     assert not any('gradstats' in type(h).__module__ for m in learn.model.modules() for h in m._forward_hooks.values())
 
-@pytest.mark.parametrize('name', learners)
+@pytest.mark.parametrize('name', [pytest.param(n, marks=pytest.mark.slow) if n=='unet' else n for n in learners])
 def test_learner(name):
     "No special argument: fit, look."
     learn,twin,spy = watched(learners[name])
