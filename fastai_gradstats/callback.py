@@ -439,12 +439,14 @@ def after_backward(self:GradStatsCallback):
     if st.compiled: self._check_compiled()
     if getattr(st, 'hooks', None) and st.hooks.views: self._check_views()
 
+def _few(names, idx): return ', '.join(repr(names[i]) for i in idx[:5]) + (' ...' if idx[5:] else '')
+
 @patch
 def _check_compiled(self:GradStatsCallback):
     st = self._state
-    missed = [repr(st.names[i]) for i in silent(st.hooks, list(st.modules.values()), st.compiled)]
+    missed = _few(st.names, silent(st.hooks, list(st.modules.values()), st.compiled))
     if missed:
-        self._say(f"torch.compile runs code from before this callback was there: output gradients of {', '.join(missed[:5])}{' ...' if missed[5:] else ''} are not recorded. "
+        self._say(f"torch.compile runs code from before this callback was there: output gradients of {missed} are not recorded. "
                   "Call `torch._dynamo.reset()` before `fit`, or record parameters only (kind='param'). If it says so again, something else reads the weights of these modules and never calls them")
     st.compiled = ()   # until the next epoch
 
@@ -452,8 +454,8 @@ def _check_compiled(self:GradStatsCallback):
 @patch
 def _check_views(self:GradStatsCallback):
     st = self._state
-    missed = [repr(st.names[i]) for i in st.hooks.changed()]
-    if missed: self._say(f"The output of {', '.join(missed[:5])}{' ...' if missed[5:] else ''} is a view that was changed in place afterwards: its gradients are not recorded. Return a copy (`.clone()`) to have them")
+    missed = _few(st.names, st.hooks.changed())
+    if missed: self._say(f"The output of {missed} is a view that was changed in place afterwards: its gradients are not recorded. Return a copy (`.clone()`) to have them")
 
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch

@@ -201,7 +201,7 @@ def loss_rose(r,
     loss = r.steps['loss'].to_numpy(float)
     if len(loss)<10: return
     a,b = np.median(loss[:5]),np.median(loss[-max(len(loss)//10, 1):])
-    if a>0 and not b<rose*a: 
+    if a>0 and not b<rose*a:
         top = r.steps.loc[r.steps['norm'].idxmax()] if r.steps['norm'].notna().any() else None
         yield 'warning', '', _span(r.steps['iteration']), f'loss {a:.3g} at the start, {b:.3g} at the end' + ('' if top is None else f"; largest norm at iteration {top['iteration']}" + (f', in {n}' if (n := _loudest(r, top['step']))!='(all)' else ''))
 

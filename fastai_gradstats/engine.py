@@ -11,7 +11,7 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/engine.html.md"""
 __all__ = ['Engine']
 
 # %% ../nbs/01_engine.ipynb #52b03ed0
-import math, warnings, numpy as np, torch
+import math, numpy as np, torch
 from functools import lru_cache, partial
 from itertools import accumulate, repeat
 from operator import add
@@ -117,6 +117,7 @@ class _Octaves:
     def host(self, n):
         "Counts of the first `n` rows"
         self.reduce()
+        self.reach(n)
         return self.acc[:n].cpu().numpy().copy()
 
 def octaves(h:np.ndarray # (rows, 256) counts by exponent bits
@@ -170,7 +171,6 @@ class _Buffer:
         return len(self.keys)-1
 
     def apart(self): "Rows that come next need not follow on those that wait"
-    def settle(self): self.reduce()
     def copied(self, b, r, k, n): self.acc[r:r+n,:len(sums)] = b.acc[k:k+n,:len(sums)]
 
 # %% ../nbs/01_engine.ipynb #4d97fe77
@@ -187,7 +187,7 @@ def cut(self:_Buffer, n):
 @patch
 def close(self:_Buffer):
     "An iteration is over"
-    self.settle()
+    self.apart()
     self.marks.append(len(self.keys))
 
 @patch
@@ -198,7 +198,6 @@ def fetch(self:_Buffer):
     s = self.host(k)
     s[:,ZEROS] += self.absent[:k]
     h = self.octaves.host(k) if self.octaves else np.zeros((0,256), np.int32)
-    h = np.pad(h, ((0,k-len(h)),(0,0))) if self.octaves else h
     res = np.diff(self.marks, prepend=0),np.array(self.keys[:k], np.int64),np.array(self.numel[:k], np.int64),s,h
     if self.octaves: self.octaves.cut(k, n, to=0)
     self.acc[:n-k] = self.copy(k, n)   # may overlap
@@ -336,7 +335,7 @@ def several(self:DeviceBuffer, todo, weights):
     self.add(rs, p, dtype, weights)
 
 # %% ../nbs/01_engine.ipynb #8f031d94
-BLOCK,CHUNK,SMALL = 2**18,2**13,2**15   # elements: of a block; of a float32 sum of products; of a tensor that is batched
+BLOCK,CHUNK,SMALL = 2**18,2**13,2**15   # elements: of a block; of a float32 sum of products; of a tensor that is pooled
 
 def _exact(x:np.ndarray, # 1-d
            threshold:float
@@ -382,12 +381,12 @@ def _block(t:Tensor, # 1-d float32 on a CPU
 
 # %% ../nbs/01_engine.ipynb #e222bdc7
 def _segments(x:np.ndarray, # 1-d float32, the tensors one after the other
-              n:list, # their sizes, none 0
+              at:list, # where each starts, none empty, and where the last ends
               threshold:list, # of each
               scratch # two float32 arrays, at least as long
              )->list: # for each what `_exact` returns
     "The sums of `_exact` of many tensors"
-    (a,y),at = (o[:len(x)] for o in scratch),[0,*accumulate(n)]
+    a,y = (o[:len(x)] for o in scratch)
     with np.errstate(all='ignore'):
         bits = np.abs(x, out=a).view(np.int32)   # in the order of |x|, NaN last
         sums = [f.reduceat(o, at[:-1]).tolist() for f,o in ((np.minimum,bits), (np.maximum,a), (np.add,a), (np.add,np.multiply(x, x, out=y)), (np.add,x))]
@@ -399,9 +398,9 @@ def _segments(x:np.ndarray, # 1-d float32, the tensors one after the other
         else: res.append(_exact(x[i:j], t))
     return res
 
-def _products(x, y, n, out, wanted=None):
+def _products(x, y, at, out, wanted=None):
     "sum x*y of each segment, or of those that are `wanted`; in float64 where float32 is too narrow, without BLAS and its threads"
-    at,res = [0,*accumulate(n)],[]
+    res = []
     with np.errstate(all='ignore'):
         for i,j,s,yes in zip(at, at[1:], np.add.reduceat(np.multiply(x, y, out=out[:len(x)]), at[:-1]).tolist(), wanted or repeat(True)):
             res.append(0. if not yes else s if 1e-25<abs(s)<1e37 else np.multiply(x[i:j], y[i:j], dtype=np.float64).sum())
@@ -439,9 +438,7 @@ def put(self:HostBuffer, key, g, absent=0):
         self.used += n
     return r
 
-@patch
-def settle(self:HostBuffer): "Copies may wait for more"
-
+# %% ../nbs/01_engine.ipynb #8eb10488
 @patch
 def reduce(self:HostBuffer):
     "Nothing waits any more, here or where rows are taken from"
@@ -520,16 +517,17 @@ def sum_pool(self:HostBuffer):
     "Sum what lies there"
     if not self.pooled: return
     r,n,t,scales,weights = map(list, zip(*self.pooled))
-    (x,w),out = (o.numpy()[:sum(n)] for o in self.pool),self.arrays[0]
-    if not self.norms_only: self.acc[r,:ABOVE+1] = _segments(x, n, t, self.arrays)
+    at = [0,*accumulate(n)]
+    (x,w),out = (o.numpy()[:at[-1]] for o in self.pool),self.arrays[0]
+    if not self.norms_only: self.acc[r,:ABOVE+1] = _segments(x, at, t, self.arrays)
     else:
-        self.acc[r,SUM_SQ] = sq = _products(x, x, n, out)
-        for i,k,j,v in zip(r, n, accumulate(n), sq):
-            if not math.isfinite(v): self.acc[i,NONFINITE] = k-np.isfinite(x[j-k:j]).sum()
-    if any(weights): self.acc[r,W_SQ],self.acc[r,DOT] = _products(w, w, n, out, weights),_products(x, w, n, out, weights)
+        self.acc[r,SUM_SQ] = sq = _products(x, x, at, out)
+        for k,i,j,v in zip(r, at, at[1:], sq):
+            if not math.isfinite(v): self.acc[k,NONFINITE] = j-i-np.isfinite(x[i:j]).sum()
+    if any(weights): self.acc[r,W_SQ],self.acc[r,DOT] = _products(w, w, at, out, weights),_products(x, w, at, out, weights)
     self.pooled,self.used = [],0   # not before: an interrupt loses nothing
     if self.octaves:
-        for i,k,j,scale in zip(r, n, accumulate(n), scales): self.octaves.put(i, x[j-k:j], scale)
+        for k,i,j,scale in zip(r, at, at[1:], scales): self.octaves.put(k, x[i:j], scale)
 
 # %% ../nbs/01_engine.ipynb #dc18e32a
 def _same(g, w):
