@@ -46,6 +46,7 @@ class _GradCallback(Callback):
     "Counts iterations and steps and says when to read"
     order,run_valid = MixedPrecision.order+.5,False   # after accumulation (6) and unscaling (10), before clipping (11)
     _learn,_weights,folder,show = None,False,None,False   # does it need the weights beside the gradients?
+    after_pred = after_loss = before_backward = noop   # what a callback lacks, fastai looks for in the Learner and its model, each time
 
     @property
     def learn(self): return self._learn
@@ -213,22 +214,13 @@ def after_backward(self:_GradCallback):
     st = self._state
     if st.at is None: return
     st.backward = True
-    if st.cancelled: return st.engine.rewind(st.done)   # what had arrived of a backward that was cancelled
-    st.bs += _batch_size(self.learn)
+    if st.cancelled: st.engine.rewind(st.done)   # what had arrived of a backward that was cancelled
 
 @patch
 def after_cancel_backward(self:_GradCallback): self._state.cancelled = True
 
 @patch
 def after_batch(self:_GradCallback): self._close()
-
-# %% ../nbs/04_callback.ipynb #0cbd8213
-def _batch_size(learn):
-    "Samples in the batch"
-    for b in (learn.yb,learn.xb):
-        t = item_find(b) if len(b) else None
-        if isinstance(t, Tensor) and t.dim(): return len(t)
-    return 0
 
 # %% ../nbs/04_callback.ipynb #0fba7299
 @patch
@@ -616,6 +608,20 @@ def _group_keys(self:GradNormCallback):
     "Keys of the parameters, with the optimizer's parameter group"
     group = {id(p):i for i,g in enumerate(self.learn.opt.param_lists) for p in g}
     return [self._record._params.key('param', i, n, group.get(id(p), -1)) for i,(n,p) in enumerate(self._state.params.items())]
+
+# %% ../nbs/04_callback.ipynb #0cbd8213
+def _batch_size(learn):
+    "Samples in the batch"
+    for b in (learn.yb,learn.xb):
+        t = item_find(b) if len(b) else None
+        if isinstance(t, Tensor) and t.dim(): return len(t)
+    return 0
+
+@patch
+def after_backward(self:GradNormCallback):
+    _GradCallback.after_backward(self)
+    st = self._state
+    if st.at is not None and not st.cancelled: st.bs += _batch_size(self.learn)
 
 # %% ../nbs/04_callback.ipynb #d2f926ec
 MOVED = -3

@@ -13,9 +13,11 @@ __all__ = ['Engine']
 # %% ../nbs/01_engine.ipynb #52b03ed0
 import math, numpy as np, torch
 from functools import lru_cache, partial
-from itertools import accumulate, repeat
+from itertools import accumulate
 from operator import add
+from struct import Struct
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from fastcore.basics import patch
 from .stats import statistics
 
@@ -170,6 +172,15 @@ class _Buffer:
         self.absent.append(absent)
         return len(self.keys)-1
 
+    def rows(self, keys, numel, absent=None):
+        "The next free rows"
+        while len(self.keys)+len(keys)>len(self.acc): self.grow()
+        r = range(len(self.keys), len(self.keys)+len(keys))
+        self.keys += keys
+        self.numel += numel
+        self.absent += absent or [0]*len(keys)
+        return r
+
     def apart(self): "Rows that come next need not follow on those that wait"
     def copied(self, b, r, k, n): self.acc[r:r+n,:len(sums)] = b.acc[k:k+n,:len(sums)]
 
@@ -241,7 +252,7 @@ class DeviceBuffer(_Buffer):
 
     def zeros(self, n): return torch.zeros(n, len(sums)+len(self.extra), dtype=torch.float32 if self.device.type=='mps' else torch.float64, device=self.device)
     def grow(self): self.acc = torch.cat([self.acc, torch.zeros_like(self.acc)])
-    def write(self, r, c, v): self.acc[r,c].copy_(v)
+    def write(self, r, c, v): self.acc[r,c].copy_(v.detach())
     def host(self, n): return self.acc[:n].cpu().double().clone().numpy()   # the one sync
     def copy(self, a, b): return self.acc[a:b].clone()
 
@@ -310,7 +321,7 @@ def put_all(self:DeviceBuffer, keys, gs, ws=None):
     "Add gradients of one dtype, and with `ws` their products with the weights"
     self.reduce()
     scale,self.scale = self.scale,None
-    todo = [(self.row(k, g.numel()), g, w) for k,g,w in zip(keys, gs, ws or gs)]
+    todo = list(zip(self.rows(keys, [g.numel() for g in gs]), gs, ws or gs))
     for r,g,_ in todo: self.extras(r, g)
     if self.octaves:
         for r,g,_ in todo: self.octaves.put(r, flat(g))
@@ -336,23 +347,40 @@ def several(self:DeviceBuffer, todo, weights):
 
 # %% ../nbs/01_engine.ipynb #8f031d94
 BLOCK,CHUNK,SMALL = 2**18,2**13,2**15   # elements: of a block; of a float32 sum of products; of a tensor that is pooled
+TILE = 2**17//CHUNK   # chunks of two arrays that stay in the cache
 
 def _exact(x:np.ndarray, # 1-d
            threshold:float
           )->list: # max, sum_abs, sum_sq, sum, m2, q, zeros, nonfinite, above
     "Sums in float64, slow and right"
-    if not len(x): return [0.]*9
+    if not x.size: return [0.]*9
     with np.errstate(all='ignore'):
-        x = x.astype(np.float64, copy=False)
+        x = x.astype(np.float64, copy=False).ravel()
         a,s = np.abs(x),x.sum()
         return [a.max(), a.sum(), np.square(x).sum(), s, np.square(x-s/len(x)).sum(), s*s/len(x), len(x)-np.count_nonzero(x), len(x)-np.isfinite(x).sum(), (a>threshold).sum()]
 
-def _dot(x, y):
-    "Sum of products; float32 sums of 8k products are right to 2e-5 at worst, and small enough not to start BLAS's threads"
-    n = len(x)
-    k = n//CHUNK*CHUNK
-    s = sum(np.matmul(x[:k].reshape(-1,1,CHUNK), y[:k].reshape(-1,CHUNK,1)).ravel().tolist()) if k else 0.
-    return s+float(np.dot(x[k:], y[k:])) if k<n else s
+# %% ../nbs/01_engine.ipynb #8f031d96
+def _array(t): return t.resolve_neg().numpy()   # numpy has no lazy minus
+
+class _Dots:
+    "Sum x², and with `w` sum w² and sum x·w, of float32 arrays in one dimension"
+    def __init__(self, x, w=None):
+        n = self.n = len(x)//CHUNK
+        self.pairs = [(x,x)] if w is None else [(x,w),(w,w),(x,x)]
+        self.rows,self.out = [(a[:n*CHUNK].reshape(n,1,CHUNK),b[:n*CHUNK].reshape(n,CHUNK,1)) for a,b in self.pairs],np.empty((len(self.pairs),n+1,1,1), np.float32)
+        for o,(a,b) in zip(self.out, self.pairs): o[n] = np.dot(a[n*CHUNK:], b[n*CHUNK:])
+
+    def read(self, i, j):
+        "Elements from `i` to `j`"
+        for k in range(i//CHUNK, j//CHUNK, TILE):
+            s = slice(k, min(k+TILE, j//CHUNK))
+            for o,(a,b) in zip(self.out, self.rows): np.matmul(a[s], b[s], out=o[s])
+
+    def sums(self):
+        res = [s if 1e-25<abs(s)<1e37 else _wide_dot(*o) for s,o in zip(self.out.sum((1,2,3), dtype=np.float64).tolist(), self.pairs)]
+        return res[::-1] if len(res)>1 else res+[0,0]
+
+def _wide_dot(x, y): return sum(float(np.multiply(x[i:i+BLOCK], y[i:i+BLOCK], dtype=np.float64).sum()) for i in range(0, len(x), BLOCK))
 
 # %% ../nbs/01_engine.ipynb #7a94a2a0
 @lru_cache(2**10)   # AMP's scale may take any number of values
@@ -361,50 +389,39 @@ def _floor32(t):
     with np.errstate(over='ignore'): f = np.float32(t)
     return f if float(f)<=t else np.nextafter(f, np.float32(-np.inf))
 
-# %% ../nbs/01_engine.ipynb #90b9e0c5
-def _block(t:Tensor, # 1-d float32 on a CPU
-           a:Tensor, # of the same size, for |t|
-           threshold:np.float32,
-           some_zero=False # are zeros to be expected?
-          )->list:
-    "The sums of `_exact` from fast operations, where they are right"
-    n = t.numel()
-    torch.abs(t, out=a)
-    low,top = (0,a.max()) if some_zero else a.aminmax()
-    top = top.item()
-    if top==0: return [0,0,0,0,0,0,n,0,0]
-    if not 1e-16<top<1e16: return _exact(t.numpy(), threshold)   # NaN too
-    sa,s,sq,zeros = a.sum().item(),t.sum().item(),_dot(x := t.numpy(), x),0 if low else n-np.count_nonzero(a.numpy().view(np.int32))
-    q = s*s/n
-    if q>sq/4: return _exact(x, threshold)
-    return [top, sa, sq, s, sq-q, q, zeros, 0, np.count_nonzero(a.numpy()>threshold) if top>threshold else 0]
+_int,_float = Struct('i'),Struct('f')
+def _bits(v): return _int.unpack(_float.pack(v))[0]
+def _of_bits(i): return _float.unpack(_int.pack(i))[0]
+LOW,HIGH = _bits(1e-16),_bits(1e16)   # of the maximum: between these, float32 holds sums of squares
 
 # %% ../nbs/01_engine.ipynb #e222bdc7
 def _segments(x:np.ndarray, # 1-d float32, the tensors one after the other
               at:list, # where each starts, none empty, and where the last ends
               threshold:list, # of each
               scratch # two float32 arrays, at least as long
-             )->list: # for each what `_exact` returns
+             )->np.ndarray: # for each what `_exact` returns
     "The sums of `_exact` of many tensors"
-    a,y = (o[:len(x)] for o in scratch)
+    (a,y),n = (o[:len(x)] for o in scratch),np.diff(at)
     with np.errstate(all='ignore'):
-        bits = np.abs(x, out=a).view(np.int32)   # in the order of |x|, NaN last
-        sums = [f.reduceat(o, at[:-1]).tolist() for f,o in ((np.minimum,bits), (np.maximum,a), (np.add,a), (np.add,np.multiply(x, x, out=y)), (np.add,x))]
-    res = []
-    for i,j,t,low,top,sa,sq,s in zip(at, at[1:], threshold, *sums):
-        q = s*s/(j-i)
-        if top==0 or 1e-16<top<1e16 and q<=.9*sq:
-            res.append([top, sa, sq, s, sq-q, q, 0 if low else j-i-np.count_nonzero(bits[i:j]), 0, np.count_nonzero(a[i:j]>_floor32(t)) if top>t else 0])
-        else: res.append(_exact(x[i:j], t))
+        bits = np.abs(x, out=a).view(np.int32)
+        low,top = (f.reduceat(bits, at[:-1]) for f in (np.minimum,np.maximum))
+        top,*sums = (o.astype(np.float64) for o in (top.view(np.float32), *(np.add.reduceat(o, at[:-1]) for o in (a, np.multiply(x, x, out=y), x))))
+        sa,sq,s = sums
+        q = s*s/n
+        res = np.stack([top, sa, sq, s, sq-q, q, *np.zeros((3,len(n)))], 1)
+        right = (top==0) | (1e-16<top) & (top<1e16) & (q<=.9*sq)
+        for k in np.flatnonzero(low==0): res[k,ZEROS] = n[k]-np.count_nonzero(bits[at[k]:at[k+1]])
+        for k in np.flatnonzero(top>threshold): res[k,ABOVE] = np.count_nonzero(a[at[k]:at[k+1]]>_floor32(threshold[k]))
+        for k in np.flatnonzero(~right): res[k] = _exact(x[at[k]:at[k+1]], threshold[k])
     return res
 
-def _products(x, y, at, out, wanted=None):
+def _products(x, y, at, out, wanted=True):
     "sum x*y of each segment, or of those that are `wanted`; in float64 where float32 is too narrow, without BLAS and its threads"
-    res = []
     with np.errstate(all='ignore'):
-        for i,j,s,yes in zip(at, at[1:], np.add.reduceat(np.multiply(x, y, out=out[:len(x)]), at[:-1]).tolist(), wanted or repeat(True)):
-            res.append(0. if not yes else s if 1e-25<abs(s)<1e37 else np.multiply(x[i:j], y[i:j], dtype=np.float64).sum())
-    return res
+        s = np.add.reduceat(np.multiply(x, y, out=out[:len(x)]), at[:-1]).astype(np.float64)
+        right = (1e-25<abs(s)) & (abs(s)<1e37)
+        for k in np.flatnonzero(wanted & ~right): s[k] = np.multiply(x[at[k]:at[k+1]], y[at[k]:at[k+1]], dtype=np.float64).sum()
+    return np.where(wanted, s, 0)
 
 # %% ../nbs/01_engine.ipynb #48fa2569
 class HostBuffer(_Buffer):
@@ -418,7 +435,7 @@ class HostBuffer(_Buffer):
 
     def zeros(self, n): return np.zeros((n, len(sums)+len(self.extra)))
     def grow(self): self.acc = np.concatenate([self.acc, np.zeros_like(self.acc)])
-    def write(self, r, c, v): self.acc[r,c] = v
+    def write(self, r, c, v): self.acc[r,c] = float(v)
     def host(self, n): return self.acc[:n].copy()
     def copy(self, a, b): return self.acc[a:b].copy()
 
@@ -430,7 +447,7 @@ def put(self:HostBuffer, key, g, absent=0):
     r,scale = self.row(key, n+absent, absent),1. if self.scale is None else float(self.scale)
     if self.extra: self.extras(r, g)
     if self.scale is not None: self.acc[r,SCALE] = scale
-    if n>SMALL or g.dtype==torch.float64: self.large(r, flat(g), None, self.threshold*scale, self.scale)
+    if n>SMALL or g.dtype==torch.float64: self.large(r, g, self.threshold*scale, self.scale)
     elif n:
         if self.used+n>BLOCK: self.sum_pool()
         self.pool[0][self.used:self.used+n].copy_(flat(g))
@@ -457,56 +474,76 @@ def copied(self:HostBuffer, b, *rows):
 
 # %% ../nbs/01_engine.ipynb #8eb10485
 @patch
-def scratch_of(self:HostBuffer, n):
-    "`n` elements"
-    if n not in self.part:
+def scratch_of(self:HostBuffer, shape):
+    "The scratch in this shape, as float32 and as int32"
+    if shape not in self.part:
         if len(self.part)>=256: self.part.clear()
-        self.part[n] = self.scratch[0][:n]
-    return self.part[n]
+        a = self.scratch[0][:shape.numel()].view(shape)
+        self.part[shape] = a,a.view(torch.int32)
+    return self.part[shape]
 
 @patch
-def large(self:HostBuffer, r, x, w, threshold, scale=None):
-    "Sums of one tensor, and with `w` their products, block by block"
-    n = x.numel()   # `len` of a tensor takes ten times as long
+def large(self:HostBuffer, r, x, threshold, scale=None, w=None, dots=False):
+    "Sums of one tensor, and with `w` their products"
+    n,key,v = x.numel(),self.keys[r],None   # `len` of a tensor takes ten times as long
     if not n: return
-    key,x,res = self.keys[r],x.resolve_neg(),None   # numpy has no lazy minus
     some_zero = key in self.some_zero
-    for i in range(0, n, BLOCK):
-        b = x[i:i+BLOCK] if n>BLOCK else x
-        if b.dtype==torch.float64: v = _exact(b.numpy(), threshold)
-        else:
-            if b.dtype!=torch.float32: b = b.float()
-            v = _norms(b) if self.norms_only else _block(b, self.scratch_of(b.numel()), _floor32(threshold), some_zero)
-        v += (0,0) if w is None else _products_of(b, w[i:i+BLOCK])
+    if n>BLOCK or not x.is_contiguous(): x = flat(x)
+    if x.dtype==torch.float32: v = self.fast(x, threshold, some_zero, w, dots)
+    if v is None: v = self.by_blocks(flat(x), threshold, some_zero, w, dots)
+    self.done.append((r, v))
+    if self.octaves: self.octaves.put(r, _array(flat(x)) if x.dtype==torch.float32 else flat(x), scale)
+    if some_zero!=(v[ZEROS]>0): self.some_zero ^= {key}   # the next gradient of this tensor will be alike
+
+@patch
+def by_blocks(self:HostBuffer, x, threshold, some_zero, w, dots):
+    "Each block by itself, some in float64"
+    res = None
+    for i in range(0, x.numel(), BLOCK):
+        b,v = x[i:i+BLOCK],w if w is None else w[i:i+BLOCK]
+        narrow = b.dtype!=torch.float64
+        v = narrow and self.fast(b.float(), threshold, some_zero, v, dots) or _exact(_array(b), threshold)+([0,0] if v is None else [_wide_dot(o, _array(v)) for o in (_array(v),_array(b))])
         res = v if res is None else [res[0] if v[0]<=res[0] else v[0], *map(add, res[1:], v[1:])]   # NaN too
-    self.done.append((r, res))
-    if self.octaves: self.octaves.put(r, x.numpy() if x.dtype==torch.float32 else x, scale)
-    if some_zero!=(res[ZEROS]>0): self.some_zero ^= {key}   # the next gradient of this tensor will be alike
+    return res
 
-# %% ../nbs/01_engine.ipynb #32c683f4
-def _norms(t):
-    "As `_block`, only sum_sq and nonfinite"
-    with np.errstate(all='ignore'): sq = _dot(x := t.numpy(), x)
-    return [0,0,sq,0,0,0,0,0,0] if 1e-25<sq<1e37 else _exact(x, 1.)
-
-def _products_of(x, w):
-    "sum w² and sum x·w"
-    x,w = x.numpy(),w.numpy()
-    if w.dtype==np.float32==x.dtype:
-        with np.errstate(all='ignore'): res = _dot(w, w),_dot(x, w)
-        if 1e-25<res[0]<1e37 and 1e-25<abs(res[1])<1e37: return res
-    with np.errstate(all='ignore'): return tuple(np.multiply(o, w, dtype=np.float64).sum() for o in (w,x))
+# %% ../nbs/01_engine.ipynb #8eb10486
+@patch
+def fast(self:HostBuffer, x:Tensor, # float32; contiguous, and in one dimension where it is larger than a block
+         threshold:float,
+         some_zero:bool, # are zeros to be expected?
+         w=None, # as in `large`
+         dots=False # sum squares as products, rather than by operations that run in backward anyway?
+        )->list: # what `_exact` returns, sum w² and sum x·w; None where that would not be right
+    n,top,sa,s,sq,zeros,above,rest,limit = x.numel(),0,0.,0.,0.,0,0,[0,0],_bits(_floor32(threshold))
+    if dots: dots = _Dots(_array(flat(x)), w if w is None else _array(w))
+    for i in range(0, n, BLOCK):
+        if dots: dots.read(i, min(i+BLOCK, n))
+        if self.norms_only: continue
+        t = x[i:i+BLOCK] if n>BLOCK else x
+        a,bits = self.scratch_of(t.shape)
+        torch.abs(t, out=a)
+        low,high = (0,bits.max()) if some_zero else bits.aminmax()
+        top = max(top, high := high.item())
+        if high>=HIGH: return   # NaN too
+        sa += a.sum().item()
+        s += t.sum().item()
+        if not low: zeros += t.numel()-int(np.count_nonzero(bits.numpy()))
+        if high>limit: above += int(np.count_nonzero(bits.numpy()>limit))
+        if not dots: sq += torch.mul(a, a, out=a).sum().item()
+    if dots: sq,*rest = dots.sums()
+    q = s*s/n
+    if self.norms_only: return [0,0,sq,0,0,0,0,0,0,*rest] if math.isfinite(sq) else None
+    if top==0 or top>LOW and q<=sq/4: return [_of_bits(top), sa, sq, s, sq-q, q, zeros, 0, above, *rest]
 
 # %% ../nbs/01_engine.ipynb #0fb7d26c
 @patch
-def pool_all(self:HostBuffer, rows, gs, ws):
-    "Copy small tensors"
-    n = [g.numel() for g in gs]
+def pool_all(self:HostBuffer, rows, n, gs, ws):
+    "Copy small tensors of `n` elements"
     while n:
         k = next((k for k,end in enumerate(accumulate(n, initial=self.used)) if end>BLOCK), len(n)+1)-1   # that fit
         size = sum(n[:k])
         for p,ts in zip(self.pool, (gs,ws) if ws else (gs,)):
-            if k: torch._foreach_copy_(p[self.used:self.used+size].split(n[:k]), ts[:k])
+            if k: p[self.used:self.used+size].copy_(_flatten_dense_tensors(ts[:k]))
         self.pooled += ((r,i,self.threshold,None,bool(ws)) for r,i in zip(rows[:k], n))
         self.used += size
         rows,gs,n,ws = rows[k:],gs[k:],n[k:],ws and ws[k:]
@@ -524,7 +561,7 @@ def sum_pool(self:HostBuffer):
         self.acc[r,SUM_SQ] = sq = _products(x, x, at, out)
         for k,i,j,v in zip(r, at, at[1:], sq):
             if not math.isfinite(v): self.acc[k,NONFINITE] = j-i-np.isfinite(x[i:j]).sum()
-    if any(weights): self.acc[r,W_SQ],self.acc[r,DOT] = _products(w, w, at, out, weights),_products(x, w, at, out, weights)
+    if any(weights): self.acc[r,W_SQ],self.acc[r,DOT] = (_products(o, w, at, out, np.array(weights)) for o in (w,x))
     self.pooled,self.used = [],0   # not before: an interrupt loses nothing
     if self.octaves:
         for k,i,j,scale in zip(r, at, at[1:], scales): self.octaves.put(k, x[i:j], scale)
@@ -536,18 +573,19 @@ def _same(g, w):
 
 # %% ../nbs/01_engine.ipynb #dc18e32b
 @patch
+@np.errstate(all='ignore')   # what overflows is summed again
 def put_all(self:HostBuffer, keys, gs, ws=None):
     "Add gradients of one dtype, and with `ws` their products with the weights"
-    scale,self.scale,small = self.scale,None,([],[],[])
-    rows = [self.row(k, g.numel()) for k,g in zip(keys, gs)]
-    for i,(r,g) in enumerate(zip(rows, gs)):
+    scale,self.scale,ns,small = self.scale,None,[g.numel() for g in gs],[]
+    rows = self.rows(keys, ns)
+    for i,(r,n,g) in enumerate(zip(rows, ns, gs)):
         if self.extra: self.extras(r, g)
-        g,w = _same(g, ws[i]) if ws else (flat(g),None)
-        if (n := g.numel())>SMALL or g.dtype==torch.float64: self.large(r, g, w if w is None or g.dtype==torch.float64 else w.float(), self.threshold)
-        elif n:
-            for o,v in zip(small, (r,g,w)): o.append(v)
-    r,g,w = small
-    if r: self.pool_all(r, g, w if ws else None)
+        if n<=SMALL and g.dtype!=torch.float64: small += [i]*(n>0)
+        elif not ws: self.large(r, g, self.threshold, dots=True)
+        else:
+            g,w = _same(g, ws[i])
+            self.large(r, g, self.threshold, None, w if g.dtype==torch.float64 else w.float(), True)
+    if small: self.pool_all(*([o[i] for i in small] for o in (rows, ns, gs)), ws and [ws[i] for i in small])
     self.scale = scale
 
 # %% ../nbs/01_engine.ipynb #f66a8276
@@ -651,7 +689,7 @@ def value(self:Engine, key, v:Tensor # 0-d
     "A row that holds a number, in the column of the maximum"
     b = self.buffer(v.device)
     b.apart()
-    b.write(b.row(key, 1), MAX, v.detach())
+    b.write(b.row(key, 1), MAX, v)
 
 @patch
 def take(self:Engine, other, mark, keys):
