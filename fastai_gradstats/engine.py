@@ -363,22 +363,22 @@ def _exact(x:np.ndarray, # 1-d
 def _array(t): return t.resolve_neg().numpy()   # numpy has no lazy minus
 
 class _Dots:
-    "Sum x², and with `w` sum w² and sum x·w, of float32 arrays in one dimension"
+    "Sum x², and with `w` sum w² and sum x·w, of float32 arrays in one dimension, once all was read"
     def __init__(self, x, w=None):
-        n = self.n = len(x)//CHUNK
+        n = len(x)//CHUNK
         self.pairs = [(x,x)] if w is None else [(x,w),(w,w),(x,x)]
         self.rows,self.out = [(a[:n*CHUNK].reshape(n,1,CHUNK),b[:n*CHUNK].reshape(n,CHUNK,1)) for a,b in self.pairs],np.empty((len(self.pairs),n+1,1,1), np.float32)
         for o,(a,b) in zip(self.out, self.pairs): o[n] = np.dot(a[n*CHUNK:], b[n*CHUNK:])
 
     def read(self, i, j):
-        "Elements from `i` to `j`"
+        "Elements from `i`, where a chunk starts, to `j`"
         for k in range(i//CHUNK, j//CHUNK, TILE):
             s = slice(k, min(k+TILE, j//CHUNK))
             for o,(a,b) in zip(self.out, self.rows): np.matmul(a[s], b[s], out=o[s])
 
-    def sums(self):
+    def sums(self)->list: # three, zeros without `w`
         res = [s if 1e-25<abs(s)<1e37 else _wide_dot(*o) for s,o in zip(self.out.sum((1,2,3), dtype=np.float64).tolist(), self.pairs)]
-        return res[::-1] if len(res)>1 else res+[0,0]
+        return (res[::-1]+[0,0])[:3]
 
 def _wide_dot(x, y): return sum(float(np.multiply(x[i:i+BLOCK], y[i:i+BLOCK], dtype=np.float64).sum()) for i in range(0, len(x), BLOCK))
 
@@ -431,7 +431,7 @@ class HostBuffer(_Buffer):
         self.some_zero,self.takers,self.sources,self.done,self.part = set(),[],set(),[],{}
         self.pool,self.pooled,self.used = [torch.zeros(BLOCK) for _ in range(2)],[],0   # small gradients, their weights
         self.scratch = torch.empty(BLOCK),torch.empty(BLOCK)
-        self.arrays = [o.numpy() for o in self.scratch]
+        self.arrays,self.limit = [o.numpy() for o in self.scratch],_bits(_floor32(self.threshold))
 
     def zeros(self, n): return np.zeros((n, len(sums)+len(self.extra)))
     def grow(self): self.acc = np.concatenate([self.acc, np.zeros_like(self.acc)])
@@ -498,12 +498,13 @@ def large(self:HostBuffer, r, x, threshold, scale=None, w=None, dots=False):
 @patch
 def by_blocks(self:HostBuffer, x, threshold, some_zero, w, dots):
     "Each block by itself, some in float64"
-    res = None
+    res,double = None,x.dtype==torch.float64
     for i in range(0, x.numel(), BLOCK):
         b,v = x[i:i+BLOCK],w if w is None else w[i:i+BLOCK]
-        narrow = b.dtype!=torch.float64
-        v = narrow and self.fast(b.float(), threshold, some_zero, v, dots) or _exact(_array(b), threshold)+([0,0] if v is None else [_wide_dot(o, _array(v)) for o in (_array(v),_array(b))])
-        res = v if res is None else [res[0] if v[0]<=res[0] else v[0], *map(add, res[1:], v[1:])]   # NaN too
+        if not double: b,v = b.float(),v if v is None else v.float()
+        s = None if double else self.fast(b, threshold, some_zero, v, dots)
+        if s is None: s = _exact(_array(b), threshold)+([0,0] if v is None else [_wide_dot(_array(o), _array(v)) for o in (v,b)])
+        res = s if res is None else [res[0] if s[0]<=res[0] else s[0], *map(add, res[1:], s[1:])]   # NaN too
     return res
 
 # %% ../nbs/01_engine.ipynb #8eb10486
@@ -514,8 +515,9 @@ def fast(self:HostBuffer, x:Tensor, # float32; contiguous, and in one dimension 
          w=None, # as in `large`
          dots=False # sum squares as products, rather than by operations that run in backward anyway?
         )->list: # what `_exact` returns, sum w² and sum x·w; None where that would not be right
-    n,top,sa,s,sq,zeros,above,rest,limit = x.numel(),0,0.,0.,0.,0,0,[0,0],_bits(_floor32(threshold))
-    if dots: dots = _Dots(_array(flat(x)), w if w is None else _array(w))
+    n,top,sa,s,sq,zeros,above,rest = x.numel(),0,0.,0.,0.,0,0,[0,0]
+    limit = self.limit if threshold==self.threshold else _bits(_floor32(threshold))
+    if dots: dots = _Dots(_array(flat(x)), w if w is None else _array(w.float()))
     for i in range(0, n, BLOCK):
         if dots: dots.read(i, min(i+BLOCK, n))
         if self.norms_only: continue
@@ -584,7 +586,7 @@ def put_all(self:HostBuffer, keys, gs, ws=None):
         elif not ws: self.large(r, g, self.threshold, dots=True)
         else:
             g,w = _same(g, ws[i])
-            self.large(r, g, self.threshold, None, w if g.dtype==torch.float64 else w.float(), True)
+            self.large(r, g, self.threshold, None, w, True)
     if small: self.pool_all(*([o[i] for i in small] for o in (rows, ns, gs)), ws and [ws[i] for i in small])
     self.scale = scale
 

@@ -171,6 +171,16 @@ def test_lazy_minus(dtype, by_rows):
     assert stats(e)[3].tolist()==[3,3]
 
 @paths
+def test_some_with_weights(by_rows):
+    "Rows without weights have no products, also where their neighbours do"
+    e,x = Engine(by_rows=by_rows),torch.full((10,), 3.)
+    e.put_all([0,1], [x, torch.full((SMALL+1,), 3.)], [x, torch.full((SMALL+1,), 3.)])
+    with torch.no_grad(): e.put(2, x), e.put(3, torch.full((SMALL+1,), 3.))
+    e.put_all([4], [x])
+    e.close()
+    assert e.fetch()[3][:,[W_SQ,DOT]].tolist()==[[90,90], [9*(SMALL+1)]*2, *[[0,0]]*3]
+
+@paths
 def test_sparse_products(by_rows):
     "In double precision: neither rounded to bfloat16 nor beyond float32"
     e,g = Engine(by_rows=by_rows),torch.linspace(1, 2, 99).bfloat16()
