@@ -174,6 +174,8 @@ def test_lazy_minus(dtype, by_rows):
 def test_some_with_weights(by_rows):
     "Rows without weights have no products, also where their neighbours do"
     e,x = Engine(by_rows=by_rows),torch.full((10,), 3.)
+    e.put_all(range(9), [x]*9, [x]*9)
+    e.rewind({})
     e.put_all([0,1], [x, torch.full((SMALL+1,), 3.)], [x, torch.full((SMALL+1,), 3.)])
     with torch.no_grad(): e.put(2, x), e.put(3, torch.full((SMALL+1,), 3.))
     e.put_all([4], [x])
