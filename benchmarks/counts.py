@@ -93,8 +93,10 @@ def reader(**kwargs):
     return f
 
 def read_passes(name='resnet18', rounds=7)->pd.DataFrame:
-    "CPU time for the statistics of all parameter gradients, over that of one `torch.sum` of each, one thread, on more than twice the largest cache"
-    gs = [torch.randn_like(p) for p in models[name][0]().parameters()]
+    "CPU time for the statistics of all parameter gradients of a step, over that of one `torch.sum` of each, one thread, on more than twice the largest cache"
+    model,(x,y) = (f() for f in models[name])
+    F.cross_entropy(model(x), y).backward()
+    gs = [p.grad for p in model.parameters()]
     size = sum(g.numel()*g.itemsize for g in gs)
     gs = [g.clone() for _ in range(-(-2*l3()//size)) for g in gs]
     fs = {'one torch.sum': lambda gs: [g.sum() for g in gs], 'engine': reader(), 'engine, norms only': reader(norms_only=True), 'device path on a CPU': reader(by_rows=True), 'naive, .item() each': naive}

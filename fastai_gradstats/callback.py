@@ -10,7 +10,8 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/callback.html.md"""
 __all__ = ['GradStatsCallback', 'GradNormCallback']
 
 # %% ../nbs/04_callback.ipynb #cc3aadd2
-import re, sys, weakref
+import re, signal, sys, threading, weakref
+from contextlib import contextmanager
 from functools import update_wrapper
 from types import SimpleNamespace
 from fastai.basics import *
@@ -27,6 +28,18 @@ def _positive(name, v):
     if isinstance(v, bool) or not isinstance(v, int) or v<1: raise ValueError(f"{name}: a whole number from 1 up is accepted, got {v!r}")
     return v
 
+@contextmanager
+def _whole():
+    "A Ctrl-C that comes meanwhile is raised afterwards"
+    got,old = [],signal.getsignal(signal.SIGINT)
+    if not callable(old) or threading.current_thread() is not threading.main_thread(): yield
+    else:
+        signal.signal(signal.SIGINT, lambda *args: got.append(args))
+        try: yield
+        finally:
+            signal.signal(signal.SIGINT, old)
+            if got: old(*got[0])
+
 def _unscaled(learn):
     "Has a gradient scaler taken its scale off the gradients of this step?"
     scaler = learn.__dict__.get('scaler')   # not `learn.scaler`, which may be the model's
@@ -36,7 +49,7 @@ def _unscaled(learn):
 class _State(SimpleNamespace):
     "Counters over the callback's life, and the buffer of what is not yet in the record"
     def __init__(self, engine=None):
-        super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], orders=[], order=[], sums=[], new_fit=False,
+        super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], order=[], sums=[], new_fit=False,
                          live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False, said=None, compiled=(), look=False, stream=None)
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
@@ -159,6 +172,7 @@ def _stop(self:_GradCallback):
     "Training of an epoch is over, in whatever way"
     st = self._state
     if not st.live: return
+    st.engine.settle(len(st.its))
     self._close()
     st.live = False
     self._end()
@@ -241,8 +255,8 @@ def after_step(self:_GradCallback):
     st = self._state
     if st.at is None: return
     if st.skip: self._skipped.add((-1 if st.phase==0 else st.fit, st.at[4]))
-    self._stepped(st.at[4])
     st.count[st.phase][1] = step = st.at[4]+1
+    self._stepped(st.at[4])
     st.at,st.read,st.skip,st.bs,st.backward = (*st.at[:4], step),None,False,0,False   # what else this batch may do is of the next step
 
 # %% ../nbs/04_callback.ipynb #dd8ecf48
@@ -279,7 +293,7 @@ class GradStatsCallback(_GradCallback):
 # %% ../nbs/04_callback.ipynb #d7fb995a
 def _threshold(v):
     if isinstance(v, bool) or not isinstance(v, (int,float)) or not v>=0: raise ValueError(f"threshold: a number from 0 up is accepted, got {v!r}")
-    return float(v)
+    return abs(float(v))   # -0. is 0.
 
 def _regex(v):
     try: return v if v is None else re.compile(v)
@@ -474,21 +488,21 @@ def _put(self:GradStatsCallback, at):
     "What was seen since is of the iteration and step `at`"
     st = self._state
     if not st.engine.since(st.done): return
-    st.its.append(at)
-    st.orders.append(st.order)
-    st.order,st.sums = [],[]
     full = st.engine.close()
-    st.done = st.engine.mark()
+    st.its.append((at,st.order))   # from here on it counts, whatever interrupts
+    st.order,st.sums,st.done,st.read = [],[],st.engine.mark(),None
     self._full(full)
 
 # %% ../nbs/04_callback.ipynb #54671b34
 @patch
+@_whole()
 def _flush(self:GradStatsCallback):
     "What lies in the buffers goes to the record: the one place that waits for the device"
     st,rows = self._state,self._record._rows
     if not st.its: return
     n,keys,numel,s,h = st.engine.fetch()
-    its,orders,st.its,st.orders = np.array(st.its).T,st.orders,[],[]
+    (its,orders),st.its = zip(*st.its),[]
+    its = np.array(its).T
     at,tensor = np.repeat(np.arange(len(n)), n),keys>=0
     for i,k in zip(at[~tensor], s[~tensor,MAX].astype(int)):
         if k<len(orders[i]): rows.breaks.append((*its[[0,1,3],i].tolist(), st.names[orders[i][k-1]] if k else '(input)', st.names[orders[i][k]]))
@@ -614,7 +628,7 @@ def _batch_size(learn):
     "Samples in the batch"
     for b in (learn.yb,learn.xb):
         t = item_find(b) if len(b) else None
-        if isinstance(t, Tensor) and t.dim(): return len(t)
+        if isinstance(t, Tensor) and t.dim(): return t.shape[0]
     return 0
 
 @patch
@@ -694,8 +708,8 @@ def _stepped(self:GradNormCallback, step):
     self._moved()
     if st.quiet: return
     if st.read is None: st.engine.value(LOSS, self.learn.loss.reshape(()))   # cancelled before there was anything to read
-    st.its.append((*st.at, self.learn.opt.hypers[-1]['lr'], st.bs, st.skip, math.nan if st.max_norm is None else st.max_norm))
     full = st.engine.close()
+    st.its.append((*st.at, self.learn.opt.hypers[-1]['lr'], st.bs, st.skip, math.nan if st.max_norm is None else st.max_norm))   # from here on it counts
     st.done,st.read = st.engine.mark(),None
     self._full(full)
 
@@ -710,6 +724,7 @@ def _close(self:GradNormCallback):
 
 # %% ../nbs/04_callback.ipynb #f4f84579
 @patch
+@_whole()
 def _flush(self:GradNormCallback):
     "What lies in the buffers goes to the record"
     st = self._state

@@ -100,7 +100,7 @@ class _Octaves:
     "Elements per octave of |g|, for the rows of a buffer"
     def __init__(self, device, every):
         self.every,self.rng,self.waiting,self.used = every,np.random.default_rng(0),[],0   # its own generator: training draws from others
-        self.scratch,self.acc = torch.zeros(64*SAMPLE, device=device),torch.zeros(2**10, 256, dtype=torch.int32, device=device)
+        self.scratch,self.acc = torch.zeros(64*SAMPLE, dtype=torch.float32, device=device),torch.zeros(2**10, 256, dtype=torch.int32, device=device)
 
     def put(self, r, x, scale=None):
         "Copy a sample of `x`, the gradient of row `r` in one dimension"
@@ -161,7 +161,7 @@ class _Buffer:
     def __init__(self, device, threshold, extra, norms_only=False, hist=False, rows=2**13):
         self.device,self.threshold,self.extra,self.norms_only = device,threshold,extra,norms_only
         self.octaves = _Octaves(device, hist=='all') if hist else None
-        self.scale,self.keys,self.numel,self.absent,self.marks,self.gone = None,[],[],[],[],0
+        self.scale,self.keys,self.numel,self.absent,self.marks,self.gone = None,[],[],[],{},0   # marks: iteration -> rows at its end
         self.acc = self.zeros(rows)
 
     def row(self, key, numel, absent=0):
@@ -187,8 +187,8 @@ class _Buffer:
 # %% ../nbs/01_engine.ipynb #4d97fe77
 @patch
 def cut(self:_Buffer, n):
-    "Forget all rows from number `n` on, counted over the buffer's life"
-    n = max(n-self.gone, 0)   # a mark from before a fetch
+    "Forget all rows from number `n` on, counted over the buffer's life; never those of a closed iteration"
+    n = max(n-self.gone, self.closed())
     if n==len(self.keys): return
     self.reduce()
     self.acc[n:len(self.keys)] = 0
@@ -196,24 +196,29 @@ def cut(self:_Buffer, n):
     for o in (self.keys,self.numel,self.absent): del o[n:]
 
 @patch
-def close(self:_Buffer):
-    "An iteration is over"
-    self.apart()
-    self.marks.append(len(self.keys))
+def closed(self:_Buffer): return next(reversed(self.marks.values()), 0)
 
 @patch
-def fetch(self:_Buffer):
-    "Rows per iteration, keys, sizes, sums and counts per octave of the closed iterations; only what came after them stays"
+def close(self:_Buffer, i):
+    "Iteration `i` is over"
+    self.apart()
+    self.marks[i] = len(self.keys)
+
+# %% ../nbs/01_engine.ipynb #4d97fe78
+@patch
+def fetch(self:_Buffer, count):
+    "Rows per iteration, keys, sizes, sums and counts per octave of the `count` closed iterations; only what came after them stays"
     self.reduce()
-    k,n = self.marks[-1] if self.marks else 0,len(self.keys)
+    k,n,rows = self.closed(),len(self.keys),np.zeros(count, np.int64)
+    rows[list(self.marks)] = np.diff(list(self.marks.values()), prepend=0)
     s = self.host(k)
     s[:,ZEROS] += self.absent[:k]
     h = self.octaves.host(k) if self.octaves else np.zeros((0,256), np.int32)
-    res = np.diff(self.marks, prepend=0),np.array(self.keys[:k], np.int64),np.array(self.numel[:k], np.int64),s,h
+    res = rows,np.array(self.keys[:k], np.int64),np.array(self.numel[:k], np.int64),s,h
     if self.octaves: self.octaves.cut(k, n, to=0)
     self.acc[:n-k] = self.copy(k, n)   # may overlap
     self.acc[n-k:n] = 0
-    self.marks,self.gone = [],self.gone+k
+    self.marks,self.gone = {},self.gone+k
     for o in (self.keys,self.numel,self.absent): del o[:k]
     return res
 
@@ -252,7 +257,7 @@ class DeviceBuffer(_Buffer):
 
     def zeros(self, n): return torch.zeros(n, len(sums)+len(self.extra), dtype=torch.float32 if self.device.type=='mps' else torch.float64, device=self.device)
     def grow(self): self.acc = torch.cat([self.acc, torch.zeros_like(self.acc)])
-    def write(self, r, c, v): self.acc[r,c].copy_(v.detach())
+    def write(self, r, c, v): self.acc[r,c].copy_(v)
     def host(self, n): return self.acc[:n].cpu().double().clone().numpy()   # the one sync
     def copy(self, a, b): return self.acc[a:b].clone()
 
@@ -365,19 +370,20 @@ def _array(t): return t.resolve_neg().numpy()   # numpy has no lazy minus
 class _Dots:
     "Sum x², and with `w` sum w² and sum x·w, of float32 arrays in one dimension, once all was read"
     def __init__(self, x, w=None):
-        n = len(x)//CHUNK
+        n,end = divmod(len(x), CHUNK)
         self.pairs = [(x,x)] if w is None else [(x,w),(w,w),(x,x)]
-        self.rows,self.out = [(a[:n*CHUNK].reshape(n,1,CHUNK),b[:n*CHUNK].reshape(n,CHUNK,1)) for a,b in self.pairs],np.empty((len(self.pairs),n+1,1,1), np.float32)
-        for o,(a,b) in zip(self.out, self.pairs): o[n] = np.dot(a[n*CHUNK:], b[n*CHUNK:])
+        self.out = np.zeros((len(self.pairs),n+1), np.float32)
+        self.rows = [(o[:n].reshape(n,1,1),a[:n*CHUNK].reshape(n,1,CHUNK),b[:n*CHUNK].reshape(n,CHUNK,1)) for o,(a,b) in zip(self.out, self.pairs)]
+        if end: self.out[:,n] = [np.dot(a[-end:], b[-end:]) for a,b in self.pairs]
 
     def read(self, i, j):
         "Elements from `i`, where a chunk starts, to `j`"
         for k in range(i//CHUNK, j//CHUNK, TILE):
             s = slice(k, min(k+TILE, j//CHUNK))
-            for o,(a,b) in zip(self.out, self.rows): np.matmul(a[s], b[s], out=o[s])
+            for o,a,b in self.rows: np.matmul(a[s], b[s], out=o[s])
 
     def sums(self)->list: # three, zeros without `w`
-        res = [s if 1e-25<abs(s)<1e37 else _wide_dot(*o) for s,o in zip(self.out.sum((1,2,3), dtype=np.float64).tolist(), self.pairs)]
+        res = [s if 1e-25<abs(s)<1e37 else _wide_dot(*o) for s,o in zip(np.add.reduce(self.out, 1, np.float64).tolist(), self.pairs)]
         return (res[::-1]+[0,0])[:3]
 
 def _wide_dot(x, y): return sum(float(np.multiply(x[i:i+BLOCK], y[i:i+BLOCK], dtype=np.float64).sum()) for i in range(0, len(x), BLOCK))
@@ -429,9 +435,9 @@ class HostBuffer(_Buffer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.some_zero,self.takers,self.sources,self.done,self.part = set(),[],set(),[],{}
-        self.pool,self.pooled,self.used = [torch.zeros(BLOCK) for _ in range(2)],[],0   # small gradients, their weights
-        self.scratch = torch.empty(BLOCK),torch.empty(BLOCK)
-        self.arrays,self.limit = [o.numpy() for o in self.scratch],_bits(_floor32(self.threshold))
+        self.pool,self.pooled,self.used = [torch.from_numpy(np.zeros(BLOCK, np.float32)) for _ in range(2)],[],0   # small gradients, their weights
+        self.arrays,self.limit = [np.zeros(BLOCK, np.float32) for _ in range(2)],_bits(_floor32(self.threshold))
+        self.scratch = torch.from_numpy(self.arrays[0])
 
     def zeros(self, n): return np.zeros((n, len(sums)+len(self.extra)))
     def grow(self): self.acc = np.concatenate([self.acc, np.zeros_like(self.acc)])
@@ -463,8 +469,12 @@ def reduce(self:HostBuffer):
     if self.done:
         r,v = zip(*self.done)
         self.acc[list(r),:DOT+1],self.done = v,[]
-    while self.takers: self.takers.pop()()
-    while self.sources: self.sources.pop().reduce()
+    while self.takers:
+        self.takers[-1]()
+        self.takers.pop()   # not before: an interrupt loses nothing
+    for b in list(self.sources):
+        b.reduce()
+        self.sources.discard(b)
 
 @patch
 def copied(self:HostBuffer, b, *rows):
@@ -478,7 +488,7 @@ def scratch_of(self:HostBuffer, shape):
     "The scratch in this shape, as float32 and as int32"
     if shape not in self.part:
         if len(self.part)>=256: self.part.clear()
-        a = self.scratch[0][:shape.numel()].view(shape)
+        a = self.scratch[:shape.numel()].view(shape)
         self.part[shape] = a,a.view(torch.int32)
     return self.part[shape]
 
@@ -495,16 +505,22 @@ def large(self:HostBuffer, r, x, threshold, scale=None, w=None, dots=False):
     if self.octaves: self.octaves.put(r, _array(flat(x)) if x.dtype==torch.float32 else flat(x), scale)
     if some_zero!=(v[ZEROS]>0): self.some_zero ^= {key}   # the next gradient of this tensor will be alike
 
+# %% ../nbs/01_engine.ipynb #8eb10487c
 @patch
+@np.errstate(all='ignore')
 def by_blocks(self:HostBuffer, x, threshold, some_zero, w, dots):
-    "Each block by itself, some in float64"
-    res,double = None,x.dtype==torch.float64
+    "Each block by itself, some in float64; together by Chan, Golub and LeVeque"
+    res,slow = None,x.dtype==torch.float64 or x.dtype==torch.float32 and x.numel()<=BLOCK   # `fast` was tried
     for i in range(0, x.numel(), BLOCK):
         b,v = x[i:i+BLOCK],w if w is None else w[i:i+BLOCK]
-        if not double: b,v = b.float(),v if v is None else v.float()
-        s = None if double else self.fast(b, threshold, some_zero, v, dots)
+        if b.dtype!=torch.float64: b,v = b.float(),v if v is None else v.float()
+        s = None if slow else self.fast(b, threshold, some_zero, v, dots)
         if s is None: s = _exact(_array(b), threshold)+([0,0] if v is None else [_wide_dot(_array(o), _array(v)) for o in (v,b)])
-        res = s if res is None else [res[0] if s[0]<=res[0] else s[0], *map(add, res[1:], s[1:])]   # NaN too
+        if res is None: res = s
+        else:
+            d,n = s[SUM]/b.numel()-res[SUM]/i,i+b.numel()
+            res = [res[MAX] if s[MAX]<=res[MAX] else s[MAX], *map(add, res[1:], s[1:])]   # NaN too
+            res[M2],res[Q] = res[M2]+d*d*i/n*b.numel(),res[SUM]*res[SUM]/n
     return res
 
 # %% ../nbs/01_engine.ipynb #8eb10486
@@ -517,12 +533,14 @@ def fast(self:HostBuffer, x:Tensor, # float32; contiguous, and in one dimension 
         )->list: # what `_exact` returns, sum w² and sum x·w; None where that would not be right
     n,top,sa,s,sq,zeros,above,rest = x.numel(),0,0.,0.,0.,0,0,[0,0]
     limit = self.limit if threshold==self.threshold else _bits(_floor32(threshold))
-    if dots: dots = _Dots(_array(flat(x)), w if w is None else _array(w.float()))
-    for i in range(0, n, BLOCK):
-        if dots: dots.read(i, min(i+BLOCK, n))
-        if self.norms_only: continue
-        t = x[i:i+BLOCK] if n>BLOCK else x
+    if dots or self.norms_only: dots = _Dots(_array(flat(x)), w if w is None else _array(w.float()))
+    if self.norms_only:
+        dots.read(0, n)
+        sq,*rest = dots.sums()
+        return [0,0,sq,0,0,0,0,0,0,*rest] if math.isfinite(sq) else None
+    for i,t in enumerate(x.split(BLOCK) if n>BLOCK else (x,)):
         a,bits = self.scratch_of(t.shape)
+        if dots: dots.read(i*BLOCK, i*BLOCK+t.numel())
         torch.abs(t, out=a)
         low,high = (0,bits.max()) if some_zero else bits.aminmax()
         top = max(top, high := high.item())
@@ -534,7 +552,6 @@ def fast(self:HostBuffer, x:Tensor, # float32; contiguous, and in one dimension 
         if not dots: sq += torch.mul(a, a, out=a).sum().item()
     if dots: sq,*rest = dots.sums()
     q = s*s/n
-    if self.norms_only: return [0,0,sq,0,0,0,0,0,0,*rest] if math.isfinite(sq) else None
     if top==0 or top>LOW and q<=sq/4: return [_of_bits(top), sa, sq, s, sq-q, q, zeros, 0, above, *rest]
 
 # %% ../nbs/01_engine.ipynb #0fb7d26c
@@ -600,7 +617,7 @@ class Engine:
                  hist=False, # count elements per octave: True of a sample, 'all' of all
                  by_rows=None # take the path without a look at any number; None: on all devices but the CPU
                 ):
-        self.threshold,self.extra,self.norms_only,self.hist,self.by_rows,self.buffers,self.scale = threshold,extra or {},norms_only,hist,by_rows,{},None
+        self.threshold,self.extra,self.norms_only,self.hist,self.by_rows,self.buffers,self.scale,self.closed = threshold,extra or {},norms_only,hist,by_rows,{},None,0
 
     def buffer(self, device):
         "The buffer of a device; backward runs one thread per device, each has its own"
@@ -637,6 +654,7 @@ def put_all(self:Engine, keys, gs, ws=None):
             else: self._shards(keys, gs, wl if ws else None)
 
 @patch
+@np.errstate(all='ignore')
 def _odd(self:Engine, k, g, w):
     "A sparse or complex gradient"
     scale,self.scale = self.scale,None
@@ -682,7 +700,8 @@ def _shards(self:Engine, keys, gs, ws):
 @patch
 def close(self:Engine):
     "An iteration is over; True where it is time to fetch"
-    for b in list(self.buffers.values()): b.close()
+    for b in list(self.buffers.values()): b.close(self.closed)
+    self.closed += 1
     return any(len(b.keys)*2>len(b.acc) for b in self.buffers.values())
 
 @patch
@@ -691,7 +710,7 @@ def value(self:Engine, key, v:Tensor # 0-d
     "A row that holds a number, in the column of the maximum"
     b = self.buffer(v.device)
     b.apart()
-    b.write(b.row(key, 1), MAX, v)
+    b.write(b.row(key, 1), MAX, v.detach())
 
 @patch
 def take(self:Engine, other, mark, keys):
@@ -714,19 +733,24 @@ def since(self:Engine, mark):
     return any(n>mark.get(d, 0) for d,n in self.mark().items())
 
 @patch
+def settle(self:Engine, n):
+    "Only the first `n` iterations are closed: an interrupt came before the caller noted the next one"
+    for b in self.buffers.values(): b.marks = {i:r for i,r in b.marks.items() if i<n}
+    self.closed = n
+
+@patch
 def rewind(self:Engine, mark):
-    "Forget what was put since `mark`"
+    "Forget what was put since `mark` or since the last iteration was closed"
     for d,b in self.buffers.items(): b.cut(mark.get(d, 0))
 
 # %% ../nbs/01_engine.ipynb #3ed57706
 @patch
 def fetch(self:Engine):
     "All closed iterations: rows per iteration, keys, sizes, sums and counts per octave, in the order in which they came (device by device inside an iteration)"
-    res = [b.fetch() for b in self.buffers.values()]
+    res = [b.fetch(self.closed) for b in self.buffers.values()]
+    self.closed = 0
     if not res: return np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros((0,len(sums)+len(self.extra))),np.zeros((0,256), np.int32)
     if len(res)==1: return res[0]
     ns,*rest = zip(*res)
-    k = max(map(len, ns))
-    ns = [np.pad(n, (k-len(n),0)) for n in ns]   # a device that came late has no rows in the first iterations
-    o = np.argsort(np.concatenate([np.repeat(np.arange(k), n) for n in ns]), kind='stable')
+    o = np.argsort(np.concatenate([np.repeat(np.arange(len(n)), n) for n in ns]), kind='stable')
     return sum(ns),*(np.concatenate(a)[o] for a in rest)

@@ -1,10 +1,10 @@
 "Random sequences of what an engine can be asked for, against numpy on copies; distributions that are hard to sum; what once went wrong."
-import warnings
+import math,warnings
 import numpy as np,pytest,torch
 from torch import tensor
 
 from fastai_gradstats import engine
-from fastai_gradstats.engine import ABOVE,BLOCK,DOT,MAX,NONFINITE,SMALL,SUM_SQ,W_SQ,Engine,finish,octaves
+from fastai_gradstats.engine import ABOVE,BLOCK,CHUNK,DOT,MAX,NONFINITE,SMALL,SUM_SQ,W_SQ,Engine,finish,octaves
 from oracles import compare,np64
 
 paths = pytest.mark.parametrize('by_rows', (None, True))
@@ -169,6 +169,59 @@ def test_lazy_minus(dtype, by_rows):
     assert g.is_neg()
     e.put_all([0,1], [g,g[:1]])
     assert stats(e)[3].tolist()==[3,3]
+
+@paths
+@pytest.mark.parametrize('n', (100, SMALL+1, BLOCK+CHUNK+1))
+def test_sparse_norms(n, by_rows):
+    "Values that come one by one to an engine of norms"
+    e,g = Engine(norms_only=True, by_rows=by_rows),torch.linspace(-3, 4, n)
+    e.put_all([0,1], [g.to_sparse(), g.to_sparse()*1e30], [g, g])
+    np.testing.assert_allclose(stats(e)[2], [np.linalg.norm(np64(g)), 1e30*np.linalg.norm(np64(g))], rtol=2e-5)
+
+@pytest.mark.parametrize('hist', (False, True))
+@pytest.mark.parametrize('n', (9, SMALL+1))
+def test_default_dtype_and_device(n, hist):
+    "The user's defaults are for the user's tensors"
+    x = torch.linspace(-3, 3, n, dtype=torch.float32)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device('meta')
+        e = Engine(hist=hist)
+        e.put_all([0], [x], [x])
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_allclose(stats(e)[:5,0], [3, np.abs(np64(x)).mean(), np.linalg.norm(np64(x)), 0, np64(x).std()], rtol=1e-5, atol=1e-6)
+
+@pytest.mark.parametrize('mean', (1e3, 1e7, 1e9))
+def test_double_far_from_zero(mean):
+    "Blocks are put together without cancellation"
+    torch.manual_seed(0)
+    x = mean+torch.randn(4*BLOCK+7, dtype=torch.float64)
+    e = Engine()
+    e.put(0, x)
+    np.testing.assert_allclose(stats(e)[4,0], np64(x).std(), rtol=1e-6)
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float16, torch.float64))
+def test_infinities_in_two_blocks(dtype):
+    e,x = Engine(),torch.ones(BLOCK+5, dtype=dtype)
+    x[0],x[-1] = math.inf,-math.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        e.put(0, x)
+    f = stats(e)[:,0]
+    assert f[0]==math.inf and f[2]==math.inf and np.isnan(f[3])
+
+def test_settle():
+    "A close that its caller did not note is forgotten; what is closed is never rewound"
+    e,x = Engine(),torch.ones(5)
+    e.put(0, x), e.close()
+    e.put(1, x), e.close()
+    e.settle(1)
+    e.rewind({})
+    e.put(2, 2*x), e.close()
+    ns,keys,_,s,_ = e.fetch()
+    assert (ns.tolist(),keys.tolist(),s[:,MAX].tolist())==([1,1],[0,2],[1,2])
 
 @paths
 def test_some_with_weights(by_rows):

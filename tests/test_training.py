@@ -1,5 +1,5 @@
 "Right in every way people train: each case against autograd, the gradients as the optimizer got them, or the same run without us."
-import io,subprocess,sys
+import io,signal,subprocess,sys
 from contextlib import redirect_stdout
 
 import numpy as np,pytest,torch
@@ -11,6 +11,7 @@ from torch import nn
 from copy import deepcopy
 
 from fastai_gradstats import GradNormCallback,GradStatsCallback
+from fastai_gradstats.engine import Engine
 from oracles import Spy,Twin,check_outputs,compare,fit
 
 del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's, which fastai exports and pytest would collect
@@ -269,6 +270,43 @@ def test_interrupt(where):
     if where=='optimizer': del learn.opt.step
     fit(learn)
     assert len(learn.grad_norm.df)==2*k and (learn.grad_stats.df.groupby('iteration').size()>=2).all()
+
+class CtrlC:
+    "Sends an interrupt at the `at`-th line that our callbacks and engine run"
+    def __init__(self, at): self.at,self.n,self.where = at,0,None
+    def __call__(self, frame, event, arg):
+        if Path(frame.f_code.co_filename).name in ('callback.py','engine.py') and 'fastai_gradstats' in frame.f_code.co_filename: return self.line
+    def line(self, frame, event, arg):
+        self.n += event=='line'
+        if self.n==self.at and self.where is None:
+            self.where = f'{frame.f_code.co_name}, line {frame.f_lineno}'
+            signal.raise_signal(signal.SIGINT)
+        return self.line
+    def __enter__(self): self.old = sys.gettrace(); sys.settrace(self)
+    def __exit__(self, *args): sys.settrace(self.old)
+
+def interrupted(at, monkeypatch):
+    "Frames of a fit that is interrupted there, and where that was"
+    learn,stop,close = learner(linear, both(), bs=32),CtrlC(at),Engine.close
+    with monkeypatch.context() as m:
+        m.setattr(Engine, 'close', lambda self: close(self) or True)   # each step goes to the record
+        try:
+            with stop: fit(learn)
+        except KeyboardInterrupt: pass
+    frames = [d.astype({c:object for c in d.select_dtypes('category')}) for d in (learn.grad_stats.df, learn.grad_norm.df, *([learn.grad_norm.by('param')] if len(learn.grad_norm.df) else []))]
+    fit(learn)
+    assert learn.grad_norm.df['step'].is_monotonic_increasing and learn.grad_stats.df['iteration'].is_monotonic_increasing, stop.where
+    return frames,stop
+
+@pytest.mark.parametrize('part', [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 7))])
+def test_interrupt_anywhere(part, monkeypatch):
+    "Ctrl-C at any line of ours: what was recorded is a part of what is recorded without it, and each step is whole"
+    whole,stop = interrupted(0, monkeypatch)
+    assert [len(o) for o in whole]==[6,2,4]
+    for at in range(1+3*part, stop.n, 21):
+        got,where = interrupted(at, monkeypatch)
+        for a,b in zip(got, whole): pd.testing.assert_frame_equal(a, b[:len(a)], check_dtype=len(a)>0, obj=f'{at}, {where.where}: frame')
+        assert set(got[0].groupby('iteration').size())<={1,3}, where.where   # a whole backward, or with its step
 
 class Stopper(Callback):
     def after_epoch(self): raise CancelFitException('enough')
