@@ -617,7 +617,7 @@ class Engine:
                  hist=False, # count elements per octave: True of a sample, 'all' of all
                  by_rows=None # take the path without a look at any number; None: on all devices but the CPU
                 ):
-        self.threshold,self.extra,self.norms_only,self.hist,self.by_rows,self.buffers,self.scale,self.closed = threshold,extra or {},norms_only,hist,by_rows,{},None,0
+        self.threshold,self.extra,self.norms_only,self.hist,self.by_rows,self.buffers,self.scale,self.iterations = threshold,extra or {},norms_only,hist,by_rows,{},None,0
 
     def buffer(self, device):
         "The buffer of a device; backward runs one thread per device, each has its own"
@@ -700,8 +700,8 @@ def _shards(self:Engine, keys, gs, ws):
 @patch
 def close(self:Engine):
     "An iteration is over; True where it is time to fetch"
-    for b in list(self.buffers.values()): b.close(self.closed)
-    self.closed += 1
+    for b in list(self.buffers.values()): b.close(self.iterations)
+    self.iterations += 1
     return any(len(b.keys)*2>len(b.acc) for b in self.buffers.values())
 
 @patch
@@ -736,7 +736,7 @@ def since(self:Engine, mark):
 def settle(self:Engine, n):
     "Only the first `n` iterations are closed: an interrupt came before the caller noted the next one"
     for b in self.buffers.values(): b.marks = {i:r for i,r in b.marks.items() if i<n}
-    self.closed = n
+    self.iterations = n
 
 @patch
 def rewind(self:Engine, mark):
@@ -747,8 +747,8 @@ def rewind(self:Engine, mark):
 @patch
 def fetch(self:Engine):
     "All closed iterations: rows per iteration, keys, sizes, sums and counts per octave, in the order in which they came (device by device inside an iteration)"
-    res = [b.fetch(self.closed) for b in self.buffers.values()]
-    self.closed = 0
+    res = [b.fetch(self.iterations) for b in self.buffers.values()]
+    self.iterations = 0
     if not res: return np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros((0,len(sums)+len(self.extra))),np.zeros((0,256), np.int32)
     if len(res)==1: return res[0]
     ns,*rest = zip(*res)
