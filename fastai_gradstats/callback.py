@@ -747,6 +747,7 @@ def _flush(self:GradNormCallback):
         clipped_norm=got, weight_norm=np.sqrt(total(par, W_SQ)), nonfinite=total(par, NONFINITE), **self._total_update(at, keys, s, np.sqrt(total(par, W_SQ))))
     self._add_params(np.array(its[:5]), at, keys, s, par)
 
+# %% ../nbs/04_callback.ipynb #f4f8457a
 @patch
 def _add_params(self:GradNormCallback, where, at, keys, s, par):
     "Norms per parameter"

@@ -411,8 +411,7 @@ def _segments(x:np.ndarray, # 1-d float32, the tensors one after the other
     with np.errstate(all='ignore'):
         bits = np.abs(x, out=a).view(np.int32)
         low,top = (f.reduceat(bits, at[:-1]) for f in (np.minimum,np.maximum))
-        top,*sums = (o.astype(np.float64) for o in (top.view(np.float32), *(np.add.reduceat(o, at[:-1]) for o in (a, np.multiply(x, x, out=y), x))))
-        sa,sq,s = sums
+        top,sa,sq,s = (o.astype(np.float64) for o in (top.view(np.float32), *(np.add.reduceat(o, at[:-1]) for o in (a, np.multiply(x, x, out=y), x))))
         q = s*s/n
         res = np.stack([top, sa, sq, s, sq-q, q, *np.zeros((3,len(n)))], 1)
         right = (top==0) | (1e-16<top) & (top<1e16) & (q<=.9*sq)
@@ -718,7 +717,7 @@ def take(self:Engine, other, mark, keys):
     for d,b in other.buffers.items():
         b.apart()
         o,k = self.buffer(d),mark.get(d, 0)-b.gone
-        r = [o.row(keys[i], n, a) for i,n,a in zip(b.keys[k:], b.numel[k:], b.absent[k:])]
+        r = o.rows([keys[i] for i in b.keys[k:]], b.numel[k:], b.absent[k:])
         if r: o.copied(b, r[0], k, len(r))
 
 # %% ../nbs/01_engine.ipynb #3ed57705
