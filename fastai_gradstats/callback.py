@@ -653,7 +653,7 @@ def _moved(self:GradNormCallback):
     if getattr(st, 'before', None) is None: return
     (ps,keys,old),st.before = st.before,None
     if st.read is None: return
-    with torch.no_grad(): torch._foreach_sub_(old, [p.detach() for p in ps])
+    torch._foreach_sub_(old, [p.detach() for p in ps])
     st.engine.put_all([MOVED-k for k in keys], old)
     if st.quiet: st.engine.rewind(st.read)
 

@@ -639,18 +639,18 @@ class Engine:
 
 # %% ../nbs/01_engine.ipynb #f614e4fb
 @patch
+@torch.no_grad()   # instead of `detach`, an operation for each
 def put_all(self:Engine, keys, gs, ws=None):
     "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w"
-    with torch.no_grad():   # instead of `detach`, an operation for each
-        groups = {}
-        for k,g,w in zip(keys, gs, ws or gs):
-            if type(g) is not Tensor and hasattr(g, 'to_local'): groups.setdefault((g.device_mesh,g.placements,_wide(g)), []).append((k,g,w))
-            elif g.layout!=torch.strided or g.is_complex(): self._odd(k, g, w if ws else None)
-            else: groups.setdefault((g.device,_wide(g)), []).append((k,g,w))
-        for where,o in groups.items():
-            keys,gs,wl = zip(*o)
-            if len(where)==2: self.buffer(where[0]).put_all(keys, gs, wl if ws else None)
-            else: self._shards(keys, gs, wl if ws else None)
+    groups = {}
+    for k,g,w in zip(keys, gs, ws or gs):
+        if type(g) is not Tensor and hasattr(g, 'to_local'): groups.setdefault((g.device_mesh,g.placements,_wide(g)), []).append((k,g,w))
+        elif g.layout!=torch.strided or g.is_complex(): self._odd(k, g, w if ws else None)
+        else: groups.setdefault((g.device,_wide(g)), []).append((k,g,w))
+    for where,o in groups.items():
+        keys,gs,wl = zip(*o)
+        if len(where)==2: self.buffer(where[0]).put_all(keys, gs, wl if ws else None)
+        else: self._shards(keys, gs, wl if ws else None)
 
 @patch
 @np.errstate(all='ignore')

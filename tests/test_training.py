@@ -293,6 +293,7 @@ def interrupted(at, monkeypatch):
         try:
             with stop: fit(learn)
         except KeyboardInterrupt: pass
+    assert torch.is_grad_enabled(), stop.where
     frames = [d.astype({c:object for c in d.select_dtypes('category')}) for d in (learn.grad_stats.df, learn.grad_norm.df, *([learn.grad_norm.by('param')] if len(learn.grad_norm.df) else []))]
     fit(learn)
     assert learn.grad_norm.df['step'].is_monotonic_increasing and learn.grad_stats.df['iteration'].is_monotonic_increasing, stop.where
