@@ -351,18 +351,18 @@ def several(self:DeviceBuffer, todo, weights):
     self.add(rs, p, dtype, weights)
 
 # %% ../nbs/01_engine.ipynb #8f031d94
-BLOCK,CHUNK,SMALL = 2**18,2**13,2**15   # elements: of a block; of a float32 sum of products; of a tensor that is pooled
-TILE = 2**17//CHUNK   # chunks of two arrays that stay in the cache
+BLOCK,CHUNK,SMALL = 2**17,2**13,2**15   # elements: of a block; of a float32 sum of products; of a tensor that is pooled
 
-def _exact(x:np.ndarray, # 1-d
-           threshold:float
-          )->list: # max, sum_abs, sum_sq, sum, m2, q, zeros, nonfinite, above
+def _exact(x:np.ndarray, # 1-d, the segments one after the other
+           at, # where each starts, none empty, and where the last ends
+           threshold # of each
+          )->np.ndarray: # for each max, sum_abs, sum_sq, sum, m2, q, zeros, nonfinite, above
     "Sums in float64, slow and right"
-    if not x.size: return [0.]*9
     with np.errstate(all='ignore'):
-        x = x.astype(np.float64, copy=False).ravel()
-        a,s = np.abs(x),x.sum()
-        return [a.max(), a.sum(), np.square(x).sum(), s, np.square(x-s/len(x)).sum(), s*s/len(x), len(x)-np.count_nonzero(x), len(x)-np.isfinite(x).sum(), (a>threshold).sum()]
+        x,n,each = x.astype(np.float64, copy=False),np.diff(at),lambda v, dtype=None: np.add.reduceat(v, at[:-1], dtype=dtype)
+        a,s = np.abs(x),each(x)
+        counts = (each(o, np.int64) for o in (x==0, ~np.isfinite(x), a>np.repeat(threshold, n)))
+        return np.stack([np.maximum.reduceat(a, at[:-1]), each(a), each(np.square(x)), s, each(np.square(x-np.repeat(s/n, n))), s*s/n, *counts], 1)
 
 # %% ../nbs/01_engine.ipynb #8f031d96
 def _array(t): return t.resolve_neg().numpy()   # numpy has no lazy minus
@@ -372,18 +372,18 @@ class _Dots:
     def __init__(self, x, w=None):
         n,end = divmod(len(x), CHUNK)
         self.pairs = [(x,x)] if w is None else [(x,w),(w,w),(x,x)]
-        self.out = np.zeros((len(self.pairs),n+1), np.float32)
-        self.rows = [(o[:n].reshape(n,1,1),a[:n*CHUNK].reshape(n,1,CHUNK),b[:n*CHUNK].reshape(n,CHUNK,1)) for o,(a,b) in zip(self.out, self.pairs)]
-        if end: self.out[:,n] = [np.dot(a[-end:], b[-end:]) for a,b in self.pairs]
+        self.out = np.zeros((len(self.pairs),n+1,1,1), np.float32)
+        self.rows = [(o[:n],a[:n*CHUNK].reshape(n,1,CHUNK),b[:n*CHUNK].reshape(n,CHUNK,1)) for o,(a,b) in zip(self.out, self.pairs)]
+        if end: self.out[:,n,0,0] = [np.dot(a[-end:], b[-end:]) for a,b in self.pairs]
 
     def read(self, i, j):
         "Elements from `i`, where a chunk starts, to `j`"
-        for k in range(i//CHUNK, j//CHUNK, TILE):
-            s = slice(k, min(k+TILE, j//CHUNK))
+        for k in range(i//CHUNK, j//CHUNK, BLOCK//CHUNK):
+            s = slice(k, min(k+BLOCK//CHUNK, j//CHUNK))
             for o,a,b in self.rows: np.matmul(a[s], b[s], out=o[s])
 
     def sums(self)->list: # three, zeros without `w`
-        res = [s if 1e-25<abs(s)<1e37 else _wide_dot(*o) for s,o in zip(np.add.reduce(self.out, 1, np.float64).tolist(), self.pairs)]
+        res = [s if 1e-25<abs(s)<1e37 else _wide_dot(*o) for s,o in zip(np.add.reduce(self.out, (1,2,3), np.float64).tolist(), self.pairs)]
         return (res[::-1]+[0,0])[:3]
 
 def _wide_dot(x, y): return sum(float(np.multiply(x[i:i+BLOCK], y[i:i+BLOCK], dtype=np.float64).sum()) for i in range(0, len(x), BLOCK))
@@ -417,7 +417,7 @@ def _segments(x:np.ndarray, # 1-d float32, the tensors one after the other
         right = (top==0) | (1e-16<top) & (top<1e16) & (q<=.9*sq)
         for k in np.flatnonzero(low==0): res[k,ZEROS] = n[k]-np.count_nonzero(bits[at[k]:at[k+1]])
         for k in np.flatnonzero(top>threshold): res[k,ABOVE] = np.count_nonzero(a[at[k]:at[k+1]]>_floor32(threshold[k]))
-        for k in np.flatnonzero(~right): res[k] = _exact(x[at[k]:at[k+1]], threshold[k])
+        if len(k := np.flatnonzero(~right)): res[k] = _exact(np.concatenate([x[at[i]:at[i+1]] for i in k]), [0,*np.cumsum(n[k])], np.array(threshold)[k])
     return res
 
 def _products(x, y, at, out, wanted=True):
@@ -514,7 +514,7 @@ def by_blocks(self:HostBuffer, x, threshold, some_zero, w, dots):
         b,v = x[i:i+BLOCK],w if w is None else w[i:i+BLOCK]
         if b.dtype!=torch.float64: b,v = b.float(),v if v is None else v.float()
         s = None if slow else self.fast(b, threshold, some_zero, v, dots)
-        if s is None: s = _exact(_array(b), threshold)+([0,0] if v is None else [_wide_dot(_array(o), _array(v)) for o in (v,b)])
+        if s is None: s = _exact(_array(b), [0,b.numel()], [threshold])[0].tolist()+([0,0] if v is None else [_wide_dot(_array(o), _array(v)) for o in (v,b)])
         if res is None: res = s
         else:
             d,n = s[SUM]/b.numel()-res[SUM]/i,i+b.numel()
@@ -532,7 +532,7 @@ def fast(self:HostBuffer, x:Tensor, # float32; contiguous, and in one dimension 
         )->list: # what `_exact` returns, sum w² and sum x·w; None where that would not be right
     n,top,sa,s,sq,zeros,above,rest = x.numel(),0,0.,0.,0.,0,0,[0,0]
     limit = self.limit if threshold==self.threshold else _bits(_floor32(threshold))
-    if dots or self.norms_only: dots = _Dots(_array(flat(x)), w if w is None else _array(w.float()))
+    if dots or self.norms_only: dots = _Dots(_array(x).reshape(-1), w if w is None else _array(w.float()))
     if self.norms_only:
         dots.read(0, n)
         sq,*rest = dots.sums()
