@@ -180,13 +180,11 @@ class OutputHooks:
 # %% ../nbs/02_capture.ipynb #317fedbd
 def _seen(self, i, out):
     "Module `i` returned `out`: ask for the gradient of each of its tensors"
-    ts = tensors(out)
-    if self.forward:
-        for _,t in ts: self.forward(i, t if type(t) is Tensor else _detach(t))
-    if not (ts := [(o,t) for o,t in ts if t.requires_grad]): return
     call,me = self.calls[i],ref(self)
-    self.calls[i] += 1
-    for o,t in ts:
+    for o,t in tensors(out):
+        if self.forward: self.forward(i, t if type(t) is Tensor else _detach(t))
+        if not t.requires_grad: continue
+        self.calls[i] = call+1
         back = intact = None
         if t._is_view():
             t,back,intact = _of_view(t, self.fresh[i])
