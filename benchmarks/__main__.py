@@ -1,4 +1,4 @@
-"Measure everything: `python -m benchmarks`, about twelve minutes on an idle machine, with `--quick` three"
+"Measure everything: `python -m benchmarks`, about a quarter of an hour on an idle machine, with `--quick` three"
 import argparse,os,platform,time
 from datetime import date
 from fastai.basics import *
@@ -22,8 +22,8 @@ def tables(quick):
     r = dict(rounds=1, steps=1, threads=(1,)) if quick else {}
     return dict(
         machine=('Machine', machine),
-        share=('Share of a step in our events and hooks, one thread', lambda: shares(vision, **(dict(rounds=1, steps=1) if quick else dict(rounds=2, steps=3))).reset_index()),
-        end_to_end=('Whole steps: ratio to the bare loop', lambda: pd.concat([race(o, **r) for o in (['resnet18','convnet'] if quick else ['resnet18','convnet','transformer-6'])])),
+        share=('Share of a step in our events and hooks, one thread', lambda: shares(vision, **(dict(rounds=1, steps=1) if quick else dict(rounds=4, steps=3))).reset_index()),
+        end_to_end=('Whole steps: ratio to the bare loop', lambda: pd.concat([race(o, **dict(steps=30 if o=='convnet' else 2)|r) for o in ['resnet18','convnet',*['transformer-6']*(not quick)]])),
         writing=('What `folder=` adds to both callbacks, one thread', lambda: pd.concat([writing(o, **(dict(rounds=1) if quick else {})) for o in ['resnet18','convnet','transformer-4']])),
         read_passes=('Read passes for all statistics of all parameter gradients', counts.read_passes),
         host_reads=('Host reads and operations per step, on a device', lambda: pd.concat([counts.host_reads(o) for o in ['convnet', *['resnet18']*(not quick)]])),

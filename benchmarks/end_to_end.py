@@ -14,8 +14,8 @@ class Stopwatch(Callback):
 
 def race(name, # a key of `models`
          threads=(1,2),
-         rounds=3,
-         limit=90, # seconds per number of threads, after which no new round starts
+         rounds=9,
+         limit=150, # seconds per number of threads, after which no new round starts
          steps=2, # that are measured in each fit; one more comes before them
          cbs=None # name -> function that makes the callbacks
         )->pd.DataFrame:

@@ -17,7 +17,6 @@ from itertools import accumulate
 from operator import add
 from struct import Struct
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 from fastcore.basics import patch
 from .stats import statistics
 
@@ -351,7 +350,7 @@ def several(self:DeviceBuffer, todo, weights):
     self.add(rs, p, dtype, weights)
 
 # %% ../nbs/01_engine.ipynb #8f031d94
-BLOCK,CHUNK,SMALL = 2**17,2**13,2**15   # elements: of a block; of a float32 sum of products; of a tensor that is pooled
+BLOCK,CHUNK,SMALL = 2**17,2**13,2**13   # elements: of a block; of a float32 sum of products; of a tensor that is pooled
 
 def _exact(x:np.ndarray, # 1-d, the segments one after the other
            at, # where each starts, none empty, and where the last ends
@@ -561,7 +560,7 @@ def pool_all(self:HostBuffer, rows, n, gs, ws):
         k = next((k for k,end in enumerate(accumulate(n, initial=self.used)) if end>BLOCK), len(n)+1)-1   # that fit
         size = sum(n[:k])
         for p,ts in zip(self.pool, (gs,ws) if ws else (gs,)):
-            if k: p[self.used:self.used+size].copy_(_flatten_dense_tensors(ts[:k]))
+            if k: torch.cat([t.reshape(-1) for t in ts[:k]], out=p[self.used:self.used+size])
         self.pooled += ((r,i,self.threshold,None,bool(ws)) for r,i in zip(rows[:k], n))
         self.used += size
         rows,gs,n,ws = rows[k:],gs[k:],n[k:],ws and ws[k:]
