@@ -21,8 +21,7 @@ _told = 'rule severity tensor iterations evidence try'.split()
 def _text(f):
     "A paragraph for each finding, and last what was not checked"
     miss = f['severity']=='not checked'
-    res = [] if not miss.all() or not len(f) else ['nothing was recorded that a rule looks at']
-    if not (~miss).any() and not res: res = ['no findings']
+    res = ['no findings' if f.attrs['checked'] else 'nothing was recorded that a rule looks at'] if miss.all() else []
     for _,d in f[~miss].iterrows():
         at = ', '.join(str(o) for o in (d.get('run', ''), d['tensor'], d['iterations'] and f"iteration{'s'*(not d['iterations'].isdigit())} {d['iterations']}") if o!='')
         res.append(fill(f"{d['severity']}, {d['rule']}{at and ', '+at}: {d['evidence']}; try: {d['try']}", 110, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False))
