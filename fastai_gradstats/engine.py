@@ -358,10 +358,10 @@ def _exact(x:np.ndarray, # 1-d, the segments one after the other
           )->np.ndarray: # for each max, sum_abs, sum_sq, sum, m2, q, zeros, nonfinite, above
     "Sums in float64, slow and right"
     with np.errstate(all='ignore'):
-        x,n,each = x.astype(np.float64, copy=False),np.diff(at),lambda v, dtype=None: np.add.reduceat(v, at[:-1], dtype=dtype)
+        x,n,each = x.astype(np.float64, copy=False),np.diff(at),lambda v: np.add.reduceat(v, at[:-1], dtype=np.float64)
         a,s = np.abs(x),each(x)
-        counts = (each(o, np.int64) for o in (x==0, ~np.isfinite(x), a>np.repeat(threshold, n)))
-        return np.stack([np.maximum.reduceat(a, at[:-1]), each(a), each(np.square(x)), s, each(np.square(x-np.repeat(s/n, n))), s*s/n, *counts], 1)
+        return np.stack([np.maximum.reduceat(a, at[:-1]), each(a), each(np.square(x)), s, each(np.square(x-np.repeat(s/n, n))), s*s/n,
+                         *map(each, (x==0, ~np.isfinite(x), a>np.repeat(threshold, n)))], 1)
 
 # %% ../nbs/01_engine.ipynb #8f031d96
 def _array(t): return t.resolve_neg().numpy()   # numpy has no lazy minus
@@ -371,9 +371,9 @@ class _Dots:
     def __init__(self, x, w=None):
         n,end = divmod(len(x), CHUNK)
         self.pairs = [(x,x)] if w is None else [(x,w),(w,w),(x,x)]
-        self.out = np.zeros((len(self.pairs),n+1,1,1), np.float32)
-        self.rows = [(o[:n],a[:n*CHUNK].reshape(n,1,CHUNK),b[:n*CHUNK].reshape(n,CHUNK,1)) for o,(a,b) in zip(self.out, self.pairs)]
-        if end: self.out[:,n,0,0] = [np.dot(a[-end:], b[-end:]) for a,b in self.pairs]
+        self.out = np.zeros((len(self.pairs),n+1), np.float32)
+        self.rows = [(o[:n].reshape(n,1,1),a[:n*CHUNK].reshape(n,1,CHUNK),b[:n*CHUNK].reshape(n,CHUNK,1)) for o,(a,b) in zip(self.out, self.pairs)]
+        if end: self.out[:,n] = [np.dot(a[-end:], b[-end:]) for a,b in self.pairs]
 
     def read(self, i, j):
         "Elements from `i`, where a chunk starts, to `j`"
@@ -382,7 +382,7 @@ class _Dots:
             for o,a,b in self.rows: np.matmul(a[s], b[s], out=o[s])
 
     def sums(self)->list: # three, zeros without `w`
-        res = [s if 1e-25<abs(s)<1e37 else _wide_dot(*o) for s,o in zip(np.add.reduce(self.out, (1,2,3), np.float64).tolist(), self.pairs)]
+        res = [s if 1e-25<abs(s)<1e37 else _wide_dot(*o) for s,o in zip(np.add.reduce(self.out, 1, np.float64).tolist(), self.pairs)]
         return (res[::-1]+[0,0])[:3]
 
 def _wide_dot(x, y): return sum(float(np.multiply(x[i:i+BLOCK], y[i:i+BLOCK], dtype=np.float64).sum()) for i in range(0, len(x), BLOCK))
