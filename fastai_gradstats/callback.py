@@ -19,9 +19,10 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientClip
 from fastai.torch_core import rank_distrib
 from .capture import OutputHooks, _child, clean_name, compiled_modules, grad_modules, grad_params, param_grads, pick, silent
-from .engine import Engine, finish, octaves, sums, MAX, SUM_SQ, NONFINITE, W_SQ, DOT
+from .engine import Engine, octaves
 from .files import check_free, need_parquet
 from .record import GradRecord, Rows, Steps, Stream, _param_rows, columns, counts, floats, views
+from .stats import finish, sums, MAX, SUM_SQ, NONFINITE, W_SQ, DOT
 
 # %% ../nbs/04_callback.ipynb #e91db4cf
 def _positive(name, v):
@@ -354,11 +355,11 @@ FORWARD = -1   # key of that number's row
 def _forward(self:GradStatsCallback):
     "What a hook calls in forward"
     st = self._state
-    st.order,st.sums = [],[]
+    st.order,st.sums,witness = [],[],st.engine.witness
     def seen(i, t):
         if not t.is_floating_point(): return
         st.order.append(i)
-        st.sums.append(t.detach().sum(dtype=torch.float32 if t.itemsize<4 else None))
+        st.sums.append(witness(t))
     return seen
 
 @patch
@@ -366,11 +367,12 @@ def _check_forward(self:GradStatsCallback):
     "Place, in order of execution, of the first output that is not finite; their number where all are"
     st = self._state
     if not (sums := st.sums): return
-    if all(s.is_cpu for s in sums) and not st.engine.by_rows:
-        k = next((k for k,s in enumerate(sums) if not math.isfinite(s.item())), None)
+    if not st.engine.by_rows and all(isinstance(s, float) or s.is_cpu for s in sums):
+        k = next((k for k,s in enumerate(sums) if not math.isfinite(s)), None)
         if k is not None: st.engine.value(FORWARD, torch.tensor(k))
     else:
-        bad = ~torch.stack([s.to(sums[0].device) for s in sums]+[sums[0]*torch.nan]).isfinite()
+        t = next(s for s in sums if isinstance(s, Tensor))
+        bad = ~torch.stack([torch.as_tensor(s, device=t.device) for s in (*sums,t*torch.nan)]).isfinite()
         st.engine.value(FORWARD, bad.float().argmax())
 
 # %% ../nbs/04_callback.ipynb #18b06136
@@ -443,7 +445,7 @@ def after_backward(self:GradStatsCallback):
     st = self._state
     if not st.due or st.at is None or st.cancelled: return
     if st.compiled: self._check_compiled()
-    if getattr(st, 'hooks', None) and st.hooks.views: self._check_views()
+    if getattr(st, 'hooks', None) and (st.hooks.views or st.hooks.hidden): self._check_outputs()
 
 def _few(names, idx): return ', '.join(repr(names[i]) for i in idx[:5]) + (' ...' if idx[5:] else '')
 
@@ -458,10 +460,10 @@ def _check_compiled(self:GradStatsCallback):
 
 # %% ../nbs/04_callback.ipynb #1ae00015
 @patch
-def _check_views(self:GradStatsCallback):
+def _check_outputs(self:GradStatsCallback):
     st = self._state
-    missed = _few(st.names, st.hooks.changed())
-    if missed: self._say(f"The output of {missed} is a view that was changed in place afterwards: its gradients are not recorded. Return a copy (`.clone()`) to have them")
+    if missed := _few(st.names, st.hooks.changed()): self._say(f"The output of {missed} is a view that was changed in place afterwards: its gradients are not recorded. Return a copy (`.clone()`) to have them")
+    if missed := _few(st.names, sorted(st.hooks.hidden)): self._say(f"{missed} ran inside a transform of `torch.func` (vmap, grad, ...): the gradients of these outputs are not recorded, those of the parameters are")
 
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch

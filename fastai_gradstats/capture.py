@@ -156,13 +156,14 @@ class OutputHooks:
                  shaped=True # must a gradient have the output's shape, or only its elements?
                 ):
         self.fresh,self.shaped = [_fresh(m) for m in modules],shaped
-        self.f,self.forward,self.live,self.leaves,self.views,self.calls,self.ran = f,forward,True,[],[],[0]*len(modules),set()
+        self.f,self.forward,self.live,self.leaves,self.views,self.calls,self.ran,self.hidden = f,forward,True,[],[],[0]*len(modules),set(),set()
         self.handles = [m.register_forward_hook((_compiled_hook() if id(m) in compiled else _ForwardHook)(self, i)) for i,m in enumerate(modules)]
 
     def start(self):
         "A new iteration: `call` counts from 0 again"
         self.calls,self.views = [0]*len(self.calls),[]
         while self.leaves: self.leaves.pop().remove()
+        self.hidden.clear()   # modules that ran inside a transform of `torch.func`
 
     def changed(self)->list: # indices
         "Modules whose output, a view, was changed in place since: its gradient cannot be had"
@@ -178,10 +179,15 @@ class OutputHooks:
     def __exit__(self, *args): self.remove()
 
 # %% ../nbs/02_capture.ipynb #317fedbd
+_transformed = getattr(getattr(torch._C, '_functorch', None), 'is_functorch_wrapped_tensor', lambda t: False)   # by vmap, grad, jacrev, ... of torch.func
+
 def _seen(self, i, out):
     "Module `i` returned `out`: ask for the gradient of each of its tensors"
     call,me = self.calls[i],ref(self)
     for o,t in tensors(out):
+        if _transformed(t):
+            self.hidden.add(i)
+            continue
         if self.forward: self.forward(i, t if type(t) is Tensor else _detach(t))
         if not t.requires_grad: continue
         self.calls[i] = call+1

@@ -12,31 +12,14 @@ __all__ = ['Engine']
 
 # %% ../nbs/01_engine.ipynb #52b03ed0
 import math, numpy as np, torch
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from itertools import accumulate
 from operator import add
 from struct import Struct
+from warnings import warn
 from torch import Tensor
 from fastcore.basics import patch
-from .stats import statistics
-
-# %% ../nbs/01_engine.ipynb #acb6fb01
-sums = ['max','sum_abs','sum_sq','sum','m2','q','zeros','nonfinite','above','w_sq','dot','scale']
-MAX,SUM_ABS,SUM_SQ,SUM,M2,Q,ZEROS,NONFINITE,ABOVE,W_SQ,DOT,SCALE = range(len(sums))
-
-# %% ../nbs/01_engine.ipynb #58d65a90
-def finish(s:np.ndarray, # (rows, sums) float64
-           numel:np.ndarray # (rows,) elements
-          )->tuple: # floats (5 + extra, rows) float32: max_abs, mean_abs, norm, mean, std, extra; counts (4, rows) uint32: numel, zeros, nonfinite, above
-    "Statistics from sums"
-    scale = np.where(s[:,SCALE]==0, 1, s[:,SCALE])
-    with np.errstate(all='ignore'):
-        n = numel.astype(np.float64)
-        mx = np.where(np.isnan(s[:,SUM_ABS]), np.nan, s[:,MAX])
-        var = np.maximum(s[:,M2] + (s[:,Q]-s[:,SUM]**2/n), 0)/n
-        f = np.stack([mx, s[:,SUM_ABS]/n, np.sqrt(s[:,SUM_SQ]), s[:,SUM]/n, np.sqrt(var)])/scale
-        return (np.concatenate([f, s[:,len(sums):].T]).astype(np.float32),
-                np.stack([n, s[:,ZEROS], s[:,NONFINITE], s[:,ABOVE]]).astype(np.uint32))
+from .stats import finish, statistics, sums, MAX, SUM_ABS, SUM_SQ, SUM, M2, Q, ZEROS, NONFINITE, ABOVE, W_SQ, DOT, SCALE
 
 # %% ../nbs/01_engine.ipynb #5e3f6c57
 def flat(t:Tensor # any strided tensor
@@ -44,7 +27,7 @@ def flat(t:Tensor # any strided tensor
     "A 1-d view in memory order; a copy where the memory has holes or repeats (`expand`)"
     if t.is_contiguous(): return t.view(-1)
     t = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
-    return t.view(-1) if t.is_contiguous() else t.reshape(-1)
+    return t.view(-1) if t.is_contiguous() else t.reshape(-1).contiguous()
 
 # %% ../nbs/01_engine.ipynb #b990fc3a
 W = 1024   # elements in a row
@@ -364,7 +347,8 @@ def _exact(x:np.ndarray, # 1-d, the segments one after the other
                          *map(each, (x==0, ~np.isfinite(x), a>np.repeat(threshold, n)))], 1)
 
 # %% ../nbs/01_engine.ipynb #8f031d96
-def _array(t): return t.resolve_neg().numpy()   # numpy has no lazy minus
+def _plain(t): return t.resolve_neg() if t.is_neg() else t   # numpy has no lazy minus
+def _array(t): return _plain(t).numpy()
 
 class _Dots:
     "Sum x², and with `w` sum w² and sum x·w, of float32 arrays in one dimension, once all was read"
@@ -427,6 +411,18 @@ def _products(x, y, at, out, wanted=True):
         for k in np.flatnonzero(wanted & ~right): s[k] = np.multiply(x[at[k]:at[k+1]], y[at[k]:at[k+1]], dtype=np.float64).sum()
     return np.where(wanted, s, 0)
 
+# %% ../nbs/01_engine.ipynb #8f031da1
+@cache
+def _kernel():
+    "The module; None without numba, or where numba is told not to compile"
+    try: from numba import config
+    except ImportError as e:
+        if e.name!='numba': warn(f"numba is installed, but cannot be imported: gradients on a CPU are read without it ({e})")
+        return
+    if config.DISABLE_JIT: return
+    from fastai_gradstats import kernel
+    return kernel
+
 # %% ../nbs/01_engine.ipynb #48fa2569
 class HostBuffer(_Buffer):
     "Sums on a CPU"
@@ -435,7 +431,7 @@ class HostBuffer(_Buffer):
         self.some_zero,self.takers,self.sources,self.done,self.part = set(),[],set(),[],{}
         self.pool,self.pooled,self.used = [torch.from_numpy(np.zeros(BLOCK, np.float32)) for _ in range(2)],[],0   # small gradients, their weights
         self.arrays,self.limit = [np.zeros(BLOCK, np.float32) for _ in range(2)],_bits(_floor32(self.threshold))
-        self.scratch = torch.from_numpy(self.arrays[0])
+        self.scratch,self.kernel = torch.from_numpy(self.arrays[0]),_kernel()
 
     def zeros(self, n): return np.zeros((n, len(sums)+len(self.extra)))
     def grow(self): self.acc = np.concatenate([self.acc, np.zeros_like(self.acc)])
@@ -451,13 +447,35 @@ def put(self:HostBuffer, key, g, absent=0):
     r,scale = self.row(key, n+absent, absent),1. if self.scale is None else float(self.scale)
     if self.extra: self.extras(r, g)
     if self.scale is not None: self.acc[r,SCALE] = scale
-    if n>SMALL or g.dtype==torch.float64: self.large(r, g, self.threshold*scale, self.scale)
+    if self.compilable(g): self.compiled(r, g, None, self.threshold*scale, self.scale)
+    elif n>SMALL or g.dtype==torch.float64: self.large(r, g, self.threshold*scale, self.scale)
     elif n:
         if self.used+n>BLOCK: self.sum_pool()
         self.pool[0][self.used:self.used+n].copy_(flat(g))
         self.pooled.append((r, n, self.threshold*scale, self.scale, False))
         self.used += n
     return r
+
+# %% ../nbs/01_engine.ipynb #8eb10484
+def _pieces(g, w):
+    "Both as float32 without gaps, in one order; None where there is no `w`"
+    g,w = _plain(g),w if w is None else _plain(w)
+    if not (g.is_contiguous() and (w is None or w.is_contiguous())): g,w = (flat(g),None) if w is None else _same(g, w)
+    if g.dtype is torch.float32 and (w is None or w.dtype is torch.float32): return ((g,w),)
+    g,w = flat(g),w if w is None else flat(w)
+    return ((g[i:i+BLOCK].float(),w if w is None else w[i:i+BLOCK].float()) for i in range(0, len(g), BLOCK))   # small copies
+
+@patch
+def compilable(self:HostBuffer, g):
+    "Has `g` memory of its own (not all subclasses have), and something in it?"
+    return self.kernel and g.dtype is not torch.float64 and g.data_ptr()
+
+@patch
+def compiled(self:HostBuffer, r, g, w=None, threshold=None, scale=None):
+    "Sums of one tensor, and with `w` their products, by the kernel"
+    limit = self.limit if threshold is None else _bits(_floor32(threshold))
+    for x,y in _pieces(g, w): self.kernel.read(x.data_ptr(), (x if y is None else y).data_ptr(), x.numel(), limit, not self.norms_only, y is not None, self.acc, r)
+    if self.octaves: self.octaves.put(r, _array(flat(g)) if g.dtype is torch.float32 else flat(g), scale)
 
 # %% ../nbs/01_engine.ipynb #8eb10488
 @patch
@@ -586,7 +604,7 @@ def sum_pool(self:HostBuffer):
 # %% ../nbs/01_engine.ipynb #dc18e32a
 def _same(g, w):
     "Both in one dimension, in the same order"
-    return (flat(g),flat(w)) if g.stride()==w.stride() else (g.reshape(-1),w.reshape(-1))
+    return (flat(g),flat(w)) if g.stride()==w.stride() else (g.reshape(-1).contiguous(),w.reshape(-1).contiguous())
 
 # %% ../nbs/01_engine.ipynb #dc18e32b
 @patch
@@ -597,7 +615,8 @@ def put_all(self:HostBuffer, keys, gs, ws=None):
     rows = self.rows(keys, ns)
     for i,(r,n,g) in enumerate(zip(rows, ns, gs)):
         if self.extra: self.extras(r, g)
-        if n<=SMALL and g.dtype!=torch.float64: small += [i]*(n>0)
+        if self.compilable(g): self.compiled(r, g, ws and ws[i])
+        elif n<=SMALL and g.dtype!=torch.float64: small += [i]*(n>0)
         elif not ws: self.large(r, g, self.threshold, dots=True)
         else:
             g,w = _same(g, ws[i])
@@ -701,6 +720,15 @@ def close(self:Engine):
     for b in list(self.buffers.values()): b.close(self.iterations)
     self.iterations += 1
     return any(len(b.keys)*2>len(b.acc) for b in self.buffers.values())
+
+@patch
+def witness(self:Engine, t:Tensor # floating point
+           ): # number, or 0-d tensor on its device
+    "What is finite if every element of `t` is"
+    if t.is_cpu and t.dtype is torch.float32 and t.layout is torch.strided and not self.by_rows and t.data_ptr() and (k := _kernel()):
+        if not t.is_contiguous(): t = flat(t.detach())
+        return 0. if k.finite(t.data_ptr(), t.numel()) else math.nan
+    return t.detach().sum(dtype=torch.float32 if t.itemsize<4 else None)
 
 @patch
 def value(self:Engine, key, v:Tensor # 0-d

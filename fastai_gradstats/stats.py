@@ -11,7 +11,7 @@ __all__ = ['statistics', 'measure', 'decade']
 
 # %% ../nbs/00_stats.ipynb #c05b216d
 from functools import cache
-import torch
+import numpy as np, torch
 from torch import Tensor
 
 # %% ../nbs/00_stats.ipynb #12afa69a
@@ -71,6 +71,24 @@ def measure(g:Tensor, # a gradient
            )->dict: # statistic name -> Python number
     "All statistics of one tensor. Reads each from the device: for looking and testing, not for a training step"
     return {k: (f(g, threshold) if k=='above' else f(g)).item() for k,f in statistics.items()}
+
+# %% ../nbs/00_stats.ipynb #acb6fb01
+sums = ['max','sum_abs','sum_sq','sum','m2','q','zeros','nonfinite','above','w_sq','dot','scale']
+MAX,SUM_ABS,SUM_SQ,SUM,M2,Q,ZEROS,NONFINITE,ABOVE,W_SQ,DOT,SCALE = range(len(sums))
+
+# %% ../nbs/00_stats.ipynb #58d65a90
+def finish(s:np.ndarray, # (rows, sums) float64
+           numel:np.ndarray # (rows,) elements
+          )->tuple: # floats (5 + extra, rows) float32: max_abs, mean_abs, norm, mean, std, extra; counts (4, rows) uint32: numel, zeros, nonfinite, above
+    "Statistics from sums"
+    scale = np.where(s[:,SCALE]==0, 1, s[:,SCALE])
+    with np.errstate(all='ignore'):
+        n = numel.astype(np.float64)
+        mx = np.where(np.isnan(s[:,SUM_ABS]), np.nan, s[:,MAX])
+        var = np.maximum(s[:,M2] + (s[:,Q]-s[:,SUM]**2/n), 0)/n
+        f = np.stack([mx, s[:,SUM_ABS]/n, np.sqrt(s[:,SUM_SQ]), s[:,SUM]/n, np.sqrt(var)])/scale
+        return (np.concatenate([f, s[:,len(sums):].T]).astype(np.float32),
+                np.stack([n, s[:,ZEROS], s[:,NONFINITE], s[:,ABOVE]]).astype(np.uint32))
 
 # %% ../nbs/00_stats.ipynb #3ce9b516
 @cache

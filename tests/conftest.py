@@ -30,3 +30,8 @@ def checkout(dest):
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
+
+@pytest.fixture
+def by_rows(request):
+    from oracles import by
+    with by(request.param) as res: yield res

@@ -1,11 +1,14 @@
 "Other routes to the numbers: autograd for outputs, copies of `p.grad` for parameters, numpy in float64 for statistics."
 import dataclasses
 import numpy as np,torch
+from contextlib import contextmanager
 from copy import copy,deepcopy
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
+from unittest.mock import patch as mock
 from fastai_gradstats import GradStatsCallback
+from fastai_gradstats import engine
 from fastai_gradstats.engine import Engine
 
 def fit(learn, n=1, **kwargs):
@@ -34,6 +37,11 @@ class Spy(Callback):
 class ByRows(GradStatsCallback):
     "With the engine that a GPU would use"
     def _engine(self): return Engine(self.threshold, self.extra, by_rows=True)
+
+@contextmanager
+def by(path):
+    "One of the engine's three ways to read: 'kernel', 'blocks' (without numba) or 'rows' (as on a GPU); gives `Engine`'s argument"
+    with mock.object(engine, '_kernel', (lambda: None) if path=='blocks' else engine._kernel): yield True if path=='rows' else None
 
 class Seed(Callback):
     "The same dropout in both routes"

@@ -4,7 +4,8 @@ import numpy as np,pytest,torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai_gradstats import GradNormCallback,GradStatsCallback,digits_learner
-from fastai_gradstats.engine import DROP,SAMPLE,SUM_SQ,Engine,octaves
+from fastai_gradstats.engine import DROP,SAMPLE,Engine,octaves
+from fastai_gradstats.stats import SUM_SQ
 from fastai_gradstats.record import GradRecord,Rows,counts,floats
 from oracles import Spy,fit
 
@@ -25,7 +26,7 @@ def want(g):
     o,c = np.unique(np.maximum(np.frexp(x)[1]-1, -127), return_counts=True)
     return dict(zip(o.tolist(), c.tolist()))
 
-@pytest.mark.parametrize('by_rows', (None, True))
+@pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows'), indirect=True)
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float16, torch.bfloat16, torch.float64))
 @pytest.mark.parametrize('n', (1, 5, SAMPLE, SAMPLE+1, 300_000))
 def test_all_elements(n, dtype, by_rows):

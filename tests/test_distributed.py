@@ -13,7 +13,8 @@ from torch.distributed.tensor import Replicate,Shard,distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastai_gradstats import GradNormCallback,GradStatsCallback
-from fastai_gradstats.engine import DOT,W_SQ,Engine,finish
+from fastai_gradstats.engine import Engine
+from fastai_gradstats.stats import DOT,W_SQ,finish
 from fastai_gradstats.stats import measure
 from oracles import Spy,fit,output_grads
 

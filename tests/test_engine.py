@@ -4,10 +4,11 @@ import numpy as np,pytest,torch
 from torch import tensor
 
 from fastai_gradstats import engine
-from fastai_gradstats.engine import ABOVE,BLOCK,CHUNK,DOT,MAX,NONFINITE,SMALL,SUM_SQ,W_SQ,Engine,finish,octaves
+from fastai_gradstats.engine import BLOCK,CHUNK,SMALL,Engine,octaves
+from fastai_gradstats.stats import ABOVE,DOT,MAX,NONFINITE,SUM_SQ,W_SQ,finish
 from oracles import compare,np64
 
-paths = pytest.mark.parametrize('by_rows', (None, True))
+paths = pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows'), indirect=True)
 cpu = torch.device('cpu')
 
 def stats(e):
@@ -178,9 +179,10 @@ def test_sparse_norms(n, by_rows):
     e.put_all([0,1], [g.to_sparse(), g.to_sparse()*1e30], [g, g])
     np.testing.assert_allclose(stats(e)[2], [np.linalg.norm(np64(g)), 1e30*np.linalg.norm(np64(g))], rtol=2e-5)
 
+@paths
 @pytest.mark.parametrize('hist', (False, True))
 @pytest.mark.parametrize('n', (9, SMALL+1))
-def test_default_dtype_and_device(n, hist):
+def test_default_dtype_and_device(n, hist, by_rows):
     "The user's defaults are for the user's tensors"
     x = torch.linspace(-3, 3, n, dtype=torch.float32)
     try:
@@ -202,9 +204,10 @@ def test_double_far_from_zero(mean):
     e.put(0, x)
     np.testing.assert_allclose(stats(e)[4,0], np64(x).std(), rtol=1e-6)
 
+@paths
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float16, torch.float64))
-def test_infinities_in_two_blocks(dtype):
-    e,x = Engine(),torch.ones(BLOCK+5, dtype=dtype)
+def test_infinities_in_two_blocks(dtype, by_rows):
+    e,x = Engine(by_rows=by_rows),torch.ones(BLOCK+5, dtype=dtype)
     x[0],x[-1] = math.inf,-math.inf
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -244,15 +247,17 @@ def test_sparse_products(by_rows):
     e.close()
     np.testing.assert_allclose(e.fetch()[3][:,DOT], [np64(g)@np64(g)[::-1], 9*2*float(np.float32(1e38))**2], rtol=1e-12)
 
-def test_take_what_was_taken():
-    a,b,c = (Engine() for _ in range(3))
+@paths
+def test_take_what_was_taken(by_rows):
+    a,b,c = (Engine(by_rows=by_rows) for _ in range(3))
     a.put_all([0], [torch.full((9,), 4.)])
     b.take(a, {}, {0:1})
     c.take(b, {}, {1:2})
     assert stats(c)[0].tolist()==[4]
 
+@pytest.mark.parametrize('by_rows', ('blocks',), indirect=True)
 @pytest.mark.parametrize('f', ('_segments', '_products'))
-def test_interrupt(f, monkeypatch):
+def test_interrupt(f, by_rows, monkeypatch):
     "One that comes while the pool is summed loses nothing"
     e,gs = Engine(),[torch.full((100,), 2.), torch.full((7,), 3.)]
     e.put_all([0,1], gs, gs)

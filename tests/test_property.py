@@ -7,7 +7,7 @@ from hypothesis import HealthCheck,given,settings,strategies as st
 from torch import nn
 
 from fastai_gradstats import GradNormCallback,GradStatsCallback
-from oracles import ByRows,Spy,TrainOnly,Twin,check_outputs,check_params,check_rows,compare,fit,loaders,owners
+from oracles import ByRows,Spy,TrainOnly,Twin,by,check_outputs,check_params,check_rows,compare,fit,loaders,owners
 
 del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's, which fastai exports and pytest would collect
 
@@ -86,7 +86,7 @@ layer = st.tuples(st.sampled_from(sorted(kinds)), st.sampled_from(['free','free'
 dtypes = dict(float32=torch.float32, float64=torch.float64, bfloat16=torch.bfloat16)
 
 runs = dict(layers=st.lists(layer, min_size=1, max_size=6), dtype=st.sampled_from([*dtypes]), loss=st.sampled_from(['ce','sum','mse','large']), bs=st.integers(2,5), n=st.integers(1,5), acc=st.sampled_from([1,1,2,3]),
-            every=st.sampled_from([1,1,2]), threshold=st.sampled_from([1., .01, 0.]), epochs=st.integers(1,2), rows=st.booleans(), clip=st.booleans(), seed=st.integers(0,9), opt=st.sampled_from([SGD,Adam]))
+            every=st.sampled_from([1,1,2]), threshold=st.sampled_from([1., .01, 0.]), epochs=st.integers(1,2), path=st.sampled_from(['kernel','blocks','rows']), clip=st.booleans(), seed=st.integers(0,9), opt=st.sampled_from([SGD,Adam]))
 bounded = partial(settings, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 @bounded(max_examples=60)
@@ -98,7 +98,7 @@ def test_random_networks(**kw): run(**kw)
 @given(**runs)
 def test_many_random_networks(**kw): run(**kw)
 
-def run(layers, dtype, loss, bs, n, acc, every, threshold, epochs, rows, clip, seed, opt):
+def run(layers, dtype, loss, bs, n, acc, every, threshold, epochs, path, clip, seed, opt):
     torch.manual_seed(seed)
     ms = [kinds[k]() for k,_ in layers]
     for m,(_,how) in zip(ms, layers):
@@ -106,12 +106,12 @@ def run(layers, dtype, loss, bs, n, acc, every, threshold, epochs, rows, clip, s
             if how=='frozen' or how=='half' and i%2: p.requires_grad_(False)
     net = Net(ms).to(dtypes[dtype])
     x,y = torch.randn(bs*n,C,T).to(dtypes[dtype]),torch.randint(2, (bs*n,))
-    cb,norm,spy = (ByRows if rows else GradStatsCallback)(every=every, threshold=threshold),GradNormCallback(),Spy()
+    cb,norm,spy = (ByRows if path=='rows' else GradStatsCallback)(every=every, threshold=threshold),GradNormCallback(),Spy()
     twin = Twin(loss=lambda l,m: losses(loss)(m(*l.xb), *l.yb)/acc)   # as GradientAccumulation divides it
     cbs = [cb,norm,spy,twin,TrainOnly()]
     if acc>1: cbs.append(GradientAccumulation(acc*bs))
     if clip: cbs.append(GradientClip(.1))
-    fit(Learner(loaders(x, y, bs), net, loss_func=losses(loss), opt_func=opt, lr=1e-3, cbs=cbs), epochs)
+    with by(path): fit(Learner(loaders(x, y, bs), net, loss_func=losses(loss), opt_func=opt, lr=1e-3, cbs=cbs), epochs)
     verify(cb.df, norm, spy, twin, owners(net), every, threshold, acc, n*epochs)
 
 def verify(df, norm, spy, twin, names, every, threshold, acc, its):
