@@ -15,6 +15,7 @@ import math, numpy as np, torch
 from functools import cache, lru_cache, partial
 from itertools import accumulate
 from operator import add
+from random import Random
 from struct import Struct
 from warnings import warn
 from torch import Tensor
@@ -81,13 +82,19 @@ def _stride(n):
 class _Octaves:
     "Elements per octave of |g|, for the rows of a buffer"
     def __init__(self, device, every):
-        self.every,self.rng,self.waiting,self.used = every,np.random.default_rng(0),[],0   # its own generator: training draws from others
+        self.every,self.rng,self.waiting,self.used = every,Random(0),[],0   # its own generator: training draws from others
         self.scratch,self.acc = torch.zeros(64*SAMPLE, dtype=torch.float32, device=device),torch.zeros(2**10, 256, dtype=torch.int32, device=device)
+        self.counts = self.acc.numpy() if self.acc.is_cpu else None   # the same memory
+
+    def sample(self, n):
+        "Where to start among `n` elements, and in which steps to go on"
+        s = 1 if self.every else _stride(n)
+        return int(self.rng.random()*s),s
 
     def put(self, r, x, scale=None):
         "Copy a sample of `x`, the gradient of row `r` in one dimension"
-        stride,size = 1 if self.every else _stride(len(x)),len(self.scratch)
-        x = x[int(self.rng.random()*stride)::stride]
+        (start,stride),size = self.sample(len(x)),len(self.scratch)
+        x = x[start::stride]
         for i in range(0, len(x), size):
             o = x[i:i+size]
             if self.used+len(o)>size: self.reduce()
@@ -113,7 +120,9 @@ def octaves(h:np.ndarray # (rows, 256) counts by exponent bits
 # %% ../nbs/01_engine.ipynb #41570005
 @patch
 def reach(self:_Octaves, n):
-    while n>len(self.acc): self.acc = torch.cat([self.acc, torch.zeros_like(self.acc)])
+    while n>len(self.acc):
+        self.acc = torch.cat([self.acc, torch.zeros_like(self.acc)])
+        if self.acc.is_cpu: self.counts = self.acc.numpy()
 
 @patch
 def reduce(self:_Octaves):
@@ -474,8 +483,12 @@ def compilable(self:HostBuffer, g):
 def compiled(self:HostBuffer, r, g, w=None, threshold=None, scale=None):
     "Sums of one tensor, and with `w` their products, by the kernel"
     limit = self.limit if threshold is None else _bits(_floor32(threshold))
-    for x,y in _pieces(g, w): self.kernel.read(x.data_ptr(), (x if y is None else y).data_ptr(), x.numel(), limit, not self.norms_only, y is not None, self.acc, r)
-    if self.octaves: self.octaves.put(r, _array(flat(g)) if g.dtype is torch.float32 else flat(g), scale)
+    for x,y in _pieces(g, w):
+        at,n = x.data_ptr(),x.numel()
+        self.kernel.read(at, at if y is None else y.data_ptr(), n, limit, not self.norms_only, y is not None, self.acc, r)
+        if o := self.octaves:
+            o.reach(r+1)
+            self.kernel.octaves(at, n, *o.sample(n), 1. if scale is None else float(scale), o.counts, r)
 
 # %% ../nbs/01_engine.ipynb #8eb10488
 @patch

@@ -161,5 +161,18 @@ def _finite(at, n):
     return larger(floats(at, n).view(i32), i32(INF-1))==0
 
 # %% ../nbs/00a_kernel.ipynb #248ea8b3
-try: read,finite = (jit(f, cache=True) for f in (_read,_finite))
-except RuntimeError: read,finite = jit(_read),jit(_finite)
+def _octaves(at, n, # as in `_read`
+             start, step, # of the elements that are counted
+             scale, # that the gradient is divided by
+             acc, r # (rows, 256), and the row that is added to
+            ):
+    "Count elements per octave"
+    x,row,scale = floats(at, n),acc[r],f32(scale)
+    for i in range(start, n, step):
+        b = magnitude(f32(x[i]/scale).view(i32))
+        row[b>>23 if b else 255] += step
+
+# %% ../nbs/00a_kernel.ipynb #817b22de
+entries = _read,_finite,_octaves
+try: read,finite,octaves = (jit(f, cache=True) for f in entries)
+except RuntimeError: read,finite,octaves = map(jit, entries)
