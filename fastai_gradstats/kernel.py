@@ -74,7 +74,7 @@ def wide_sums(x):
         s += v
     return sum_abs,sum_sq,s
 
-# %% ../nbs/00a_kernel.ipynb #67a18c13
+# %% ../nbs/00a_kernel.ipynb #9eb91e8d
 @jit
 def spread(x, sum_sq, s):
     "Sum (x-mean)^2, and (sum x)^2/n"
@@ -89,7 +89,7 @@ def spread(x, sum_sq, s):
         rest += d
     return m2-rest*rest/n,q
 
-# %% ../nbs/00a_kernel.ipynb #ecc5b4de
+# %% ../nbs/00a_kernel.ipynb #8bed4e25
 @jit
 def fits(s, x):
     "Is `s`, a float32 sum of squares of a chunk `x`, right?"
@@ -118,7 +118,7 @@ def wide_products(x, w):
         dot += v*u
     return sum_sq,w_sq,dot
 
-# %% ../nbs/00a_kernel.ipynb #4b81b8b4
+# %% ../nbs/00a_kernel.ipynb #acacad20
 @intrinsic
 def pointer(typing, address):
     "A number as a pointer to float32"
@@ -128,7 +128,7 @@ def pointer(typing, address):
 @jit
 def floats(address, n): return carray(pointer(address), (n,))
 
-# %% ../nbs/00a_kernel.ipynb #61a19c92
+# %% ../nbs/00a_kernel.ipynb #cbe4b7c5
 def _read(at, # address of the gradient
           w, # address of the weights, or `at` again
           n, # elements, at least one
@@ -155,12 +155,12 @@ def _read(at, # address of the gradient
     elif not math.isfinite(out[SUM_SQ]): out[NONFINITE] = larger(x.view(i32), i32(INF-1))
     row += out
 
-# %% ../nbs/00a_kernel.ipynb #fff45775
+# %% ../nbs/00a_kernel.ipynb #817b22de
 def _finite(at, n):
     "Is every element finite?"
     return larger(floats(at, n).view(i32), i32(INF-1))==0
 
-# %% ../nbs/00a_kernel.ipynb #248ea8b3
+# %% ../nbs/00a_kernel.ipynb #04c74b3d
 def _octaves(at, n, # as in `_read`
              start, step, # of the elements that are counted
              scale, # that the gradient is divided by
@@ -172,7 +172,7 @@ def _octaves(at, n, # as in `_read`
         b = magnitude(f32(x[i]/scale).view(i32))
         row[b>>23 if b else 255] += step
 
-# %% ../nbs/00a_kernel.ipynb #817b22de
+# %% ../nbs/00a_kernel.ipynb #1abdf242
 entries = _read,_finite,_octaves
 try: read,finite,octaves = (jit(f, cache=True) for f in entries)
 except RuntimeError: read,finite,octaves = map(jit, entries)
