@@ -12,9 +12,9 @@ def machine():
     "Where and with what this was measured"
     try: cpu = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
     except (OSError, StopIteration): cpu = platform.processor() or platform.machine()
-    import fastai,torchvision,fastai_gradstats
+    import fastai,numba,torchvision,fastai_gradstats
     return pd.DataFrame(dict(date=date.today().isoformat(), cpu=cpu, cores=os.cpu_count(), l3_mb=counts.l3()/2**20, load=round(os.getloadavg()[0], 1), system=platform.system(), python=platform.python_version(),
-        torch=torch.__version__, torchvision=torchvision.__version__, fastai=fastai.__version__, fastai_gradstats=fastai_gradstats.__version__).items(), columns=['what','value'])
+        torch=torch.__version__, torchvision=torchvision.__version__, numba=numba.__version__, fastai=fastai.__version__, fastai_gradstats=fastai_gradstats.__version__).items(), columns=['what','value'])
 
 def tables(quick):
     "name -> title, function that measures it"

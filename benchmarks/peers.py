@@ -62,13 +62,19 @@ class GradVizHook(Callback):
 
 def both(**kwargs): return [GradStatsCallback(**kwargs), GradNormCallback(**{k:v for k,v in kwargs.items() if k=='every'})]
 
+def plain(cbs):
+    "As without numba"
+    for c in cbs: c._state.engine.buffer(torch.device('cpu')).kernel = None
+    return cbs
+
 ours = {
     'norm':            lambda: [GradNormCallback()],
     'param':           lambda: [GradStatsCallback(kind='param')],
     'output':          lambda: [GradStatsCallback(kind='output')],
     'both':            both,
     'both, every=10':  partial(both, every=10),
-    'both, hist':      partial(both, hist=True)}
+    'both, hist':      partial(both, hist=True),
+    'both, no numba':  lambda: plain(both())}
 others = {
     'ActivationStats': lambda: [ActivationStats()],
     "thread's hook":   lambda: [ThreadHook()],

@@ -50,7 +50,7 @@ def _unscaled(learn):
 class _State(SimpleNamespace):
     "Counters over the callback's life, and the buffer of what is not yet in the record"
     def __init__(self, engine=None):
-        super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], order=[], sums=[], new_fit=False,
+        super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], order=[], witnesses=[], new_fit=False,
                          live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False, said=None, compiled=(), look=False, stream=None)
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
@@ -355,24 +355,24 @@ FORWARD = -1   # key of that number's row
 def _forward(self:GradStatsCallback):
     "What a hook calls in forward"
     st = self._state
-    st.order,st.sums,witness = [],[],st.engine.witness
+    st.order,st.witnesses,witness = [],[],st.engine.witness
     def seen(i, t):
         if not t.is_floating_point(): return
         st.order.append(i)
-        st.sums.append(witness(t))
+        st.witnesses.append(witness(t))
     return seen
 
 @patch
 def _check_forward(self:GradStatsCallback):
     "Place, in order of execution, of the first output that is not finite; their number where all are"
     st = self._state
-    if not (sums := st.sums): return
-    if not st.engine.by_rows and all(isinstance(s, float) or s.is_cpu for s in sums):
-        k = next((k for k,s in enumerate(sums) if not math.isfinite(s)), None)
+    if not (ws := st.witnesses): return
+    if not st.engine.by_rows and all(isinstance(w, float) or w.is_cpu for w in ws):
+        k = next((k for k,w in enumerate(ws) if not math.isfinite(w)), None)
         if k is not None: st.engine.value(FORWARD, torch.tensor(k))
     else:
-        t = next(s for s in sums if isinstance(s, Tensor))
-        bad = ~torch.stack([torch.as_tensor(s, device=t.device) for s in (*sums,t*torch.nan)]).isfinite()
+        t = next(w for w in ws if isinstance(w, Tensor))
+        bad = ~torch.stack([torch.as_tensor(w, device=t.device) for w in (*ws,t*torch.nan)]).isfinite()
         st.engine.value(FORWARD, bad.float().argmax())
 
 # %% ../nbs/04_callback.ipynb #18b06136
@@ -394,7 +394,7 @@ def _begin(self:GradStatsCallback, it):
     st.due = it%self.every==0
     st.hooks.live = st.due
     st.hooks.start()
-    st.order,st.sums = [],[]
+    st.order,st.witnesses = [],[]
 
 @patch
 def before_backward(self:GradStatsCallback):
@@ -492,7 +492,7 @@ def _put(self:GradStatsCallback, at):
     if not st.engine.since(st.done): return
     full = st.engine.close()
     st.its.append((at,st.order))   # from here on it counts, whatever interrupts
-    st.order,st.sums,st.done,st.read = [],[],st.engine.mark(),None
+    st.order,st.witnesses,st.done,st.read = [],[],st.engine.mark(),None
     self._full(full)
 
 # %% ../nbs/04_callback.ipynb #54671b34

@@ -86,11 +86,6 @@ class _Octaves:
         self.scratch,self.acc = torch.zeros(64*SAMPLE, dtype=torch.float32, device=device),torch.zeros(2**10, 256, dtype=torch.int32, device=device)
         self.counts = self.acc.numpy() if self.acc.is_cpu else None   # the same memory
 
-    def sample(self, n):
-        "Where to start among `n` elements, and in which steps to go on"
-        s = 1 if self.every else _stride(n)
-        return int(self.rng.random()*s),s
-
     def put(self, r, x, scale=None):
         "Copy a sample of `x`, the gradient of row `r` in one dimension"
         (start,stride),size = self.sample(len(x)),len(self.scratch)
@@ -118,6 +113,12 @@ def octaves(h:np.ndarray # (rows, 256) counts by exponent bits
     return np.bincount(r, minlength=len(h)),(e-127).astype(np.int8),h[r,e]
 
 # %% ../nbs/01_engine.ipynb #41570005
+@patch
+def sample(self:_Octaves, n):
+    "Where to start among `n` elements, and in which steps to go on"
+    s = 1 if self.every else _stride(n)
+    return int(self.rng.random()*s),s
+
 @patch
 def reach(self:_Octaves, n):
     while n>len(self.acc):
@@ -149,6 +150,7 @@ def cut(self:_Octaves, a, n, to=None):
 # %% ../nbs/01_engine.ipynb #417bc14a
 class _Buffer:
     "What both kinds of buffer share: a row of sums per tensor, its key and size, and marks where an iteration ended"
+    kernel = None
     def __init__(self, device, threshold, extra, norms_only=False, hist=False, rows=2**13):
         self.device,self.threshold,self.extra,self.norms_only = device,threshold,extra,norms_only
         self.octaves = _Octaves(device, hist=='all') if hist else None
@@ -426,7 +428,7 @@ def _kernel():
     "The module; None without numba, or where numba is told not to compile"
     try: from numba import config
     except ImportError as e:
-        if e.name!='numba': warn(f"numba is installed, but cannot be imported: gradients on a CPU are read without it ({e})")
+        if not (isinstance(e, ModuleNotFoundError) and e.name=='numba'): warn(f"numba is installed, but cannot be imported: gradients on a CPU are read without it ({e})")
         return
     if config.DISABLE_JIT: return
     from fastai_gradstats import kernel
@@ -738,7 +740,8 @@ def close(self:Engine):
 def witness(self:Engine, t:Tensor # floating point
            ): # number, or 0-d tensor on its device
     "What is finite if every element of `t` is"
-    if t.is_cpu and t.dtype is torch.float32 and t.layout is torch.strided and not self.by_rows and t.data_ptr() and (k := _kernel()):
+    k = (self.buffers.get(t.device) or self.buffer(t.device)).kernel
+    if k and t.dtype is torch.float32 and t.layout is torch.strided and t.data_ptr():
         if not t.is_contiguous(): t = flat(t.detach())
         return 0. if k.finite(t.data_ptr(), t.numel()) else math.nan
     return t.detach().sum(dtype=torch.float32 if t.itemsize<4 else None)

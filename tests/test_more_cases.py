@@ -161,3 +161,20 @@ def test_plots_of_extremes():
 class NoStep(Learner):
     "Weights stay as they are, whatever their gradients"
     def _step(self): pass
+
+class Mapped(nn.Module):
+    "Runs one module inside a transform of `torch.func`"
+    def __init__(self, how): super().__init__(); self.l,self.head,self.how = nn.Linear(6,6),nn.Linear(6,3),how
+    def forward(self, x): return self.head(self.how(self.l, x))
+
+@pytest.mark.parametrize('how', (lambda l,x: torch.func.vmap(l)(x), lambda l,x: torch.func.vmap(torch.func.jacrev(l))(x).sum(1), lambda l,x: l(x)+torch.func.grad(lambda x: l(x).square().sum())(x)), ids=('vmap','jacrev','penalty'))
+def test_inside_torch_func(how):
+    "Its output is the transform's; parameters, norms and other modules are as ever, and it is said once"
+    cbs,spy,x,y = both(),Spy(),torch.randn(8,6),torch.randint(3, (8,))
+    learn = Learner(loaders(x, y, 4), Mapped(how), loss_func=F.cross_entropy, cbs=[*cbs,spy,TrainOnly()])
+    with pytest.warns(UserWarning, match="'l' ran inside a transform") as w: fit(learn)
+    assert sum('transform' in str(o.message) for o in w)==1
+    df = learn.grad_stats.df
+    check_params(df, spy, learn.grad_norm.norms)
+    out = df[df['kind']=='output']
+    assert {'head'}<=set(out['name'])<={'l','head'} and (out['call']==0).all()

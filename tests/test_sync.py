@@ -77,12 +77,13 @@ def test_no_machine_paths():
 # --- the shape of the package: what each module may import beside the standard library
 
 TABLE = dict(
-    stats     = 'torch',
-    engine    = 'torch numpy fastcore .stats',
+    stats     = 'torch numpy',
+    kernel    = 'numpy numba .stats',
+    engine    = 'torch numpy numba fastcore .stats .kernel',
     capture   = 'torch',
     files     = 'numpy pandas fastcore pyarrow',
     record    = 'numpy pandas fastcore pyarrow .files',
-    callback  = 'fastai torch fastcore numpy pandas .capture .engine .files .record',
+    callback  = 'fastai torch fastcore numpy pandas .capture .engine .files .record .stats',
     plot      = 'numpy pandas matplotlib fastcore .record',
     diagnosis = 'numpy pandas fastcore .record',
     report    = 'numpy pandas matplotlib fastcore .record .plot .diagnosis',

@@ -1,0 +1,116 @@
+"The compiled read: where it is used, where not, and that nobody notices which."
+import os,subprocess,sys
+import pytest,torch
+from fastai.basics import *
+
+from conftest import ROOT
+from fastai_gradstats import engine
+
+del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's, which fastai exports and pytest would collect
+
+train = """
+import sys,torch
+from fastai.basics import *
+from fastai_gradstats import GradNormCallback,GradStatsCallback,engine
+def learner():
+    set_seed(0)
+    x,y = torch.randn(40,6),torch.randint(3, (40,))
+    ds = L(zip(x,y))
+    cbs = [GradStatsCallback(hist=True), GradNormCallback()]
+    return Learner(DataLoaders(DataLoader(ds, bs=8), DataLoader(ds[:8], bs=8)), nn.Sequential(nn.Linear(6,300), nn.ReLU(), nn.Linear(300,3)), loss_func=nn.CrossEntropyLoss(), cbs=cbs)
+def run():
+    learn = learner()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    return learn
+"""
+
+def child(code, **env):
+    "What a new process prints"
+    res = subprocess.run([sys.executable, '-W', 'always', '-c', train+code], capture_output=True, text=True, cwd=ROOT, env=os.environ|env)
+    assert res.returncode==0, res.stderr
+    return res.stdout,res.stderr
+
+norms = "\nprint(*(f'{v:.5g}' for v in run().grad_norm.norms), engine._kernel() is not None)"
+
+@pytest.fixture(scope='module')
+def want():
+    out,_ = child(norms)
+    assert out.endswith('True\n')
+    return out
+
+@pytest.mark.parametrize('code,env,said', (("sys.modules['numba'] = None", {}, False),
+                                           ("sys.modules['numba'] = type(sys)('numba')", {}, True),
+                                           ("", dict(NUMBA_DISABLE_JIT='1'), False)), ids=('missing', 'broken', 'off'))
+def test_without(code, env, said, want):
+    "Training goes on, with the same numbers; a numba that is there and cannot be used is worth a warning"
+    out,err = child(code+norms, **env)
+    assert out==want.replace('True', 'False') and ('numba is installed, but cannot be imported' in err)==said
+
+def test_nowhere_to_cache(want):
+    "Compiled code that cannot be kept is compiled again"
+    assert child(norms, NUMBA_CACHE_LOCATOR_CLASSES='ZipCacheLocator')[0]==want
+
+def test_threads():
+    "torch keeps its threads, and numba starts none"
+    out,_ = child("""
+import threading
+torch.set_num_threads(2)
+n = threading.active_count()
+run()
+import numba.np.ufunc.parallel as p
+print(torch.get_num_threads(), threading.active_count()-n, p._is_initialized, engine._kernel() is not None)""")
+    assert out=='2 0 False True\n'
+
+def test_not_before_it_is_needed():
+    "Neither the package nor a gradient elsewhere loads numba"
+    assert child("""
+e = engine.Engine()
+for dev in ('meta', 'cpu'):
+    print('numba' in sys.modules)
+    with torch.no_grad(): e.put(0, torch.empty(3, device=dev))
+print('numba' in sys.modules)""")[0].split()==['False','False','True']
+
+def test_interrupted_while_it_compiles():
+    "The next fit compiles"
+    assert child("""
+from numba.core.dispatcher import _FunctionCompiler
+whole = _FunctionCompiler._compile_core
+def stop(*args):
+    _FunctionCompiler._compile_core = whole
+    raise KeyboardInterrupt
+_FunctionCompiler._compile_core = stop
+learn = learner()
+with learn.no_bar(), learn.no_logging():
+    try: learn.fit(1)
+    except KeyboardInterrupt: print('stopped')
+    learn.fit(1)
+print(len(learn.grad_norm.norms))""", NUMBA_CACHE_LOCATOR_CLASSES='ZipCacheLocator')[0]=='stopped\n5\n'
+
+class Wrapped(torch.Tensor):
+    "A tensor around another one, without memory of its own"
+    @staticmethod
+    def __new__(cls, t): return torch.Tensor._make_wrapper_subclass(cls, t.shape, dtype=t.dtype, device=t.device, requires_grad=t.requires_grad)
+    def __init__(self, t): self.t = t
+    @classmethod
+    def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
+        def inner(o): return o.t if isinstance(o, Wrapped) else o
+        res = f(*map(inner, args), **{k:inner(v) for k,v in (kwargs or {}).items()})
+        return Wrapped(res) if isinstance(res, Tensor) and f._schema.name!='aten::copy_' else res
+
+def test_no_memory_of_its_own():
+    e,x = engine.Engine(),torch.linspace(-3, 2, 99)
+    assert Wrapped(x).data_ptr()==0
+    with torch.no_grad():
+        e.put(0, Wrapped(x))
+        assert e.witness(Wrapped(x)).isfinite()
+    e.close()
+    assert e.fetch()[3][0,0]==3
+
+@pytest.mark.parametrize('v', (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.bfloat16))
+def test_witness(v, dtype):
+    "Finite or not, not the sum"
+    e,x = engine.Engine(),torch.full((3000,4), 3e38).to(dtype).t()
+    assert math.isfinite(e.witness(x)) or dtype is torch.bfloat16   # whose sum is one of float32
+    x[2,1999] = v
+    assert not math.isfinite(e.witness(x)) and not math.isfinite(e.witness(x[:,1999:]))
