@@ -62,8 +62,8 @@ class GradVizHook(Callback):
 
 def both(**kwargs): return [GradStatsCallback(**kwargs), GradNormCallback(**{k:v for k,v in kwargs.items() if k=='every'})]
 
-def plain(cbs):
-    "As without numba"
+def without_numba(cbs):
+    "The same callbacks, as where numba is not installed"
     for c in cbs: c._state.engine.buffer(torch.device('cpu')).kernel = None
     return cbs
 
@@ -74,7 +74,7 @@ ours = {
     'both':            both,
     'both, every=10':  partial(both, every=10),
     'both, hist':      partial(both, hist=True),
-    'both, no numba':  lambda: plain(both())}
+    'both, no numba':  lambda: without_numba(both())}
 others = {
     'ActivationStats': lambda: [ActivationStats()],
     "thread's hook":   lambda: [ThreadHook()],

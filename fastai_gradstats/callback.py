@@ -461,9 +461,10 @@ def _check_compiled(self:GradStatsCallback):
 # %% ../nbs/04_callback.ipynb #1ae00015
 @patch
 def _check_outputs(self:GradStatsCallback):
+    "Warn once of those whose gradient cannot be had"
     st = self._state
     if missed := _few(st.names, st.hooks.changed()): self._say(f"The output of {missed} is a view that was changed in place afterwards: its gradients are not recorded. Return a copy (`.clone()`) to have them")
-    if missed := _few(st.names, sorted(st.hooks.hidden)): self._say(f"{missed} ran inside a transform of `torch.func` (vmap, grad, ...): the gradients of these outputs are not recorded, those of the parameters are")
+    if missed := _few(st.names, sorted(st.hooks.hidden)): self._say(f"{missed} ran inside a transform of `torch.func` (vmap, grad, ...): gradients of outputs are not recorded there, those of the parameters are")
 
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch

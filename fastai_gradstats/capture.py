@@ -104,7 +104,7 @@ class _ForwardHook:
     def __init__(self, hooks, i): self.hooks,self.i = ref(hooks),i
     def __call__(self, m, inp, out):
         hooks = self.hooks()
-        if hooks is not None and hooks.live and torch.is_grad_enabled(): hooks._seen(self.i, out)
+        if hooks is not None and hooks.live and torch.is_grad_enabled() and not torch.jit.is_tracing(): hooks._seen(self.i, out)
     def __reduce_ex__(self, _): return getattr, (nullcontext(), '__exit__')  # takes three arguments, returns None
 
 # %% ../nbs/02_capture.ipynb #ab74e8f5
@@ -156,14 +156,14 @@ class OutputHooks:
                  shaped=True # must a gradient have the output's shape, or only its elements?
                 ):
         self.fresh,self.shaped = [_fresh(m) for m in modules],shaped
-        self.f,self.forward,self.live,self.leaves,self.views,self.calls,self.ran,self.hidden = f,forward,True,[],[],[0]*len(modules),set(),set()
+        self.f,self.forward,self.live,self.leaves,self.views,self.calls,self.ran,self.hidden = f,forward,True,[],[],[0]*len(modules),set(),set()   # `hidden`: those inside a transform of `torch.func`
         self.handles = [m.register_forward_hook((_compiled_hook() if id(m) in compiled else _ForwardHook)(self, i)) for i,m in enumerate(modules)]
 
     def start(self):
         "A new iteration: `call` counts from 0 again"
         self.calls,self.views = [0]*len(self.calls),[]
         while self.leaves: self.leaves.pop().remove()
-        self.hidden.clear()   # modules that ran inside a transform of `torch.func`
+        self.hidden.clear()
 
     def changed(self)->list: # indices
         "Modules whose output, a view, was changed in place since: its gradient cannot be had"
@@ -179,7 +179,12 @@ class OutputHooks:
     def __exit__(self, *args): self.remove()
 
 # %% ../nbs/02_capture.ipynb #317fedbd
-_transformed = getattr(getattr(torch._C, '_functorch', None), 'is_functorch_wrapped_tensor', lambda t: False)   # by vmap, grad, jacrev, ... of torch.func
+_wrapped,_batched = (getattr(getattr(torch._C, '_functorch', None), n, lambda t: False) for n in ('is_functorch_wrapped_tensor','is_legacy_batchedtensor'))
+
+def _transformed(t):
+    "Is it one of `torch.func`'s (vmap, grad, jacrev, ...), or of `autograd.grad(is_grads_batched=True)`?"
+    return _wrapped(t) or _batched(t)
+
 
 def _seen(self, i, out):
     "Module `i` returned `out`: ask for the gradient of each of its tensors"
@@ -201,6 +206,9 @@ def _seen(self, i, out):
             if g is None: return   # of several outputs of one function, this one was not used
             hooks = me()
             if hooks is not None and hooks.live and (intact is None or intact()):
+                if _transformed(g):
+                    hooks.hidden.add(i)
+                    return
                 if type(g) is not Tensor or g.requires_grad: g = _detach(g)
                 hooks.f(i, call, o, g if back is None else back(g))
         h = t.register_hook(got)

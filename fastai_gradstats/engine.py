@@ -19,6 +19,7 @@ from random import Random
 from struct import Struct
 from warnings import warn
 from torch import Tensor
+from torch.nn import Parameter
 from fastcore.basics import patch
 from .stats import finish, statistics, sums, MAX, SUM_ABS, SUM_SQ, SUM, M2, Q, ZEROS, NONFINITE, ABOVE, W_SQ, DOT, SCALE
 
@@ -115,7 +116,7 @@ def octaves(h:np.ndarray # (rows, 256) counts by exponent bits
 # %% ../nbs/01_engine.ipynb #41570005
 @patch
 def sample(self:_Octaves, n):
-    "Where to start among `n` elements, and in which steps to go on"
+    "Index of the first of `n` elements that are counted, and the step to the next"
     s = 1 if self.every else _stride(n)
     return int(self.rng.random()*s),s
 
@@ -343,6 +344,130 @@ def several(self:DeviceBuffer, todo, weights):
         torch._foreach_copy_(p.views[dtype,which], ts)
     self.add(rs, p, dtype, weights)
 
+# %% ../nbs/01_engine.ipynb #8f031da1
+@cache
+def _kernel():
+    "The module; None without numba, or where numba is told not to compile"
+    try:
+        from numba import config
+        if config.DISABLE_JIT: return
+        from fastai_gradstats import kernel
+        return kernel
+    except Exception as e:   # whatever is wrong with numba is no reason to stop training
+        if not (isinstance(e, ModuleNotFoundError) and e.name=='numba'): warn(f"numba is installed, but cannot be used: gradients on a CPU are read without it ({type(e).__name__}: {e})")
+
+# %% ../nbs/01_engine.ipynb #48fa2569
+class HostBuffer(_Buffer):
+    "Sums on a CPU"
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.some_zero,self.takers,self.sources,self.done,self.part = set(),[],set(),[],{}
+        self.pool,self.pooled,self.used = [torch.from_numpy(np.zeros(BLOCK, np.float32)) for _ in range(2)],[],0   # small gradients, their weights
+        self.arrays,self.limit = [np.zeros(BLOCK, np.float32) for _ in range(2)],_bits(_floor32(self.threshold))
+        self.scratch,self.kernel = torch.from_numpy(self.arrays[0]),_kernel()
+
+    def zeros(self, n): return np.zeros((n, len(sums)+len(self.extra)))
+    def grow(self): self.acc = np.concatenate([self.acc, np.zeros_like(self.acc)])
+    def write(self, r, c, v): self.acc[r,c] = float(v)
+    def host(self, n): return self.acc[:n].copy()
+    def copy(self, a, b): return self.acc[a:b].copy()
+
+# %% ../nbs/01_engine.ipynb #8eb10483
+@patch
+def put(self:HostBuffer, key, g, absent=0):
+    "Add a gradient"
+    n = g.numel()
+    r,scale = self.row(key, n+absent, absent),1. if self.scale is None else float(self.scale)
+    if self.extra: self.extras(r, g)
+    if self.scale is not None: self.acc[r,SCALE] = scale
+    if self.kernel_reads(g): self.by_kernel(r, g, None, scale)
+    elif n>SMALL or g.dtype==torch.float64: self.large(r, g, self.threshold*scale, self.scale)
+    elif n:
+        if self.used+n>BLOCK: self.sum_pool()
+        self.pool[0][self.used:self.used+n].copy_(flat(g))
+        self.pooled.append((r, n, self.threshold*scale, self.scale, False))
+        self.used += n
+    return r
+
+# %% ../nbs/01_engine.ipynb #8eb10484
+def _plain(t): return t.resolve_neg() if t.is_neg() else t   # a lazy minus
+
+def _same(g, w):
+    "Both in one dimension, in the same order"
+    return (flat(g),flat(w)) if g.stride()==w.stride() else (g.reshape(-1).contiguous(),w.reshape(-1).contiguous())
+
+def _own(t): return type(t) in (Tensor,Parameter) and t.numel() and not t._is_zerotensor()
+
+def _pieces(g, w):
+    "Both as float32 without gaps, in one order, at most `BLOCK` elements where converted; None where there is no `w`"
+    g,w = _plain(g),w if w is None else _plain(w)
+    if not (g.is_contiguous() and (w is None or w.is_contiguous())): g,w = (flat(g),None) if w is None else _same(g, w)
+    if g.dtype is torch.float32 and (w is None or w.dtype is torch.float32): return ((g,w),)
+    g,w = flat(g),w if w is None else flat(w)
+    return ((g[i:i+BLOCK].float(),w if w is None else w[i:i+BLOCK].float()) for i in range(0, len(g), BLOCK))
+
+@patch
+def kernel_reads(self:HostBuffer, g, w=None):
+    "Is their memory what it seems?"
+    return self.kernel and g.dtype is not torch.float64 and _own(g) and (w is None or _own(w) and w.numel()==g.numel())
+
+# %% ../nbs/01_engine.ipynb #8eb10481
+@patch
+def by_kernel(self:HostBuffer, r, g, w=None, # row, gradient, weights
+              scale=1. # AMP's, in `g`
+             ):
+    "Sums of one tensor, and with `w` their products"
+    limit,o = self.limit if scale==1 else _bits(_floor32(self.threshold*scale)),self.octaves
+    if o:
+        o.reach(r+1)
+        start,step = o.sample(g.numel())
+    for x,y in _pieces(g, w):
+        at,n = x.data_ptr(),x.numel()
+        self.kernel.read(at, at if y is None else y.data_ptr(), n, limit, not self.norms_only, y is not None, self.acc, r)
+        if o:
+            self.kernel.count_octaves(at, n, start, step, scale, o.counts, r)
+            start = (start-n)%step
+
+# %% ../nbs/01_engine.ipynb #dc18e32b
+@patch
+@np.errstate(all='ignore')   # what overflows is summed again
+def put_all(self:HostBuffer, keys, gs, ws=None):
+    "Add gradients of one dtype, and with `ws` their products with the weights"
+    scale,self.scale,ns,small = self.scale,None,[g.numel() for g in gs],[]
+    rows = self.rows(keys, ns)
+    for i,(r,n,g) in enumerate(zip(rows, ns, gs)):
+        if self.extra: self.extras(r, g)
+        w = ws and ws[i]
+        if self.kernel_reads(g, w): self.by_kernel(r, g, w)
+        elif n<=SMALL and g.dtype!=torch.float64: small += [i]*(n>0)
+        elif w is None: self.large(r, g, self.threshold, dots=True)
+        else:
+            g,w = _same(g, w)
+            self.large(r, g, self.threshold, None, w, True)
+    if small: self.pool_all(*([o[i] for i in small] for o in (rows, ns, gs)), ws and [ws[i] for i in small])
+    self.scale = scale
+
+# %% ../nbs/01_engine.ipynb #8eb10488
+@patch
+def reduce(self:HostBuffer):
+    "Nothing waits any more, here or where rows are taken from"
+    self.sum_pool()
+    if self.done:
+        r,v = zip(*self.done)
+        self.acc[list(r),:DOT+1],self.done = v,[]
+    while self.takers:
+        self.takers[-1]()
+        self.takers.pop()   # not before: an interrupt loses nothing
+    for b in list(self.sources):
+        b.reduce()
+        self.sources.discard(b)
+
+@patch
+def copied(self:HostBuffer, b, *rows):
+    if b.sources: b.reduce()   # rows that it took itself
+    b.takers.append(partial(_Buffer.copied, self, b, *rows))
+    self.sources.add(b)
+
 # %% ../nbs/01_engine.ipynb #8f031d94
 BLOCK,CHUNK,SMALL = 2**17,2**13,2**13   # elements: of a block; of a float32 sum of products; of a tensor that is pooled
 
@@ -358,7 +483,6 @@ def _exact(x:np.ndarray, # 1-d, the segments one after the other
                          *map(each, (x==0, ~np.isfinite(x), a>np.repeat(threshold, n)))], 1)
 
 # %% ../nbs/01_engine.ipynb #8f031d96
-def _plain(t): return t.resolve_neg() if t.is_neg() else t   # numpy has no lazy minus
 def _array(t): return _plain(t).numpy()
 
 class _Dots:
@@ -421,97 +545,6 @@ def _products(x, y, at, out, wanted=True):
         right = (1e-25<abs(s)) & (abs(s)<1e37)
         for k in np.flatnonzero(wanted & ~right): s[k] = np.multiply(x[at[k]:at[k+1]], y[at[k]:at[k+1]], dtype=np.float64).sum()
     return np.where(wanted, s, 0)
-
-# %% ../nbs/01_engine.ipynb #8f031da1
-@cache
-def _kernel():
-    "The module; None without numba, or where numba is told not to compile"
-    try: from numba import config
-    except ImportError as e:
-        if not (isinstance(e, ModuleNotFoundError) and e.name=='numba'): warn(f"numba is installed, but cannot be imported: gradients on a CPU are read without it ({e})")
-        return
-    if config.DISABLE_JIT: return
-    from fastai_gradstats import kernel
-    return kernel
-
-# %% ../nbs/01_engine.ipynb #48fa2569
-class HostBuffer(_Buffer):
-    "Sums on a CPU"
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.some_zero,self.takers,self.sources,self.done,self.part = set(),[],set(),[],{}
-        self.pool,self.pooled,self.used = [torch.from_numpy(np.zeros(BLOCK, np.float32)) for _ in range(2)],[],0   # small gradients, their weights
-        self.arrays,self.limit = [np.zeros(BLOCK, np.float32) for _ in range(2)],_bits(_floor32(self.threshold))
-        self.scratch,self.kernel = torch.from_numpy(self.arrays[0]),_kernel()
-
-    def zeros(self, n): return np.zeros((n, len(sums)+len(self.extra)))
-    def grow(self): self.acc = np.concatenate([self.acc, np.zeros_like(self.acc)])
-    def write(self, r, c, v): self.acc[r,c] = float(v)
-    def host(self, n): return self.acc[:n].copy()
-    def copy(self, a, b): return self.acc[a:b].copy()
-
-# %% ../nbs/01_engine.ipynb #8eb10483
-@patch
-def put(self:HostBuffer, key, g, absent=0):
-    "Add a gradient"
-    n = g.numel()
-    r,scale = self.row(key, n+absent, absent),1. if self.scale is None else float(self.scale)
-    if self.extra: self.extras(r, g)
-    if self.scale is not None: self.acc[r,SCALE] = scale
-    if self.compilable(g): self.compiled(r, g, None, self.threshold*scale, self.scale)
-    elif n>SMALL or g.dtype==torch.float64: self.large(r, g, self.threshold*scale, self.scale)
-    elif n:
-        if self.used+n>BLOCK: self.sum_pool()
-        self.pool[0][self.used:self.used+n].copy_(flat(g))
-        self.pooled.append((r, n, self.threshold*scale, self.scale, False))
-        self.used += n
-    return r
-
-# %% ../nbs/01_engine.ipynb #8eb10484
-def _pieces(g, w):
-    "Both as float32 without gaps, in one order; None where there is no `w`"
-    g,w = _plain(g),w if w is None else _plain(w)
-    if not (g.is_contiguous() and (w is None or w.is_contiguous())): g,w = (flat(g),None) if w is None else _same(g, w)
-    if g.dtype is torch.float32 and (w is None or w.dtype is torch.float32): return ((g,w),)
-    g,w = flat(g),w if w is None else flat(w)
-    return ((g[i:i+BLOCK].float(),w if w is None else w[i:i+BLOCK].float()) for i in range(0, len(g), BLOCK))   # small copies
-
-@patch
-def compilable(self:HostBuffer, g):
-    "Has `g` memory of its own (not all subclasses have), and something in it?"
-    return self.kernel and g.dtype is not torch.float64 and g.data_ptr()
-
-@patch
-def compiled(self:HostBuffer, r, g, w=None, threshold=None, scale=None):
-    "Sums of one tensor, and with `w` their products, by the kernel"
-    limit = self.limit if threshold is None else _bits(_floor32(threshold))
-    for x,y in _pieces(g, w):
-        at,n = x.data_ptr(),x.numel()
-        self.kernel.read(at, at if y is None else y.data_ptr(), n, limit, not self.norms_only, y is not None, self.acc, r)
-        if o := self.octaves:
-            o.reach(r+1)
-            self.kernel.octaves(at, n, *o.sample(n), 1. if scale is None else float(scale), o.counts, r)
-
-# %% ../nbs/01_engine.ipynb #8eb10488
-@patch
-def reduce(self:HostBuffer):
-    "Nothing waits any more, here or where rows are taken from"
-    self.sum_pool()
-    if self.done:
-        r,v = zip(*self.done)
-        self.acc[list(r),:DOT+1],self.done = v,[]
-    while self.takers:
-        self.takers[-1]()
-        self.takers.pop()   # not before: an interrupt loses nothing
-    for b in list(self.sources):
-        b.reduce()
-        self.sources.discard(b)
-
-@patch
-def copied(self:HostBuffer, b, *rows):
-    if b.sources: b.reduce()   # rows that it took itself
-    b.takers.append(partial(_Buffer.copied, self, b, *rows))
-    self.sources.add(b)
 
 # %% ../nbs/01_engine.ipynb #8eb10485
 @patch
@@ -616,29 +649,6 @@ def sum_pool(self:HostBuffer):
     if self.octaves:
         for k,i,j,scale in zip(r, at, at[1:], scales): self.octaves.put(k, x[i:j], scale)
 
-# %% ../nbs/01_engine.ipynb #dc18e32a
-def _same(g, w):
-    "Both in one dimension, in the same order"
-    return (flat(g),flat(w)) if g.stride()==w.stride() else (g.reshape(-1).contiguous(),w.reshape(-1).contiguous())
-
-# %% ../nbs/01_engine.ipynb #dc18e32b
-@patch
-@np.errstate(all='ignore')   # what overflows is summed again
-def put_all(self:HostBuffer, keys, gs, ws=None):
-    "Add gradients of one dtype, and with `ws` their products with the weights"
-    scale,self.scale,ns,small = self.scale,None,[g.numel() for g in gs],[]
-    rows = self.rows(keys, ns)
-    for i,(r,n,g) in enumerate(zip(rows, ns, gs)):
-        if self.extra: self.extras(r, g)
-        if self.compilable(g): self.compiled(r, g, ws and ws[i])
-        elif n<=SMALL and g.dtype!=torch.float64: small += [i]*(n>0)
-        elif not ws: self.large(r, g, self.threshold, dots=True)
-        else:
-            g,w = _same(g, ws[i])
-            self.large(r, g, self.threshold, None, w, True)
-    if small: self.pool_all(*([o[i] for i in small] for o in (rows, ns, gs)), ws and [ws[i] for i in small])
-    self.scale = scale
-
 # %% ../nbs/01_engine.ipynb #f66a8276
 class Engine:
     "Statistics of gradients on any number of devices"
@@ -738,10 +748,10 @@ def close(self:Engine):
 
 @patch
 def witness(self:Engine, t:Tensor # floating point
-           ): # number, or 0-d tensor on its device
-    "What is finite if every element of `t` is"
+           ): # number, or 0-d tensor on its device: finite where all elements are
+    "0 or NaN from the kernel; elsewhere the sum, which can overflow where finite elements are huge"
     k = (self.buffers.get(t.device) or self.buffer(t.device)).kernel
-    if k and t.dtype is torch.float32 and t.layout is torch.strided and t.data_ptr():
+    if k and t.dtype is torch.float32 and t.layout is torch.strided and _own(t):
         if not t.is_contiguous(): t = flat(t.detach())
         return 0. if k.finite(t.data_ptr(), t.numel()) else math.nan
     return t.detach().sum(dtype=torch.float32 if t.itemsize<4 else None)

@@ -10,37 +10,74 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/kernel.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/00a_kernel.ipynb #67cfa736
+# %% ../nbs/00a_kernel.ipynb #248ea8b3
 import math, numpy as np
 from functools import partial
 from numba import carray, njit, types
 from numba.extending import intrinsic
-from .stats import MAX, SUM_ABS, SUM_SQ, SUM, M2, Q, ZEROS, NONFINITE, ABOVE, W_SQ, DOT
+from warnings import warn
+from .stats import sums
 
-# %% ../nbs/00a_kernel.ipynb #248c4e6a
+# %% ../nbs/00a_kernel.ipynb #9aace3bd
+MAX,SUM_ABS,SUM_SQ,SUM,M2,Q,ZEROS,NONFINITE,ABOVE,W_SQ,DOT = range(11)
+assert sums[:11]==['max','sum_abs','sum_sq','sum','m2','q','zeros','nonfinite','above','w_sq','dot']
+
+# %% ../nbs/00a_kernel.ipynb #d763ea7f
 jit = partial(njit, fastmath={'reassoc','nsz','contract'}, nogil=True, error_model='numpy')
 
-# %% ../nbs/00a_kernel.ipynb #ed19b46f
+def entry(types):
+    "What Python calls: compiled for these types at once, so that whatever goes wrong goes wrong here, and kept on disk"
+    def compiled(f):
+        try: return jit(types, cache=True)(f)
+        except Exception as e:
+            if not isinstance(e, RuntimeError): warn(f"numba's cache cannot be used, so each process compiles for two seconds ({type(e).__name__}: {e})")
+            return jit(types)(f)   # a RuntimeError: there is no folder to write to
+    return compiled
+
+# %% ../nbs/00a_kernel.ipynb #7743d209
 i32,f32,f64 = np.int32,np.float32,np.float64
 BITS,INF = i32(0x7fffffff),f32(np.inf).view(i32)   # all but the sign
 
 @jit
-def magnitude(b): return i32(b & BITS)   # numba makes an int64 of every sum and comparison of integers: the casts keep eight in a register
+def magnitude(b): return i32(b & BITS)   # numba makes an int64 of each operation on integers; the casts keep twice as many in a register
 
-# %% ../nbs/00a_kernel.ipynb #3cfef41e
+@jit
+def count_above(b, # (n,) int32, bits; n below 2**31
+                limit # int32, bits of a magnitude
+               ): # int32
+    "How many magnitudes are larger?"
+    n = i32(0)
+    for i in range(len(b)): n = i32(n + i32(magnitude(b[i])>limit))
+    return n
+
+# %% ../nbs/00a_kernel.ipynb #16754386
 CHUNK = 1024
 LOW,HIGH = (f32(o).view(i32) for o in (1e-16, 1e16))   # of the largest magnitude: between these, float32 holds sums of squares
 
 @jit
-def larger(b, than):
-    "How many magnitudes are larger?"
-    n = i32(0)
-    for i in range(len(b)): n = i32(n + i32(magnitude(b[i])>than))
-    return n
+def wide_sums(x):
+    "Sum |x|, sum x² and sum x in float64"
+    sum_abs,sum_sq,s = 0.,0.,0.
+    for i in range(len(x)):
+        v = f64(x[i])
+        sum_abs += abs(v)
+        sum_sq += v*v
+        s += v
+    return sum_abs,sum_sq,s
 
 @jit
-def statistics(x, limit, out):
-    "Add a chunk's sums to `out`; its largest magnitude"
+def add(out, sum_abs, sum_sq, s):
+    out[SUM_ABS] += sum_abs
+    out[SUM_SQ] += sum_sq
+    out[SUM] += s
+
+# %% ../nbs/00a_kernel.ipynb #a15b5b12
+@jit
+def chunk_sums(x, # (up to 1,024,) float32
+               limit, # int32, bits of the largest float32 up to the threshold
+               out # (sums,) float64, added to
+              ): # int32, bits of the largest magnitude
+    "The sums of a chunk"
     b = x.view(i32)
     low,high,sum_abs,sum_sq,s = BITS,i32(0),f32(0),f32(0),f32(0)
     for i in range(len(x)):
@@ -51,74 +88,52 @@ def statistics(x, limit, out):
         s += v
     if high==0 or LOW<high<HIGH: add(out, sum_abs, sum_sq, s)
     else: add(out, *wide_sums(x))
-    if low==0: out[ZEROS] += len(b)-larger(b, i32(0))
-    if high>limit: out[ABOVE] += larger(b, limit)-larger(b, INF)
-    if high>=INF: out[NONFINITE] += larger(b, i32(INF-1))
+    if low==0: out[ZEROS] += len(b)-count_above(b, i32(0))
+    if high>limit: out[ABOVE] += count_above(b, limit)-count_above(b, INF)
+    if high>=INF: out[NONFINITE] += count_above(b, i32(INF-1))
     return high
 
-# %% ../nbs/00a_kernel.ipynb #d6152374
+# %% ../nbs/00a_kernel.ipynb #aff109b8
 @jit
-def add(out, sum_abs, sum_sq, s):
-    out[SUM_ABS] += sum_abs
-    out[SUM_SQ] += sum_sq
-    out[SUM] += s
-
-@jit
-def wide_sums(x):
-    "The sums in float64"
-    sum_abs,sum_sq,s = 0.,0.,0.
-    for i in range(len(x)):
-        v = f64(x[i])
-        sum_abs += abs(v)
-        sum_sq += v*v
-        s += v
-    return sum_abs,sum_sq,s
-
-# %% ../nbs/00a_kernel.ipynb #9eb91e8d
-@jit
-def spread(x, sum_sq, s):
-    "Sum (x-mean)^2, and (sum x)^2/n"
+def spread(x, # (n,) float32
+           sum_sq, s # sum x² and sum x, float64
+          ): # `m2` of `fastai_gradstats.stats`, and a better sum x
     n = len(x)
     mean = s/n
-    q = s*s/n
-    if not q>.5*sum_sq: return sum_sq-q,q
-    m2,rest = 0.,0.   # `mean` has an error of its own
+    if not s*mean>.5*sum_sq: return sum_sq-s*s/n,s
+    m2,rest = 0.,0.
     for i in range(n):
         d = x[i]-mean
         m2 += d*d
         rest += d
-    return m2-rest*rest/n,q
+    return m2-rest*rest/n,s+rest
 
-# %% ../nbs/00a_kernel.ipynb #8bed4e25
+# %% ../nbs/00a_kernel.ipynb #b5cc49dc
 @jit
 def fits(s, x):
     "Is `s`, a float32 sum of squares of a chunk `x`, right?"
     if s!=0: return 1e-25<s<1e37
-    return larger(x.view(i32), i32(0))==0
+    return count_above(x.view(i32), i32(0))==0
 
 @jit
-def products(x, w):
-    "Sum x², sum w² and sum x·w of a chunk"
-    sum_sq,w_sq,dot = f32(0),f32(0),f32(0)
+def products_in(t, x, w):
+    "Sum x², sum w² and sum x·w, in type `t`"
+    sum_sq,w_sq,dot = t(0),t(0),t(0)
     for i in range(len(x)):
-        v,u = x[i],w[i]
-        sum_sq += v*v
-        w_sq += u*u
-        dot += v*u
-    if fits(sum_sq, x) and fits(w_sq, w): return f64(sum_sq),f64(w_sq),f64(dot)
-    return wide_products(x, w)
-
-@jit
-def wide_products(x, w):
-    sum_sq,w_sq,dot = 0.,0.,0.
-    for i in range(len(x)):
-        v,u = f64(x[i]),f64(w[i])
+        v,u = t(x[i]),t(w[i])
         sum_sq += v*v
         w_sq += u*u
         dot += v*u
     return sum_sq,w_sq,dot
 
-# %% ../nbs/00a_kernel.ipynb #acacad20
+@jit
+def products(x, w):
+    "The same of a chunk, in float64 where float32 is too narrow"
+    sum_sq,w_sq,dot = products_in(f32, x, w)
+    if fits(sum_sq, x) and fits(w_sq, w): return f64(sum_sq),f64(w_sq),f64(dot)
+    return products_in(f64, x, w)
+
+# %% ../nbs/00a_kernel.ipynb #a39ba2c2
 @intrinsic
 def pointer(typing, address):
     "A number as a pointer to float32"
@@ -128,20 +143,21 @@ def pointer(typing, address):
 @jit
 def floats(address, n): return carray(pointer(address), (n,))
 
-# %% ../nbs/00a_kernel.ipynb #cbe4b7c5
-def _read(at, # address of the gradient
-          w, # address of the weights, or `at` again
-          n, # elements, at least one
-          limit, # bits of the threshold
-          full, # all statistics, or just sum x² and, where that is not finite, `nonfinite`?
-          weights, # sum w² and sum x·w?
-          acc, r # float64 (rows, sums), and the row that the sums are added to
-         ):
+# %% ../nbs/00a_kernel.ipynb #f255939a
+@entry('void(i8,i8,i8,i8,b1,b1,f8[:,::1],i8)')
+def read(at, # address of the gradient's first element
+         w, # address of the weights, or `at` again
+         n, # elements, at least one
+         limit, # bits of the largest float32 up to the threshold
+         full, # all statistics, or only sum x² and, where that is not finite, `nonfinite`?
+         weights, # sum w² and sum x·w?
+         acc, r # (rows, sums) float64, and the row that the sums are added to
+        ):
     "One read of a gradient"
     x,w,row,top,limit,out = floats(at, n),floats(w, n),acc[r],i32(0),i32(limit),np.zeros(acc.shape[1])
     for i in range(0, n, CHUNK):
         c = x[i:i+CHUNK]
-        if full: top = max(top, statistics(c, limit, out))
+        if full: top = max(top, chunk_sums(c, limit, out))
         if weights or not full:
             sum_sq,w_sq,dot = products(c, w[i:i+CHUNK])
             if not full: out[SUM_SQ] += sum_sq
@@ -150,29 +166,30 @@ def _read(at, # address of the gradient
                 out[DOT] += dot
     if full:
         out[MAX] = max(row[MAX], f64(i32(top).view(f32)))
-        out[M2],out[Q] = spread(x, out[SUM_SQ], out[SUM])
+        out[M2],out[SUM] = spread(x, out[SUM_SQ], out[SUM])
+        out[Q] = out[SUM]*out[SUM]/n
         row[MAX] = 0
-    elif not math.isfinite(out[SUM_SQ]): out[NONFINITE] = larger(x.view(i32), i32(INF-1))
+    elif not math.isfinite(out[SUM_SQ]):
+        for i in range(0, n, CHUNK): out[NONFINITE] += count_above(x[i:i+CHUNK].view(i32), i32(INF-1))
     row += out
 
-# %% ../nbs/00a_kernel.ipynb #817b22de
-def _finite(at, n):
+# %% ../nbs/00a_kernel.ipynb #0c00545b
+@entry('b1(i8,i8)')
+def finite(at, n): # as in `read`
     "Is every element finite?"
-    return larger(floats(at, n).view(i32), i32(INF-1))==0
+    b,top = floats(at, n).view(i32),i32(0)
+    for i in range(n): top = max(top, magnitude(b[i]))
+    return top<INF
 
-# %% ../nbs/00a_kernel.ipynb #04c74b3d
-def _octaves(at, n, # as in `_read`
-             start, step, # of the elements that are counted
-             scale, # that the gradient is divided by
-             acc, r # (rows, 256), and the row that is added to
-            ):
+# %% ../nbs/00a_kernel.ipynb #ce1ea095
+@entry('void(i8,i8,i8,i8,f8,i4[:,::1],i8)')
+def count_octaves(at, n, # as in `read`
+                  start, step, # of the elements that are counted
+                  scale, # that the gradient is divided by
+                  acc, r # (rows, 256) int32, and the row that is added to
+                 ):
     "Count elements per octave"
     x,row,scale = floats(at, n),acc[r],f32(scale)
     for i in range(start, n, step):
         b = magnitude(f32(x[i]/scale).view(i32))
         row[b>>23 if b else 255] += step
-
-# %% ../nbs/00a_kernel.ipynb #1abdf242
-entries = _read,_finite,_octaves
-try: read,finite,octaves = (jit(f, cache=True) for f in entries)
-except RuntimeError: read,finite,octaves = map(jit, entries)

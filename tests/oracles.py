@@ -7,8 +7,7 @@ from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from unittest.mock import patch as mock
-from fastai_gradstats import GradStatsCallback
-from fastai_gradstats import engine
+from fastai_gradstats import GradStatsCallback,engine
 from fastai_gradstats.engine import Engine
 
 def fit(learn, n=1, **kwargs):

@@ -1,9 +1,10 @@
 "Histograms against numpy, the bound of a record, and what the engine of a GPU asks of its device."
 import gc,tracemalloc
+from random import Random
 import numpy as np,pytest,torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastai_gradstats import GradNormCallback,GradStatsCallback,digits_learner
+from fastai_gradstats import GradNormCallback,GradStatsCallback,digits_learner,engine
 from fastai_gradstats.engine import DROP,SAMPLE,Engine,octaves
 from fastai_gradstats.stats import SUM_SQ
 from fastai_gradstats.record import GradRecord,Rows,counts,floats
@@ -35,6 +36,19 @@ def test_all_elements(n, dtype, by_rows):
     x[::7] = 0
     if n>2: x[1],x[2] = torch.nan,torch.inf
     assert of(x, by_rows=by_rows)==want(x)
+
+@pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows'), indirect=True)
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float64))
+def test_same_sample(dtype, by_rows):
+    "At most `SAMPLE` elements, the same ones whatever reads them, also where a tensor is converted in pieces"
+    x = torch.randn(300_001, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    e,rng,s = Engine(hist=True, by_rows=by_rows),Random(0),engine._stride(len(x))
+    for i in range(3):
+        e.put(0, x)
+        e.close()
+        part = want(x[int(rng.random()*s)::s])
+        n,o,c = octaves(e.fetch()[4])
+        assert dict(zip(o.tolist(), (c//s).tolist()))==part and sum(part.values())<=SAMPLE
 
 def test_edges():
     "Powers of two and one ulp below; the smallest and largest numbers; zeros and what is not finite apart"

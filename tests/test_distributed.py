@@ -14,8 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastai_gradstats import GradNormCallback,GradStatsCallback
 from fastai_gradstats.engine import Engine
-from fastai_gradstats.stats import DOT,W_SQ,finish
-from fastai_gradstats.stats import measure
+from fastai_gradstats.stats import DOT,W_SQ,finish,measure
 from oracles import Spy,fit,output_grads
 
 del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's, which fastai exports and pytest would collect

@@ -188,7 +188,7 @@ def test_default_dtype_and_device(n, hist, by_rows):
     try:
         torch.set_default_dtype(torch.float64)
         torch.set_default_device('meta')
-        e = Engine(hist=hist)
+        e = Engine(hist=hist, by_rows=by_rows)
         e.put_all([0], [x], [x])
     finally:
         torch.set_default_device(None)

@@ -2,9 +2,13 @@
 import os,subprocess,sys
 import pytest,torch
 from fastai.basics import *
+from torch.utils._pytree import tree_map
 
 from conftest import ROOT
 from fastai_gradstats import engine
+from fastai_gradstats.stats import DOT,MAX,SUM_SQ,W_SQ,ZEROS,finish
+
+pytest.importorskip('numba')
 
 del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's, which fastai exports and pytest would collect
 
@@ -40,15 +44,29 @@ def want():
 
 @pytest.mark.parametrize('code,env,said', (("sys.modules['numba'] = None", {}, False),
                                            ("sys.modules['numba'] = type(sys)('numba')", {}, True),
-                                           ("", dict(NUMBA_DISABLE_JIT='1'), False)), ids=('missing', 'broken', 'off'))
+                                           ("m = sys.modules['numba'] = type(sys)('numba')\ndef no(name): raise OSError(name)\nm.__getattr__ = no", {}, True),
+                                           ("", dict(NUMBA_DISABLE_JIT='1'), False)), ids=('missing', 'broken', 'unloadable', 'off'))
 def test_without(code, env, said, want):
     "Training goes on, with the same numbers; a numba that is there and cannot be used is worth a warning"
     out,err = child(code+norms, **env)
-    assert out==want.replace('True', 'False') and ('numba is installed, but cannot be imported' in err)==said
+    assert out==want.replace('True', 'False') and ('numba is installed, but cannot be used' in err)==said
 
 def test_nowhere_to_cache(want):
     "Compiled code that cannot be kept is compiled again"
     assert child(norms, NUMBA_CACHE_LOCATOR_CLASSES='ZipCacheLocator')[0]==want
+
+@pytest.mark.parametrize('files,size', (('*.nbi', 0), ('*.nbc', 1000)), ids=('index','code'))
+def test_damaged_cache(files, size, want, tmp_path):
+    "As after a power cut: compiled anew, and said"
+    assert child(norms, NUMBA_CACHE_DIR=str(tmp_path))[0]==want
+    found = list(tmp_path.rglob(files))
+    for f in found: os.truncate(f, size)
+    out,err = child(norms, NUMBA_CACHE_DIR=str(tmp_path))
+    assert found and out==want and "numba's cache cannot be used" in err
+
+def test_full_disk(want, tmp_path):
+    out,err = child("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192,8192))"+norms, NUMBA_CACHE_DIR=str(tmp_path))
+    assert out==want and "numba's cache cannot be used" in err
 
 def test_threads():
     "torch keeps its threads, and numba starts none"
@@ -93,8 +111,8 @@ class Wrapped(torch.Tensor):
     def __init__(self, t): self.t = t
     @classmethod
     def __torch_dispatch__(cls, f, types, args=(), kwargs=None):
-        def inner(o): return o.t if isinstance(o, Wrapped) else o
-        res = f(*map(inner, args), **{k:inner(v) for k,v in (kwargs or {}).items()})
+        args,kwargs = tree_map(lambda o: o.t if isinstance(o, Wrapped) else o, (args,kwargs or {}))
+        res = f(*args, **kwargs)
         return Wrapped(res) if isinstance(res, Tensor) and f._schema.name!='aten::copy_' else res
 
 def test_no_memory_of_its_own():
@@ -103,8 +121,35 @@ def test_no_memory_of_its_own():
     with torch.no_grad():
         e.put(0, Wrapped(x))
         assert e.witness(Wrapped(x)).isfinite()
+        e.put_all([1], [x], [Wrapped(x)])
     e.close()
-    assert e.fetch()[3][0,0]==3
+    s = e.fetch()[3]
+    assert s[:,MAX].tolist()==[3,3]
+    np.testing.assert_allclose(s[1,[SUM_SQ,W_SQ,DOT]], [np.square(x.double().numpy()).sum()]*3, rtol=1e-6)
+
+def test_weights_of_other_kinds():
+    "Without memory, of another size (a parameter that was replaced before the step), of another dtype"
+    e,x = engine.Engine(),torch.linspace(-3, 2, 99)
+    with torch.no_grad():
+        with pytest.raises((ValueError,RuntimeError)): e.put_all([0], [torch.ones(200_000)], [torch.ones(100)])
+        e.rewind({})
+        e.put_all([0], [x], [nn.Parameter(torch._efficientzerotensor(99), requires_grad=False)])
+        for k,dtype in enumerate((torch.float16, torch.bfloat16, torch.float64), 1): e.put_all([k], [x], [x.to(dtype)])
+        e.put(4, torch._efficientzerotensor(10)[3:])
+    e.close()
+    _,_,n,s,_ = e.fetch()
+    assert s[:,MAX].tolist()==[3,3,3,3,0] and s[0,W_SQ]==0 and s[4,ZEROS]==7
+    np.testing.assert_allclose(s[1:4,DOT], [(x.double()@x.to(d).double()).item() for d in (torch.float16,torch.bfloat16,torch.float64)], rtol=1e-6)
+
+def test_std_far_below_the_mean():
+    "Also where the weights' dtype makes a gradient come in pieces"
+    x = (torch.randn(1_500_000, dtype=torch.float64, generator=torch.Generator().manual_seed(7))*3e-7+.7).float()
+    for w in (torch.ones(len(x)), torch.ones(len(x), dtype=torch.bfloat16)):
+        e = engine.Engine()
+        e.put_all([0], [x], [w])
+        e.close()
+        _,_,n,s,_ = e.fetch()
+        np.testing.assert_allclose(finish(s, n)[0][4,0], x.double().std(unbiased=False).item(), rtol=1e-5)
 
 @pytest.mark.parametrize('v', (math.nan, math.inf, -math.inf))
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.bfloat16))

@@ -167,7 +167,13 @@ class Mapped(nn.Module):
     def __init__(self, how): super().__init__(); self.l,self.head,self.how = nn.Linear(6,6),nn.Linear(6,3),how
     def forward(self, x): return self.head(self.how(self.l, x))
 
-@pytest.mark.parametrize('how', (lambda l,x: torch.func.vmap(l)(x), lambda l,x: torch.func.vmap(torch.func.jacrev(l))(x).sum(1), lambda l,x: l(x)+torch.func.grad(lambda x: l(x).square().sum())(x)), ids=('vmap','jacrev','penalty'))
+def batched(l, x):
+    "All rows of the Jacobian in one backward"
+    x = x.detach().requires_grad_()
+    y = l(x)
+    return y+torch.autograd.grad(y, x, torch.eye(6)[:,None].expand(6,*y.shape), is_grads_batched=True, create_graph=True)[0].sum(0)
+
+@pytest.mark.parametrize('how', (batched, lambda l,x: torch.func.vmap(l)(x), lambda l,x: torch.func.vmap(torch.func.jacrev(l))(x).sum(1), lambda l,x: l(x)+torch.func.grad(lambda x: l(x).square().sum())(x)), ids=('batched','vmap','jacrev','penalty'))
 def test_inside_torch_func(how):
     "Its output is the transform's; parameters, norms and other modules are as ever, and it is said once"
     cbs,spy,x,y = both(),Spy(),torch.randn(8,6),torch.randint(3, (8,))
@@ -178,3 +184,16 @@ def test_inside_torch_func(how):
     check_params(df, spy, learn.grad_norm.norms)
     out = df[df['kind']=='output']
     assert {'head'}<=set(out['name'])<={'l','head'} and (out['call']==0).all()
+
+def test_traced_in_forward():
+    "A trace runs the modules once more, with sizes that are tensors"
+    class Traces(nn.Module):
+        def __init__(self): super().__init__(); self.l,self.head = nn.Linear(6,6),nn.Linear(6,3)
+        def forward(self, x):
+            if not torch.jit.is_tracing(): torch.jit.trace(self.l, x, check_trace=False)
+            return self.head(self.l(x))
+    cbs,spy = both(),Spy()
+    learn = fit(Learner(loaders(torch.randn(8,6), torch.randint(3, (8,)), 4), Traces(), loss_func=F.cross_entropy, cbs=[*cbs,spy,TrainOnly()]))
+    df = learn.grad_stats.df
+    check_params(df, spy, learn.grad_norm.norms)
+    assert df[df['kind']=='output'][['iteration','name','call']].values.tolist()==[[i,n,0] for i in (0,1) for n in ('l','head')]

@@ -95,7 +95,7 @@ TABLE['__main__'] = TABLE['demo'] + ' .demo'
 TABLE['__init__'] = TABLE['_modidx'] = ''
 
 MODULES = sorted(p.stem for p in (ROOT/PKG).glob('*.py'))
-LIBRARY = [m for m in MODULES if m in TABLE and m!='all' and not m.startswith('_')]
+LIBRARY = [m for m in MODULES if m in TABLE and m not in ('all','kernel') and not m.startswith('_')]   # `kernel` has no public name
 
 def imports(mod):
     "What a module imports, anywhere in it: `.name` for its siblings, else the top-level package."
