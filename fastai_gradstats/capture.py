@@ -178,14 +178,14 @@ class OutputHooks:
     def __enter__(self): return self
     def __exit__(self, *args): self.remove()
 
-# %% ../nbs/02_capture.ipynb #317fedbd
+# %% ../nbs/02_capture.ipynb #317fedc1
 _wrapped,_batched = (getattr(getattr(torch._C, '_functorch', None), n, lambda t: False) for n in ('is_functorch_wrapped_tensor','is_legacy_batchedtensor'))
 
 def _transformed(t):
     "Is it one of `torch.func`'s (vmap, grad, jacrev, ...), or of `autograd.grad(is_grads_batched=True)`?"
     return _wrapped(t) or _batched(t)
 
-
+# %% ../nbs/02_capture.ipynb #317fedbd
 def _seen(self, i, out):
     "Module `i` returned `out`: ask for the gradient of each of its tensors"
     call,me = self.calls[i],ref(self)
