@@ -70,7 +70,7 @@ def host_reads(name, cbs=None)->pd.DataFrame:
     "Per step on a device: host reads and operations that the callbacks add"
     rows = []
     bare = device_step(*models[name], [])
-    for k,f in (cbs or {k:f for k,f in ours.items() if 'every' not in k}).items():
+    for k,f in (cbs or {k:f for k,f in ours.items() if 'every' not in k and 'numba' not in k}).items():
         try: o,meta = device_step(*models[name], f()),device_step(*models[name], f(), 'meta')
         except TypeError as e: rows.append(dict(model=name, callbacks=k, note=str(e))); continue
         rows.append(dict(model=name, callbacks=k, reads=o.reads-bare.reads, reads_meta=meta.reads, work=o.work-bare.work, ops=o.ops-bare.ops, ops_bare=bare.ops))
@@ -83,9 +83,10 @@ def l3():
 
 def naive(gs): return [[f(g, 1.).item() if k=='above' else f(g).item() for k,f in statistics.items()] for g in gs]
 
-def reader(**kwargs):
+def reader(numba=True, **kwargs):
     "All statistics by the engine, of the same gradients again and again"
     e = Engine(**kwargs)
+    if not numba: e.buffer(torch.device('cpu')).kernel = None
     def f(gs):
         m = e.mark()
         e.put_all(list(range(len(gs))), gs)
@@ -99,7 +100,7 @@ def read_passes(name='resnet18', rounds=7)->pd.DataFrame:
     gs = [p.grad for p in model.parameters()]
     size = sum(g.numel()*g.itemsize for g in gs)
     gs = [g.clone() for _ in range(-(-2*l3()//size)) for g in gs]
-    fs = {'one torch.sum': lambda gs: [g.sum() for g in gs], 'engine': reader(), 'engine, norms only': reader(norms_only=True), 'device path on a CPU': reader(by_rows=True), 'naive, .item() each': naive}
+    fs = {'one torch.sum': lambda gs: [g.sum() for g in gs], 'engine': reader(), 'engine, no numba': reader(numba=False), 'engine, norms only': reader(norms_only=True), 'device path on a CPU': reader(by_rows=True), 'naive, .item() each': naive}
     ts,before = {k:[] for k in fs},torch.get_num_threads()
     torch.set_num_threads(1)
     for r in range(rounds+1):
