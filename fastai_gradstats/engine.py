@@ -399,10 +399,10 @@ def _same(g, w):
 def _own(t): return type(t) in (Tensor,Parameter) and t.numel() and not t._is_zerotensor()
 
 def _pieces(g, w):
-    "Both as float32 without gaps, in one order, at most `BLOCK` elements where converted; None where there is no `w`"
+    "Both as float32 without gaps, in one order; half precision in blocks, which keeps the copies small; None where there is no `w`"
     g,w = _plain(g),w if w is None else _plain(w)
     if not (g.is_contiguous() and (w is None or w.is_contiguous())): g,w = (flat(g),None) if w is None else _same(g, w)
-    if g.dtype is torch.float32 and (w is None or w.dtype is torch.float32): return ((g,w),)
+    if g.dtype is torch.float32: return ((g,w if w is None or w.dtype is torch.float32 else w.float()),)
     g,w = flat(g),w if w is None else flat(w)
     return ((g[i:i+BLOCK].float(),w if w is None else w[i:i+BLOCK].float()) for i in range(0, len(g), BLOCK))
 

@@ -97,16 +97,17 @@ def chunk_sums(x, # (up to 1,024,) float32
 @jit
 def spread(x, # (n,) float32
            sum_sq, s # sum x² and sum x, float64
-          ): # `m2` of `fastai_gradstats.stats`, and a better sum x
+          ): # float64
+    "Sum of squared distances from the mean"
     n = len(x)
     mean = s/n
-    if not s*mean>.5*sum_sq: return sum_sq-s*s/n,s
-    m2,rest = 0.,0.
+    if not s*mean>.5*sum_sq: return sum_sq-s*s/n
+    m2,rest = 0.,0.   # `mean` has an error of its own
     for i in range(n):
         d = x[i]-mean
         m2 += d*d
         rest += d
-    return m2-rest*rest/n,s+rest
+    return m2-rest*rest/n
 
 # %% ../nbs/00a_kernel.ipynb #b5cc49dc
 @jit
@@ -166,8 +167,7 @@ def read(at, # address of the gradient's first element
                 out[DOT] += dot
     if full:
         out[MAX] = max(row[MAX], f64(i32(top).view(f32)))
-        out[M2],out[SUM] = spread(x, out[SUM_SQ], out[SUM])
-        out[Q] = out[SUM]*out[SUM]/n
+        out[M2],out[Q] = spread(x, out[SUM_SQ], out[SUM]),out[SUM]*out[SUM]/n
         row[MAX] = 0
     elif not math.isfinite(out[SUM_SQ]):
         for i in range(0, n, CHUNK): out[NONFINITE] += count_above(x[i:i+CHUNK].view(i32), i32(INF-1))

@@ -114,7 +114,7 @@ def hard(n):
     "Values whose float32 sums go wrong: one huge among many that vanish beside it, halves of two sizes, constants, ulps apart"
     huge,i = np.full(n, 5.9e-8**.5),np.arange(n)
     huge[0] = 1
-    return dict(huge=huge, halves=np.where(i<n//2, 1, .01), tenths=np.full(n, .1), alternating=(-1.)**i*.1, sorted=np.linspace(1, 0, n)**4, ulps=1+i%5*2**-23, powers=2.**-(i%60), subnormal=i%9*1e-45)
+    return dict(huge=huge, halves=np.where(i<n//2, 1, .01), tenths=np.full(n, .1), alternating=(-1.)**i*.1, sorted=np.linspace(1, 0, n)**4, ulps=1+i%5*2**-23, powers=2.**-(i%60), subnormal=i%9*1e-45, faint=np.linspace(1, 2, n)*1e-21)
 
 @paths
 @pytest.mark.parametrize('n', (10, SMALL, SMALL+1, BLOCK+1, 3_000_000))
