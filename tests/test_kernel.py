@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_map
 
 from conftest import ROOT
 from fastai_gradstats import engine
-from fastai_gradstats.stats import DOT,MAX,SUM_SQ,W_SQ,ZEROS,finish
+from fastai_gradstats.stats import DOT,MAX,SUM_SQ,W_SQ,ZEROS,finish,measure
 
 pytest.importorskip('numba')
 
@@ -140,6 +140,20 @@ def test_weights_of_other_kinds():
     _,_,n,s,_ = e.fetch()
     assert s[:,MAX].tolist()==[3,3,3,3,0] and s[0,W_SQ]==0 and s[4,ZEROS]==7
     np.testing.assert_allclose(s[1:4,DOT], [(x.double()@x.to(d).double()).item() for d in (torch.float16,torch.bfloat16,torch.float64)], rtol=1e-6)
+
+@pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16))
+@pytest.mark.parametrize('at', (0, engine.BLOCK, 2*engine.BLOCK+4))
+def test_half_precision_in_pieces(at, dtype):
+    x = torch.randn(2*engine.BLOCK+5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[at] = -99
+    e = engine.Engine()
+    e.put(0, x)
+    e.put_all([1], [x], [x])
+    e.close()
+    _,_,n,s,_ = e.fetch()
+    f,c = finish(s, n)
+    for k in (0,1): np.testing.assert_allclose([*f[:,k], *c[1:,k]], [*measure(x).values()], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(s[1,[W_SQ,DOT]], s[1,SUM_SQ], rtol=1e-6)
 
 def test_std_far_below_the_mean():
     "Also where the weights have another dtype"
