@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.gradstats-$(shell pwd | cksum | cut -d' ' -f1)
 .PHONY: demo test test-all docs bench nbs readme execute dist clean
 .SECONDARY:
 
-demo: $(STAMP)-run
+demo: $(STAMP)-cpu
 	$(PY) -m fastai_gradstats $(ARGS)
 
 test: $(STAMP)-dev
@@ -47,6 +47,6 @@ $(PY):
 	$(PYTHON) -m venv "$(VENV)"
 
 $(STAMP)-%: settings.ini setup.py pyproject.toml | $(PY)
-	$(PY) -m pip install -q --disable-pip-version-check -e ".$(if $(filter-out run,$*),[$*])"
+	$(PY) -m pip install -q --disable-pip-version-check -e ".[$*]"
 	@find "$(VENV)" -maxdepth 1 -name '.gradstats-*' ! -name '$(notdir $(STAMP))-*' -delete
 	@touch "$@"
