@@ -34,7 +34,7 @@ def child(code, **env):
     assert res.returncode==0, res.stderr
     return res.stdout,res.stderr
 
-norms = "\nprint(*(f'{v:.5g}' for v in run().grad_norm.norms), engine._kernel() is not None)"
+norms = "\nprint(*(f'{v:.3g}' for v in run().grad_norm.norms), engine._kernel() is not None)"
 
 @pytest.fixture(scope='module')
 def want():
