@@ -50,6 +50,14 @@ def test_same_sample(dtype, by_rows):
         n,o,c = octaves(e.fetch()[4])
         assert dict(zip(o.tolist(), (c//s).tolist()))==part and sum(part.values())<=SAMPLE
 
+@pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows'), indirect=True)
+def test_more_rows_than_the_first_buffer(by_rows):
+    e,x = Engine(hist='all', by_rows=by_rows),2.**torch.arange(-3, 4)
+    for i in range(3000): e.put(i, x)
+    e.close()
+    n,o,c = octaves(e.fetch()[4])
+    assert n.tolist()==[7]*3000 and o.tolist()==[*range(-3, 4)]*3000 and (c==1).all()
+
 def test_edges():
     "Powers of two and one ulp below; the smallest and largest numbers; zeros and what is not finite apart"
     p = 2.**torch.arange(-149, 128, dtype=torch.float64)
