@@ -126,6 +126,7 @@ def reach(self:_Octaves, n):
         self.acc = torch.cat([self.acc, torch.zeros_like(self.acc)])
         if self.acc.is_cpu: self.counts = self.acc.numpy()
 
+# %% ../nbs/01_engine.ipynb #41570006
 @patch
 def reduce(self:_Octaves):
     "Count what lies in the scratch"
@@ -738,14 +739,7 @@ def _shards(self:Engine, keys, gs, ws):
         for r,g in enumerate(gs, n0): b.extras(r, g.full_tensor())
     b.scale = scale
 
-# %% ../nbs/01_engine.ipynb #3ed57704
-@patch
-def close(self:Engine):
-    "An iteration is over; True where it is time to fetch"
-    for b in list(self.buffers.values()): b.close(self.iterations)
-    self.iterations += 1
-    return any(len(b.keys)*2>len(b.acc) for b in self.buffers.values())
-
+# %% ../nbs/01_engine.ipynb #3ed57703
 @patch
 def witness(self:Engine, t:Tensor # floating point
            ): # number, or 0-d tensor on its device: finite where all elements are
@@ -755,6 +749,14 @@ def witness(self:Engine, t:Tensor # floating point
         if not t.is_contiguous(): t = flat(t.detach())
         return 0. if k.finite(t.data_ptr(), t.numel()) else math.nan
     return t.detach().sum(dtype=torch.float32 if t.itemsize<4 else None)
+
+# %% ../nbs/01_engine.ipynb #3ed57704
+@patch
+def close(self:Engine):
+    "An iteration is over; True where it is time to fetch"
+    for b in list(self.buffers.values()): b.close(self.iterations)
+    self.iterations += 1
+    return any(len(b.keys)*2>len(b.acc) for b in self.buffers.values())
 
 @patch
 def value(self:Engine, key, v:Tensor # 0-d

@@ -1,6 +1,6 @@
 "Other routes to the numbers: autograd for outputs, copies of `p.grad` for parameters, numpy in float64 for statistics."
 import dataclasses
-import numpy as np,torch
+import numpy as np,pytest,torch
 from contextlib import contextmanager
 from copy import copy,deepcopy
 from fastai.basics import *
@@ -41,6 +41,8 @@ class ByRows(GradStatsCallback):
 def by(path):
     "One of the engine's three ways to read: 'kernel', 'blocks' (without numba) or 'rows' (as on a GPU); gives `Engine`'s argument"
     with mock.object(engine, '_kernel', (lambda: None) if path=='blocks' else engine._kernel): yield True if path=='rows' else None
+
+paths = pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows'), indirect=True)   # the fixture is in conftest.py
 
 class Seed(Callback):
     "The same dropout in both routes"

@@ -8,7 +8,7 @@ from fastai_gradstats import GradNormCallback,GradStatsCallback,digits_learner,e
 from fastai_gradstats.engine import DROP,SAMPLE,Engine,octaves
 from fastai_gradstats.stats import SUM_SQ
 from fastai_gradstats.record import GradRecord,Rows,counts,floats
-from oracles import Spy,fit
+from oracles import Spy,fit,paths
 
 def of(g, hist='all', scale=None, **kw):
     "Elements per octave of one gradient"
@@ -27,7 +27,7 @@ def want(g):
     o,c = np.unique(np.maximum(np.frexp(x)[1]-1, -127), return_counts=True)
     return dict(zip(o.tolist(), c.tolist()))
 
-@pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows'), indirect=True)
+@paths
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float16, torch.bfloat16, torch.float64))
 @pytest.mark.parametrize('n', (1, 5, SAMPLE, SAMPLE+1, 300_000))
 def test_all_elements(n, dtype, by_rows):
@@ -37,7 +37,7 @@ def test_all_elements(n, dtype, by_rows):
     if n>2: x[1],x[2] = torch.nan,torch.inf
     assert of(x, by_rows=by_rows)==want(x)
 
-@pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows'), indirect=True)
+@paths
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float64))
 def test_same_sample(dtype, by_rows):
     "At most `SAMPLE` elements, the same ones whatever reads them, also where a tensor is converted in pieces"
@@ -50,7 +50,7 @@ def test_same_sample(dtype, by_rows):
         n,o,c = octaves(e.fetch()[4])
         assert dict(zip(o.tolist(), (c//s).tolist()))==part and sum(part.values())<=SAMPLE
 
-@pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows'), indirect=True)
+@paths
 def test_more_rows_than_the_first_buffer(by_rows):
     e,x = Engine(hist='all', by_rows=by_rows),2.**torch.arange(-3, 4)
     for i in range(3000): e.put(i, x)

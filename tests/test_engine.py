@@ -6,9 +6,8 @@ from torch import tensor
 from fastai_gradstats import engine
 from fastai_gradstats.engine import BLOCK,CHUNK,SMALL,Engine,octaves
 from fastai_gradstats.stats import ABOVE,DOT,MAX,NONFINITE,SUM_SQ,W_SQ,finish
-from oracles import compare,np64
+from oracles import compare,np64,paths
 
-paths = pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows'), indirect=True)
 cpu = torch.device('cpu')
 
 def stats(e):
