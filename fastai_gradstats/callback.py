@@ -51,7 +51,7 @@ class _State(SimpleNamespace):
     "Counters over the callback's life, and the buffer of what is not yet in the record"
     def __init__(self, engine=None):
         super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], order=[], witnesses=[], new_fit=False,
-                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False, said=None, compiled=(), look=False, stream=None)
+                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False, said=set(), compiled=(), look=False, stream=None)
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
 
@@ -111,10 +111,12 @@ def before_fit(self:_GradCallback):
     st.new_fit = True
 
 @patch
-def _say(self:_GradCallback, msg):
-    "Warn once a fit"
-    if self._state.said!=self._state.fit: warn(msg)
-    self._state.said = self._state.fit
+def _say(self:_GradCallback, msg, about=None):
+    "Warn once a fit of each thing `about` (None: of each message)"
+    about = about or msg
+    if about in self._state.said: return
+    self._state.said.add(about)
+    warn(msg)
 
 # %% ../nbs/04_callback.ipynb #72e55ebb
 class _Guard:
@@ -158,7 +160,7 @@ def before_train(self:_GradCallback):
     st = self._state
     fresh = st.new_fit
     if fresh:
-        st.owner,st.new_fit,st.fit = weakref.ref(self.learn),False,st.fit+1
+        st.owner,st.new_fit,st.fit,st.said = weakref.ref(self.learn),False,st.fit+1,set()
         st.phase = int('lr_finder' in self.learn.__dict__)
         if st.phase: st.count[1] = [0,0]   # lr_find counts for itself
     st.params = self._params()
@@ -455,7 +457,7 @@ def _check_compiled(self:GradStatsCallback):
     missed = _few(st.names, silent(st.hooks, list(st.modules.values()), st.compiled))
     if missed:
         self._say(f"torch.compile runs code from before this callback was there: output gradients of {missed} are not recorded. "
-                  "Call `torch._dynamo.reset()` before `fit`, or record parameters only (kind='param'). If it says so again, something else reads the weights of these modules and never calls them")
+                  "Call `torch._dynamo.reset()` before `fit`, or record parameters only (kind='param'). If it says so again, something else reads the weights of these modules and never calls them", 'compiled')
     st.compiled = ()   # until the next epoch
 
 # %% ../nbs/04_callback.ipynb #1ae00015
@@ -463,8 +465,8 @@ def _check_compiled(self:GradStatsCallback):
 def _check_outputs(self:GradStatsCallback):
     "Warn once of those whose gradient cannot be had"
     st = self._state
-    if missed := _few(st.names, st.hooks.changed()): self._say(f"The output of {missed} is a view that was changed in place afterwards: its gradients are not recorded. Return a copy (`.clone()`) to have them")
-    if missed := _few(st.names, sorted(st.hooks.hidden)): self._say(f"{missed} ran inside a transform of `torch.func` (vmap, grad, ...): gradients of outputs are not recorded there, those of the parameters are")
+    if missed := _few(st.names, st.hooks.changed()): self._say(f"The output of {missed} is a view that was changed in place afterwards: its gradients are not recorded. Return a copy (`.clone()`) to have them", 'changed')
+    if missed := _few(st.names, sorted(st.hooks.hidden)): self._say(f"{missed} ran inside a transform of `torch.func` (vmap, grad, ...): gradients of outputs are not recorded there, those of the parameters are", 'hidden')
 
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch
