@@ -11,12 +11,18 @@ __all__ = ['GradStatsCallback', 'GradNormCallback']
 
 # %% ../nbs/04_callback.ipynb #cc3aadd2
 import re, signal, sys, threading, weakref
+from collections import namedtuple
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import update_wrapper
-from types import SimpleNamespace
+from numbers import Integral, Number, Real
+from types import MethodType, SimpleNamespace
+from torch.autograd import Variable
+from torch.nn.parameter import is_lazy
+from torch.utils.hooks import unserializable_hook
 from fastai.basics import *
-from fastai.callback.fp16 import MixedPrecision
-from fastai.callback.training import GradientClip
+from fastai.callback.fp16 import GradScaler, MixedPrecision, NonNativeMixedPrecision, OptState
+from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import rank_distrib
 from .capture import OutputHooks, _child, clean_name, compiled_modules, grad_modules, grad_params, param_grads, pick, silent
 from .engine import Engine, octaves
@@ -25,9 +31,10 @@ from .record import GradRecord, Rows, Steps, Stream, _param_rows, columns, count
 from .stats import finish, sums, MAX, SUM_SQ, NONFINITE, W_SQ, DOT
 
 # %% ../nbs/04_callback.ipynb #e91db4cf
-def _positive(name, v):
-    if isinstance(v, bool) or not isinstance(v, int) or v<1: raise ValueError(f"{name}: a whole number from 1 up is accepted, got {v!r}")
-    return v
+def _whole_number(name, v):
+    "`v` as an int from 1 up, numpy's integers included"
+    if isinstance(v, (bool,np.bool_)) or not isinstance(v, Integral) or v<1: raise ValueError(f"{name}: a whole number from 1 up is accepted, got {v!r}")
+    return int(v)
 
 @contextmanager
 def _whole():
@@ -41,33 +48,87 @@ def _whole():
             signal.signal(signal.SIGINT, old)
             if got: old(*got[0])
 
-def _unscaled(learn):
-    "Has a gradient scaler taken its scale off the gradients of this step?"
-    scaler = learn.__dict__.get('scaler')   # not `learn.scaler`, which may be the model's
-    return scaler is not None and any(s['found_inf_per_device'] for s in scaler._per_optimizer_states.values())
+def _rank():
+    "This process's number where torch.distributed runs, whatever the environment says"
+    dist = torch.distributed
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 # %% ../nbs/04_callback.ipynb #d23992bd
+Where = namedtuple('Where', 'fit phase epoch iteration step')   # where in training a row belongs
+
+class _Step:
+    "An attempt at a step, as far as it has come"
+    def __init__(self):
+        self.begin = None        # where its rows begin in the engine
+        self.early = None        # (from, to) of the rows read ahead of whoever may act
+        self.read = None         # where the rows begin that count
+        self.grads = []          # which gradients those were: (parameter, id, version)
+        self.zeroed = False      # the optimizer cleared its gradients since
+        self.skipped = False     # somebody cancelled it
+        self.taken = False       # the optimizer stepped
+
+class _Batch:
+    "A training batch, as far as it has come"
+    def __init__(self, where):
+        self.where = where
+        self.step = _Step()
+        self.events = False      # does the loop send events between forward and step?
+        self.begun = False       # a backward began
+        self.backward = False    # a backward of the loss was complete
+        self.cancelled = False   # somebody cancelled it, or its backward
+        self.counted = False     # its samples are among those of the step
+        self.checked = 0         # outputs of which it is known whether they are finite
+
+    def had_backward(self, ended): # did the batch come to its end?
+        "Loops that leave out events are given the benefit of the doubt"
+        if self.backward: return True
+        return ended and not self.cancelled and (self.begun or not self.events)
+
+    def next_step(self):
+        "What else the batch may do belongs to the next step"
+        self.where = self.where._replace(step=self.where.step+1)
+        self.step = _Step()
+        self.events = True
+        self.begun = self.backward = self.cancelled = self.counted = False
+        self.checked = 0
+
 class _State(SimpleNamespace):
     "Counters over the callback's life, and the buffer of what is not yet in the record"
     def __init__(self, engine=None):
-        super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], order=[], witnesses=[], new_fit=False,
-                         live=False, at=None, done={}, due=False, backward=False, cancelled=False, read=None, skip=False, bs=0, with_weights=False, said=set(), compiled=(), look=False, stream=None)
+        super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], done={}, batch=None,
+                         new_fit=False, inner=0, run=None, live=False, failed=False, facts_due=False, said=set(), stream=None)
+        self.params,self.keys,self.look,self.quiet = {},{},False,False
+        self.modules,self.names,self.compiled,self.hooks,self.due = {},[],(),None,False
+        self.order,self.witnesses,self.with_weights = [],[],False
+        self.around,self.acts_before,self.acts_after,self.step_guard = None,[],False,None
+        self.bs,self.old_weights,self.start_norms,self.first_part = 0,None,None,None
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
 
+# %% ../nbs/04_callback.ipynb #03280553
+FORWARD = -1   # place, in order of execution, of the first output that is not finite
+LOSS = -2      # the loss of a step
+CLIPPED = -3   # a gradient as the optimizer gets it
+EARLY = -4     # a gradient as it was before anybody acted
+DRIFT = -5     # how far weights were moved between forward and step by others than the optimizer
+MOVED = -10    # minus a parameter's key: how far the optimizer moved it
+
 # %% ../nbs/04_callback.ipynb #e3b5404e
+_cancels = CancelBatchException,CancelBackwardException,CancelStepException,CancelTrainException,CancelValidException,CancelEpochException,CancelFitException
+_inner = 'before_batch after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step after_cancel_batch after_batch'.split()   # fastai sends these in validation too
+
 class _GradCallback(Callback):
-    "Counts iterations and steps and says when to read"
+    "Counts iterations and steps and says when to read. Whatever goes wrong here is left out with a sentence, and training goes on"
     order,run_valid = MixedPrecision.order+.5,False   # after accumulation (6) and unscaling (10), before clipping (11)
     _learn,_weights,folder,show = None,False,None,False   # does it need the weights beside the gradients?
-    after_pred = after_loss = before_backward = noop   # what a callback lacks, fastai looks for in the Learner and its model, each time
+    after_pred = noop   # what a callback lacks, fastai looks for in the Learner and its model, each time
 
     @property
     def learn(self): return self._learn
     @learn.setter
     def learn(self, v):
         "fastai sets None when a callback is removed"
-        if v is None and self._learn is not None: self._stop()
+        if v is None and self._learn is not None: self._guarded('removal', self._stop)
         old,self.__dict__['_learn'] = self._learn,v
         self._show(old, v)
 
@@ -80,14 +141,61 @@ class _GradCallback(Callback):
     def reset(self):
         "Empty the record and start counting from 0"
         if '_state' in self.__dict__ and self._state.live: raise RuntimeError("reset: not in the middle of a fit")
-        self._state,self._record = _State(self._engine()),self._new_record()
+        self._state = _State(self._engine())
+        self._record = self._new_record()
+        self._built_with = self._lasting()
         return self
+
+    def __call__(self, event):
+        if self._state.batch is not None and not (self.run and self.run_train): self._guarded(event, self._close)   # switched off in mid-epoch
+        if event=='before_fit': return super().__call__(event)   # a wrong argument is the user's to know
+        if self.run and (event not in _inner or self.run_train and self.learn.training): self._guarded(event, getattr(self, event, noop))
+        if event=='after_fit': self.run = True   # as fastai does
+
+    def _guarded(self, event, f):
+        "Call `f`. An error of ours costs the batch under way and a sentence"
+        try: return f()
+        except _cancels: raise
+        except Exception as e:
+            self._discard()
+            if event=='before_train': self._state.failed = True
+            what = 'this epoch is' if event=='before_train' else 'such batches are'
+            self._say(f"{type(self).__name__}: {what} not recorded, {event} failed ({type(e).__name__}: {e})", ('failed',event))
+        except BaseException:
+            self._discard()
+            raise
+
+    def _discard(self):
+        "Nothing of the batch under way counts"
+        st = self._state
+        st.batch = None
+        if st.hooks: st.hooks.live = False
+        try:
+            st.engine.settle(len(st.its))
+            st.engine.rewind(st.done)
+        except Exception:   # what waits there cannot be summed, and would fail again
+            st.live = False
+            st.failed = True
+
+    def _say(self, msg, about=None):
+        "Warn once a fit of each thing `about` (None: of each message)"
+        about = about or msg
+        if about in self._state.said: return
+        self._state.said.add(about)
+        warn(msg)
 
 # %% ../nbs/04_callback.ipynb #882e9080
 @patch
 def __reduce_ex__(self:_GradCallback, proto):
     if self.learn is not None: return Callback,()
     return object.__reduce_ex__(self, proto)
+
+@patch
+def __copy__(self:_GradCallback):
+    "A record has one owner: the copy gets a record of its own"
+    new = object.__new__(type(self))
+    new.__setstate__(deepcopy(self.__getstate__()))
+    return new
 
 @patch
 def __getstate__(self:_GradCallback):
@@ -100,23 +208,48 @@ def __setstate__(self:_GradCallback, d):
     self._state.engine = self._engine()
 
 # %% ../nbs/04_callback.ipynb #6345494b
+def _frame(learn, name):
+    "The frame in which `learn` runs its method `name` just now, or None"
+    f = sys._getframe(1)
+    while f is not None and not (f.f_code.co_name==name and f.f_locals.get('self') is learn): f = f.f_back
+    return f
+
+def _sent_by(learn):
+    "The part of training that sent this event: 'fit', 'epoch', 'batch', ...; None where there is none, as in `validate`"
+    f = _frame(learn, '_with_events')
+    return f and f.f_locals.get('event_type')
+
 @patch
 def before_fit(self:_GradCallback):
+    st,sender = self._state,_sent_by(self.learn)
+    if sender not in (None,'fit'):
+        st.inner += 1   # `validate` or `get_preds` within a fit, until its `after_fit`
+        return
+    st.inner = 0
+    st.new_fit = True
+    if sender=='fit': self._check_fit()
+
+@patch
+def _check_fit(self:_GradCallback):
+    "Raise where the user asked for what cannot be"
     st,owner = self._state,self._state.owner
     if sum(c is self for c in self.learn.cbs)>1: raise ValueError(f"{self}: this callback was added to the Learner twice")
     if owner is not None and owner() is not self.learn and st.fit>=0:
         raise ValueError(f"{self} holds the record of another Learner: use a new one for this Learner, or `reset()` it first")
     if self.__dict__.get('kind')!='output' and any(_child(m)=='_fsdp_wrapped_module' for m in self.learn.model.modules()):   # not `self.kind`, which may be the model's
         raise ValueError(f"{self}: FullyShardedDataParallel flattens parameters, whose gradients cannot be told apart; use `torch.distributed.fsdp.fully_shard`, or record outputs only (kind='output')")
-    st.new_fit = True
+    self._check_arguments()
+    self._check_lasting()
 
 @patch
-def _say(self:_GradCallback, msg, about=None):
-    "Warn once a fit of each thing `about` (None: of each message)"
-    about = about or msg
-    if about in self._state.said: return
-    self._state.said.add(about)
-    warn(msg)
+def _check_lasting(self:_GradCallback):
+    "Arguments that the record is built on may change while it is empty"
+    changed = [k for k,v in self._lasting().items() if v!=self._built_with[k]]
+    if not changed: return
+    if len(self.record.df) or len(self.record.steps):
+        raise ValueError(f"{changed[0]}: cannot be changed after rows were recorded; `reset()` the callback first, or use a new one")
+    self.reset()
+    self._state.new_fit = True
 
 # %% ../nbs/04_callback.ipynb #72e55ebb
 class _Guard:
@@ -127,48 +260,151 @@ class _Guard:
         try: return self.run(*args, **kwargs)
         finally:
             self.remove()
-            for cb in self.watchers: cb._stop()
+            for cb in self.watchers: cb._guarded('the end of an epoch', cb._stop)
     def remove(self):
         d = self.learn.__dict__
         if d.get('_do_epoch_train') is self: d.update(_do_epoch_train=self.old) if self.old else d.pop('_do_epoch_train')
 
+def _guard_of(learn):
+    g = learn.__dict__.get('_do_epoch_train')
+    return g if isinstance(g, _Guard) else None
+
 @patch
 def before_epoch(self:_GradCallback):
-    self._state.first = None   # of an epoch that was interrupted
-    g = self.learn.__dict__.get('_do_epoch_train')
-    if not isinstance(g, _Guard): g = self.learn._do_epoch_train = _Guard(self.learn)
+    if self._state.inner: return
+    self._state.first_part = None   # of an epoch that was interrupted
+    g = _guard_of(self.learn)
+    if g is None: g = self.learn._do_epoch_train = _Guard(self.learn)
     if self not in g.watchers: g.watchers.append(self)
+
+@patch
+def after_train(self:_GradCallback): self._stop()
 
 @patch
 def after_epoch(self:_GradCallback):
     "`validate` sends `before_epoch` and trains nothing"
-    if isinstance(g := self.learn.__dict__.get('_do_epoch_train'), _Guard): g.remove()
+    if self._state.inner: return
+    if (g := _guard_of(self.learn)): g.remove()
+    self._stop()
+
+@patch
+def after_fit(self:_GradCallback):
+    if self._state.inner: self._state.inner -= 1
+    else:
+        self._stop()   # where the callback came in mid-epoch
+        self._write(True)
+
+# %% ../nbs/04_callback.ipynb #279e3dd9
+class _StepGuard:
+    "Tells its `watchers` when an optimizer steps, and when it clears its gradients"
+    def __init__(self, opt):
+        self.opt,self.watchers,self.handles,self.old = weakref.ref(opt),[],[],{}
+        inner = opt.__dict__.get('opt', opt)   # OptimWrapper's
+        if isinstance(inner, torch.optim.Optimizer):   # its own hooks: closest to the step, and schedulers look at the method
+            self.handles = [inner.register_step_pre_hook(lambda *_: self.tell('_optimizer_steps')), inner.register_step_post_hook(lambda *_: self.tell('_optimizer_stepped'))]
+            return
+        for name,before,after in (('step','_optimizer_steps','_optimizer_stepped'), ('zero_grad',None,'_optimizer_cleared')):
+            self.old[name] = opt.__dict__.get(name)
+            opt.__dict__[name] = MethodType(self.method(name, before, after), opt)
+
+    def method(self, name, before, after):
+        "A method `name` in place of the optimizer's"
+        old = self.old[name]
+        def f(opt, *args, **kwargs):
+            mine = opt is self.opt()   # and no copy
+            if mine and before: self.tell(before)
+            res = old(*args, **kwargs) if old and mine else getattr(type(opt), name)(opt, *args, **kwargs)
+            if mine: self.tell(after)
+            return res
+        f.__name__ = name   # so that it pickles as the optimizer's own
+        f.guard = self
+        return f
+
+    def tell(self, what):
+        for cb in list(self.watchers): cb._guarded('the optimizer\'s step', getattr(cb, what))
+
+    def remove(self, cb):
+        "Without watchers the optimizer is as it was"
+        if cb in self.watchers: self.watchers.remove(cb)
+        opt = self.opt()
+        if self.watchers or opt is None: return
+        while self.handles: self.handles.pop().remove()
+        for name,old in self.old.items():
+            if getattr(opt.__dict__.get(name), 'guard', None) is not self: continue   # somebody wrapped it again: it stays, and tells nobody
+            opt.__dict__.pop(name) if old is None else opt.__dict__.update({name:old})
+        self.old = {}
+        _step_guards.pop(opt, None)
+
+_step_guards = weakref.WeakKeyDictionary()   # optimizer -> its guard, shared by the callbacks of a Learner
+
+@patch
+def _watch_optimizer(self:_GradCallback):
+    "Be told of its steps. `learn.opt` may be another one than in the last batch"
+    st,opt = self._state,self.learn.opt
+    if opt is None or st.step_guard is not None and st.step_guard.opt() is opt: return
+    if st.step_guard is not None: st.step_guard.remove(self)
+    st.step_guard = _step_guards.get(opt)
+    if st.step_guard is None: st.step_guard = _step_guards[opt] = _StepGuard(opt)
+    st.step_guard.watchers.append(self)
+    st.step_guard.watchers.sort(key=lambda cb: cb.order)   # GradNormCallback shares what GradStatsCallback read
 
 # %% ../nbs/04_callback.ipynb #5a10d001
+def _dim(p): return 0 if is_lazy(p) else p.dim()   # a lazy layer that was not called has no dimensions yet
+
 def _facts(learn, st):
     "What rows cannot say, once per fit: the watched parameters as (name, requires_grad, dimensions), is fp16 in use, and with a scaler?"
     half = any(p.dtype==torch.float16 for p in st.params.values())
     for c in learn.cbs:
         a = c.__dict__.get('autocast')   # MixedPrecision's
         half |= isinstance(a, torch.autocast) and a._enabled and a.fast_dtype==torch.float16
-    s = learn.__dict__.get('scaler')
-    return dict(fit=st.fit, phase=st.phase, params=[(n, p.requires_grad, p.dim()) for n,p in st.params.items()], half=bool(half), scaled=bool(s and s.is_enabled()))
+    scaled = _scaler(learn) is not None or _loss_scale(learn) is not None
+    return dict(fit=st.fit, phase=st.phase, params=[(n, p.requires_grad, _dim(p)) for n,p in st.params.items()], half=bool(half), scaled=scaled)
+
+@patch
+def _note_facts(self:_GradCallback, lazy=False):
+    "Before training, or after the first batch where lazy layers have no shape yet"
+    st = self._state
+    if not st.facts_due or not lazy and any(map(is_lazy, st.params.values())): return
+    st.facts_due = False
+    self._record.facts.append(_facts(self.learn, st))
+    if st.stream is not None: st.stream.attempt(st.stream.facts)
 
 # %% ../nbs/04_callback.ipynb #37bb1d7f
 @patch
 def before_train(self:_GradCallback):
-    st = self._state
-    fresh = st.new_fit
-    if fresh:
-        st.owner,st.new_fit,st.fit,st.said = weakref.ref(self.learn),False,st.fit+1,set()
-        st.phase = int('lr_finder' in self.learn.__dict__)
-        if st.phase: st.count[1] = [0,0]   # lr_find counts for itself
+    st,run = self._state,id(_frame(self.learn, '_do_fit'))
+    st.failed = False
+    if st.new_fit or st.fit<0 or run!=st.run: self._count_fit()   # the callback may have come in mid-fit
+    st.run = run
     st.params = self._params()
-    if fresh: self._record.facts.append(_facts(self.learn, st))
-    st.keys,st.look = {},True
-    st.live,st.quiet,st.before,st.first = True,rank_distrib()!=0 and not self.show,None,len(self._record._steps.parts)   # a column that is watched is the same in all processes
+    st.keys = {}
+    st.look = True
+    st.quiet = _rank()!=0 and not self.show   # a column that is watched is the same in all processes
+    st.old_weights = st.start_norms = st.around = None
+    st.first_part = len(self._record._steps.parts)
     if not st.quiet: self._open()
+    self._note_facts()
     self._start()
+    st.live = True
+
+@patch
+def _count_fit(self:_GradCallback):
+    st = self._state
+    st.owner = weakref.ref(self.learn)
+    st.new_fit = False
+    st.fit += 1
+    st.said = set()
+    st.facts_due = True
+    st.phase = int('lr_finder' in self.learn.__dict__)
+    if st.phase: st.count[1] = [0,0]   # lr_find counts for itself
+
+@patch
+def _start_late(self:_GradCallback):
+    "The callback was added, or put back, in the middle of an epoch's training"
+    st = self._state
+    if st.failed or _frame(self.learn, '_do_epoch_train') is None: return   # `one_batch` without a fit
+    self.before_train()
+    if (g := _guard_of(self.learn)) and self not in g.watchers: g.watchers.append(self)
 
 @patch
 def _stop(self:_GradCallback):
@@ -177,8 +413,12 @@ def _stop(self:_GradCallback):
     if not st.live: return
     st.engine.settle(len(st.its))
     self._close()
+    self._discard()
     st.live = False
+    self._note_facts(lazy=True)
     self._end()
+    if st.step_guard is not None: st.step_guard.remove(self)
+    st.step_guard = None
     self._flush()
     self._write(sys.exc_info()[0] is not None)   # what ends early may end for good
 
@@ -194,8 +434,8 @@ def _folder(cb, v):
 @patch
 def _open(self:_GradCallback):
     st = self._state
-    if self.folder is None or st.stream is not None or rank_distrib(): return
-    st.stream = Stream(self._record, self.folder, self._tables, rank_distrib())
+    if self.folder is None or st.stream is not None or _rank(): return
+    st.stream = Stream(self._record, self.folder, self._tables, _rank())
     st.stream.attempt(st.stream.facts)   # claims the folder
 
 @patch
@@ -211,56 +451,214 @@ def _write(self:_GradCallback, all=False):
     st = self._state
     if st.stream is not None: st.stream.write(None if all else lambda w: (w[4]<st.count[st.phase][1]) | (w[1]!=st.phase) | (w[1]==1) & (w[0]<st.fit))
 
-@patch
-def after_fit(self:_GradCallback): self._write(True)
-
 # %% ../nbs/04_callback.ipynb #774672a0
 @patch
 def before_batch(self:_GradCallback):
     st = self._state
+    if not st.live: self._start_late()
     if not st.live: return
     self._close()
+    self._look_around()
+    self._watch_optimizer()
     it,step = st.count[st.phase]
-    st.at = st.fit,st.phase,self.learn.epoch,it,step
     st.count[st.phase][0] += 1
-    st.backward = st.cancelled = False
-    self._begin(it)
+    st.batch = _Batch(Where(st.fit, st.phase, self.learn.epoch, it, step))
+    self._begin()
+
+class _LossHook:
+    "Notes that a backward of the loss was complete, whoever called it"
+    def __init__(self, batch): self.batch = batch
+    def __call__(self, g):
+        try: Variable._execution_engine.queue_callback(self.complete)
+        except RuntimeError: self.complete()   # an engine that has no end to wait for
+    def complete(self): self.batch.backward = True
+
+@patch
+def after_loss(self:_GradCallback):
+    batch,loss = self._state.batch,self.learn.__dict__.get('loss_grad')
+    if batch is None: return
+    batch.events = True
+    if isinstance(loss, Tensor) and loss.grad_fn is not None: loss.register_hook(unserializable_hook(_LossHook(batch)))
+
+@patch
+def before_backward(self:_GradCallback):
+    batch = self._state.batch
+    if batch is None: return
+    batch.events = batch.begun = True
+    batch.cancelled = False
 
 @patch
 def after_backward(self:_GradCallback):
-    st = self._state
-    if st.at is None: return
-    st.backward = True
-    if st.cancelled: st.engine.rewind(st.done)   # what had arrived of a backward that was cancelled
+    batch = self._state.batch
+    if batch is None: return
+    batch.events = True
+    if not batch.cancelled: batch.backward = True
+    if batch.backward: self._count_samples()
+    else: self._no_backward()
 
 @patch
-def after_cancel_backward(self:_GradCallback): self._state.cancelled = True
+def _no_backward(self:_GradCallback):
+    "Forget what had arrived of a backward that was cancelled"
+    self._state.engine.rewind(self._state.done)
+    self._state.batch.checked = 0
 
 @patch
-def after_batch(self:_GradCallback): self._close()
+def after_cancel_backward(self:_GradCallback):
+    if (batch := self._state.batch) is not None: batch.cancelled = True
+
+@patch
+def after_cancel_batch(self:_GradCallback):
+    if (batch := self._state.batch) is not None: batch.cancelled = True
+
+@patch
+def after_batch(self:_GradCallback): self._close(ended=True)
+
+@patch
+def _close(self:_GradCallback, ended=False):
+    "The batch is over: what belongs to a backward or to an attempt at a step is committed, the rest discarded"
+    st,batch = self._state,self._state.batch
+    if batch is None: return
+    step = batch.step
+    backward = batch.had_backward(ended)
+    if backward: self._count_samples()
+    if step.taken or step.skipped or self._dropped(step):
+        step.skipped = not step.taken
+        self._attempted()
+    elif step.begin is not None: st.engine.rewind(step.begin)   # read for a step that was not taken
+    self._finish_batch(batch, backward)
+    st.batch = None
+    self._note_facts(lazy=True)
+
+@patch
+def _count_samples(self:_GradCallback):
+    batch = self._state.batch
+    if batch.counted: return
+    batch.counted = True
+    self._state.bs += _batch_size(self.learn)
+
+# %% ../nbs/04_callback.ipynb #08ecd53f
+def _has(cb, event): return event in cb.__dict__ or any(event in c.__dict__ for c in type(cb).__mro__)
+def _acts(cb): return _has(cb, 'before_step') or _has(cb, 'after_backward')
+_harmless = MixedPrecision,GradientAccumulation   # they cancel without dropping, or are asked for their scale
+
+class _Early(Callback):
+    "Ahead of all others: what gradients are before anybody acts on them"
+    order,run_valid = -math.inf,False
+    def __init__(self, cb): self.cb = cb
+    def after_backward(self):
+        if any(_has(c, 'after_backward') for c in self.cb._state.acts_before): self.cb._guarded('after_backward', self.cb._read_early)
+    def before_step(self): self.cb._guarded('before_step', self.cb._read_early)
+    def __reduce_ex__(self, proto): return Callback,()
+
+@patch
+def _look_around(self:_GradCallback):
+    "Which callbacks act before we read, and may anybody act between then and the optimizer's step?"
+    st,learn = self._state,self.learn
+    around = [(id(c),c.order) for c in learn.cbs]
+    if around==st.around: return
+    others = [c for c in learn.cbs if not isinstance(c, (_GradCallback,_Early)) and _acts(c)]
+    st.acts_before = [c for c in others if c.order<=self.order and type(c) not in _harmless]
+    st.acts_after = any(c.order>=self.order and _has(c, 'before_step') for c in others) or getattr(learn._step, '__func__', None) is not Learner._step
+    early = [c for c in learn.cbs if isinstance(c, _Early) and c.cb is self]
+    if st.acts_before and not early: learn.add_cb(_Early(self))
+    if early and not st.acts_before: learn.remove_cbs(early)
+    st.around = [(id(c),c.order) for c in learn.cbs]
+
+@patch
+def _read_early(self:_GradCallback):
+    st,batch = self._state,self._state.batch
+    if batch is None or not st.acts_before or batch.step.early: return
+    begin = st.engine.mark()
+    self._put_params(batch)
+    batch.step.early = begin,st.engine.mark()
+    batch.step.begin = begin
+    self._note_grads(batch.step)
+    if st.quiet: st.engine.rewind(begin)
+
+@patch
+def _note_grads(self:_GradCallback, step):
+    step.zeroed = False
+    step.grads = [(p, id(p.grad), p.grad._version) for _,p,_ in param_grads(list(self.learn.model.parameters())) if not p.grad.is_inference()]
+
+def _gone(p, i, version):
+    "Was the gradient that we read cleared since?"
+    g = p.grad
+    if g is None or id(g)!=i: return True
+    return g._version!=version and g.is_cpu and g.layout==torch.strided and not g.any()
+
+@patch
+def _dropped(self:_GradCallback, step):
+    "Was this step given up for good? A gradient that is kept goes into the next one: its batch only accumulated"
+    if not step.grads: return False
+    if step.zeroed or all(_gone(*o) for o in step.grads): return True
+    return isinstance(sys.exc_info()[1], (CancelTrainException,CancelEpochException,CancelFitException))
 
 # %% ../nbs/04_callback.ipynb #0fba7299
 @patch
 def before_step(self:_GradCallback):
-    st = self._state
-    if st.at is not None: self._read(st.at[4])
+    batch = self._state.batch
+    if batch is None: return
+    batch.events = True
+    self._read()
 
 @patch
 def after_cancel_step(self:_GradCallback):
-    st = self._state
-    if st.at is None: return
-    st.skip = True
-    if st.read is None and _unscaled(self.learn): self._read(st.at[4])   # an overflow: `before_step` did not reach us
+    "The gradients of a step that is not taken are read too: of an AMP overflow `before_step` does not reach us"
+    batch = self._state.batch
+    if batch is None: return
+    batch.events = True
+    batch.step.skipped = not batch.step.taken
+    if batch.step.read is None: self._read_late()
 
 @patch
 def after_step(self:_GradCallback):
-    "One attempt at a step is over"
-    st = self._state
-    if st.at is None: return
-    if st.skip: self._skipped.add((-1 if st.phase==0 else st.fit, st.at[4]))
-    st.count[st.phase][1] = step = st.at[4]+1
-    self._stepped(st.at[4])
-    st.at,st.read,st.skip,st.bs,st.backward = (*st.at[:4], step),None,False,0,False   # what else this batch may do is of the next step
+    if self._state.batch is not None: self._attempted()
+
+@patch
+def _optimizer_steps(self:_GradCallback):
+    "The optimizer is about to step"
+    batch = self._state.batch
+    if batch is None: return
+    if batch.step.taken: self._attempted()   # of a loop that steps twice in a batch and sends no `after_step`
+    if batch.step.read is None: self._read_late()
+
+@patch
+def _optimizer_stepped(self:_GradCallback):
+    if (batch := self._state.batch) is not None: batch.step.taken = True
+
+@patch
+def _optimizer_cleared(self:_GradCallback):
+    if (batch := self._state.batch) is not None: batch.step.zeroed = True
+
+@patch
+def _read(self:_GradCallback):
+    "Parameter gradients, as the optimizer is about to use them"
+    st,step = self._state,self._state.batch.step
+    if step.early: st.engine.rename(*step.early, EARLY)
+    if step.read is not None: st.engine.rewind(step.read)
+    step.read = st.engine.mark()
+    if step.begin is None: step.begin = step.read
+    self._put_params(self._state.batch, share=True)
+    self._note_grads(step)
+
+@patch
+def _read_late(self:_GradCallback):
+    "What was read ahead of those who act, or what is there now"
+    step = self._state.batch.step
+    if step.early: step.read = step.early[0]
+    else: self._read()
+
+@patch
+def _attempted(self:_GradCallback):
+    "An attempt at a step is over: it counts, and what was put for it is committed"
+    st,batch = self._state,self._state.batch
+    where,step = batch.where,batch.step
+    if batch.backward or step.taken or step.read is not None: self._count_samples()
+    st.count[st.phase][1] = where.step+1
+    if step.skipped: self._skipped.add((-1 if st.phase==0 else st.fit, where.step))
+    self._stepped(where, step)
+    st.bs = 0
+    batch.next_step()
 
 # %% ../nbs/04_callback.ipynb #dd8ecf48
 class GradStatsCallback(_GradCallback):
@@ -276,16 +674,23 @@ class GradStatsCallback(_GradCallback):
                  extra:dict=None, # name -> f(gradient) -> 0-d tensor: one more float column each
                  folder=None # stream to files in this folder while training; one that holds no record yet
                 ):
-        if kind not in ('output','param','both'): raise ValueError(f"kind: accepted are 'output', 'param' and 'both', got {kind!r}")
+        _kind(kind)
         if modules is not None:
             modules = L(modules)
             grad_modules(nn.ModuleList(m for m in modules if isinstance(m, nn.Module)), modules)
-        self.kind,self.modules,self.every,self.threshold = kind,modules,_positive('every', every),_threshold(threshold)
         if hist not in (False,True,'all'): raise ValueError(f"hist: accepted are False, True and 'all', got {hist!r}")
-        self.hist,self.keep = hist,keep if keep is None else _positive('keep', keep)
-        self.include,self.extra,self.folder = _regex(include),_extra(extra),_folder(self, folder)
+        self.kind = kind
+        self.modules = modules
+        self.include = _regex(include)
+        self.every = _whole_number('every', every)
+        self.threshold = _threshold(threshold)
+        self.hist = hist
+        self.keep = keep if keep is None else _whole_number('keep', keep)
+        self.extra = _extra(extra)
+        self.folder = _folder(self, folder)
         self.reset()
 
+    def _lasting(self): return dict(threshold=_threshold(self.threshold), hist=self.hist, extra=dict(_extra(self.extra)))
     @property
     def _tables(self): return ('tensors','breaks','hist') if self.hist else ('tensors','breaks')
     def _engine(self): return Engine(self.threshold, self.extra, hist=self.hist)
@@ -294,8 +699,11 @@ class GradStatsCallback(_GradCallback):
     def _skipped(self): return self._record._rows.skipped
 
 # %% ../nbs/04_callback.ipynb #d7fb995a
+def _kind(v):
+    if v not in ('output','param','both'): raise ValueError(f"kind: accepted are 'output', 'param' and 'both', got {v!r}")
+
 def _threshold(v):
-    if isinstance(v, bool) or not isinstance(v, (int,float)) or not v>=0: raise ValueError(f"threshold: a number from 0 up is accepted, got {v!r}")
+    if isinstance(v, (bool,np.bool_)) or not isinstance(v, Real) or not v>=0: raise ValueError(f"threshold: a number from 0 up is accepted, got {v!r}")
     return abs(float(v))   # -0. is 0.
 
 def _regex(v):
@@ -311,6 +719,15 @@ def _extra(v):
     return v
 
 # %% ../nbs/04_callback.ipynb #62a06649
+@patch
+def _check_arguments(self:GradStatsCallback):
+    "They may have been changed since the callback was made"
+    _kind(self.kind)
+    _whole_number('every', self.every)
+    try: self._params()
+    except (ValueError,TypeError) as e:
+        if str(e).startswith(('modules:','include:')): raise   # whatever else is wrong with the model is said when training begins
+
 @patch
 def _params(self:GradStatsCallback):
     "The tensors to watch: modules with hooks, parameters"
@@ -330,11 +747,12 @@ def _start(self:GradStatsCallback):
     st.names = list(st.modules)
     st.compiled = compiled_modules(self.learn.model)
     st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward(), st.compiled, bool(self.extra))
-    st.hooks.live,st.fired = False,0
+    st.hooks.live = False
 
 @patch
 def _end(self:GradStatsCallback):
-    if getattr(self._state, 'hooks', None): self._state.hooks.remove()
+    _GradCallback._end(self)
+    if self._state.hooks: self._state.hooks.remove()
     self._state.hooks = None
 
 # %% ../nbs/04_callback.ipynb #13ab9ac5
@@ -346,13 +764,10 @@ def _hook(self:GradStatsCallback):
     def got(i, call, out, g):
         k = keys.get((i,call,out))
         if k is None: k = keys[i,call,out] = rows.key('output', i, names[i], out, call)
-        st.fired += 1
         put(k, g)
     return got
 
 # %% ../nbs/04_callback.ipynb #e16265e7
-FORWARD = -1   # key of that number's row
-
 @patch
 def _forward(self:GradStatsCallback):
     "What a hook calls in forward"
@@ -368,7 +783,9 @@ def _forward(self:GradStatsCallback):
 def _check_forward(self:GradStatsCallback):
     "Place, in order of execution, of the first output that is not finite; their number where all are"
     st = self._state
-    if not (ws := st.witnesses): return
+    ws = st.witnesses
+    if len(ws)==st.batch.checked: return
+    st.batch.checked = len(ws)
     if not st.engine.by_rows and all(isinstance(w, float) or w.is_cpu for w in ws):
         k = next((k for k,w in enumerate(ws) if not math.isfinite(w)), None)
         if k is not None: st.engine.value(FORWARD, torch.tensor(k))
@@ -378,33 +795,63 @@ def _check_forward(self:GradStatsCallback):
         st.engine.value(FORWARD, bad.float().argmax())
 
 # %% ../nbs/04_callback.ipynb #18b06136
+def _scaler(learn):
+    "The gradient scaler in use, or None"
+    s = learn.__dict__.get('scaler')   # not `learn.scaler`, which may be the model's
+    return s if isinstance(s, GradScaler) and s.is_enabled() else None
+
+def _masters(learn):
+    "fastai's `to_non_native_fp16`: float32 copies are optimized, the model's own gradients keep the scale"
+    return next((c for c in learn.cbs if isinstance(c, NonNativeMixedPrecision) and 'master_pgs' in c.__dict__), None)
+
+def _loss_scale(learn):
+    c = _masters(learn)
+    return None if c is None else c.loss_scale
+
 def _scale(learn):
-    "None, or a function from a device to AMP's scale there (asking the scaler itself would wait for the GPU)"
-    s = learn.__dict__.get('scaler')
-    if s is None or not s.is_enabled(): return None
+    "None, or a function from a device to the loss scale there (asking the scaler itself would wait for the GPU)"
+    number,scaler = _loss_scale(learn),_scaler(learn)
+    if number is None and scaler is None: return None
     cache = {}
     def f(device):
-        if device not in cache: cache[device] = s.scale(torch.ones((), device=device))
+        if device not in cache:
+            one = torch.ones((), device=device)
+            cache[device] = scaler.scale(one) if number is None else one*number
         return cache[device]
     return f
 
+def _unscaled(learn):
+    "Has the gradient scaler taken its scale off the gradients of this step?"
+    if getattr(learn.opt, 'grad_scale', None) is not None: return False   # a fused optimizer does it by itself
+    return any(s['stage'] in (OptState.UNSCALED,OptState.STEPPED) for s in getattr(_scaler(learn), '_per_optimizer_states', {}).values())
+
+def _divided(g, scale): return (g.float() if g.dtype in (torch.float16,torch.bfloat16) else g)/scale
+
+def _at_true_scale(learn, gs):
+    "Parameter gradients (index, parameter, gradient) without a scale that is still in them"
+    if _masters(learn) is None and (_scaler(learn) is None or _unscaled(learn)): return gs
+    scale = _scale(learn)
+    return [(i, p, _divided(g.detach(), scale(g.device))) for i,p,g in gs]
+
 @patch
-def _begin(self:GradStatsCallback, it):
-    "An iteration begins: are outputs recorded?"
+def _begin(self:GradStatsCallback):
+    "A batch begins: are outputs recorded?"
     st = self._state
-    if not getattr(st, 'hooks', None): return
-    st.due = it%self.every==0
-    st.hooks.live = st.due
+    st.order = []
+    st.witnesses = []
+    if not st.hooks: return
+    st.due = st.batch.where.iteration%self.every==0
+    st.engine.scale = _scale(self.learn)
     st.hooks.start()
-    st.order,st.witnesses = [],[]
+    st.hooks.live = st.due
 
 @patch
 def before_backward(self:GradStatsCallback):
+    _GradCallback.before_backward(self)
     st = self._state
-    if st.at is None or not st.due: return
-    if not st.backward: st.engine.rewind(st.done)   # of a penalty's own `autograd.grad`, which is no gradient of the loss
+    if st.batch is None or not st.due: return
+    if not st.batch.backward: self._no_backward()   # a penalty's own `autograd.grad` is no gradient of the loss
     self._check_forward()
-    st.engine.scale = _scale(self.learn)
 
 # %% ../nbs/04_callback.ipynb #11f7b355
 @patch
@@ -416,23 +863,22 @@ def _grads(self:_GradCallback):
     return [o for o in gs if hasattr(o[2], 'to_local')] if st.quiet else gs
 
 # %% ../nbs/04_callback.ipynb #a5d06cac
-def _due_norms(learn, step):
+def _weights_wanted(learn):
     "Is a callback about to read this step that needs the weights too?"
-    return any(isinstance(c, _GradCallback) and c._weights and c._state.at is not None and step%c.every==0 for c in learn.cbs)
+    def wants(c): return isinstance(c, _GradCallback) and c._weights and c._state.batch is not None and c._state.batch.where.step%c.every==0
+    return any(map(wants, learn.cbs))
 
 @patch
-def _read(self:GradStatsCallback, step):
-    "Parameter gradients, as the optimizer is about to use them"
+def _put_params(self:GradStatsCallback, batch, share=False):
+    "A row for each parameter"
     st = self._state
-    if step%self.every: return
-    st.read,scale = st.engine.mark(),st.engine.scale
-    if not (gs := self._grads()): return
+    st.with_weights = False
+    if batch.where.step%self.every: return
+    gs = _at_true_scale(self.learn, self._grads())
+    if not gs: return
     keys = self._param_keys()
-    peer = _due_norms(self.learn, step)
-    st.engine.scale = None
-    st.with_weights = peer
-    st.engine.put_all([keys[i] for i,_,_ in gs], [g for _,_,g in gs], [p for _,p,_ in gs] if peer else None)
-    st.engine.scale = scale
+    st.with_weights = share and _weights_wanted(self.learn)
+    st.engine.put_all([keys[i] for i,_,_ in gs], [g for _,_,g in gs], [p for _,p,_ in gs] if st.with_weights else None)
 
 @patch
 def _param_keys(self:GradStatsCallback):
@@ -445,9 +891,9 @@ def _param_keys(self:GradStatsCallback):
 def after_backward(self:GradStatsCallback):
     _GradCallback.after_backward(self)
     st = self._state
-    if not st.due or st.at is None or st.cancelled: return
+    if not st.due or st.batch is None or not st.batch.backward: return
     if st.compiled: self._check_compiled()
-    if getattr(st, 'hooks', None) and (st.hooks.views or st.hooks.hidden): self._check_outputs()
+    if st.hooks and (st.hooks.views or st.hooks.hidden): self._check_outputs()
 
 def _few(names, idx): return ', '.join(repr(names[i]) for i in idx[:5]) + (' ...' if idx[5:] else '')
 
@@ -470,32 +916,30 @@ def _check_outputs(self:GradStatsCallback):
 
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch
-def _stepped(self:GradStatsCallback, step):
+def _stepped(self:GradStatsCallback, where, step):
     st = self._state
-    if st.quiet and st.read is not None: st.engine.rewind(st.read)   # only now: GradNormCallback may have shared it
-    self._put(st.at)
+    if st.quiet and step.begin is not None: st.engine.rewind(step.begin)   # only now: GradNormCallback may have shared it
+    self._put(where)
 
 # %% ../nbs/04_callback.ipynb #54671b33
 @patch
-def _close(self:GradStatsCallback):
-    "An iteration is over: its rows are complete, or were for something that did not happen"
+def _finish_batch(self:GradStatsCallback, batch, backward):
     st = self._state
-    if st.at is None: return
-    at,st.at = st.at,None
-    if getattr(st, 'hooks', None): st.hooks.live = False
-    if st.read is not None: st.engine.rewind(st.read)   # read for a step that was not taken
-    st.read,st.skip = None,False
-    if not st.backward: st.engine.rewind(st.done)
-    self._put(at)
+    if st.hooks: st.hooks.live = False
+    if not backward: self._no_backward()
+    self._check_forward()   # perhaps nobody called `before_backward`: a NaN may be why
+    self._put(batch.where)
 
 @patch
-def _put(self:GradStatsCallback, at):
-    "What was seen since is of the iteration and step `at`"
+def _put(self:GradStatsCallback, where):
+    "Commit: what was put since the last commit belongs to `where`"
     st = self._state
     if not st.engine.since(st.done): return
     full = st.engine.close()
-    st.its.append((at,st.order))   # from here on it counts, whatever interrupts
-    st.order,st.witnesses,st.done,st.read = [],[],st.engine.mark(),None
+    st.its.append((where,st.order))   # the one line from which on it counts, whatever interrupts
+    st.order = []
+    st.witnesses = []
+    st.done = st.engine.mark()
     self._full(full)
 
 # %% ../nbs/04_callback.ipynb #54671b34
@@ -509,7 +953,8 @@ def _flush(self:GradStatsCallback):
     (its,orders),st.its = zip(*st.its),[]
     its = np.array(its).T
     at,tensor = np.repeat(np.arange(len(n)), n),keys>=0
-    for i,k in zip(at[~tensor], s[~tensor,MAX].astype(int)):
+    forward = keys==FORWARD
+    for i,k in zip(at[forward], s[forward,MAX].astype(int)):
         if k<len(orders[i]): rows.breaks.append((*its[[0,1,3],i].tolist(), st.names[orders[i][k-1]] if k else '(input)', st.names[orders[i][k]]))
     n = np.bincount(at[tensor], minlength=len(n))
     if not n.all(): its,n = its[:,n>0],n[n>0]   # nothing but a forward
@@ -536,6 +981,12 @@ def _delegate(cls):
 _delegate(GradStatsCallback)
 
 # %% ../nbs/04_callback.ipynb #b222fe55
+def _multiple(update_every, every):
+    if update_every is None: return None
+    n = _whole_number('update_every', update_every)
+    if n%every: raise ValueError(f"update_every: weights are measured on steps that are recorded, so a multiple of every={every} is accepted, got {update_every!r}")
+    return n
+
 class GradNormCallback(_GradCallback):
     "The gradient's L2 norm at each step, before and after clipping, with norms per parameter"
     order,_weights = _GradCallback.order+.1,True   # after GradStatsCallback, whose read it shares
@@ -545,10 +996,14 @@ class GradNormCallback(_GradCallback):
                  show:bool=False, # a column `grad_norm` in the epoch table: mean norm of the epoch's steps; the same in all processes of a distributed run
                  folder=None # stream to files in this folder while training; one that holds no record yet
                 ):
-        self.every,self.update_every,self.show,self.folder = _positive('every', every),update_every if update_every is None else _positive('update_every', update_every),show,_folder(self, folder)
+        self.every = _whole_number('every', every)
+        self.update_every = _multiple(update_every, self.every)
+        self.show = self._shown = show
+        self.folder = _folder(self, folder)
         self.reset()
 
     _tables = 'steps','params'
+    def _lasting(self): return dict(update_every=bool(self.update_every))
     def _engine(self): return Engine(norms_only=True)
     def _new_record(self): return GradRecord(steps=Steps(), params=_param_rows(updates=bool(self.update_every)))
     @property
@@ -561,120 +1016,167 @@ class GradNormCallback(_GradCallback):
 _delegate(GradNormCallback)
 
 # %% ../nbs/04_callback.ipynb #bbfabb39
-class _BeforeOptimizer(Callback):
-    "Last in line before the optimizer's step"
-    order,run_valid = 1000,False
-    def __init__(self, f): self.f = f
-    def before_step(self): self.f()
-    def __reduce_ex__(self, proto): return Callback,()
-
-def _acts(cb): return 'before_step' in cb.__dict__ or any('before_step' in c.__dict__ for c in type(cb).__mro__)
-
 @patch
 def _params(self:GradNormCallback): return grad_params(self.learn.model)
 
 @patch
-def _start(self:GradNormCallback):
-    st = self._state
-    after = [c for c in self.learn.cbs if c.order>self.order and _acts(c) and not isinstance(c, (_GradCallback,_BeforeOptimizer))]
-    st.max_norm = after[0].max_norm if len(after)==1 and type(after[0]) is GradientClip and after[0].norm_type==2 else None
-    st.measure = bool(after) and st.max_norm is None
-    if st.measure: self.learn.add_cb(_BeforeOptimizer(self._clipped))
+def _check_arguments(self:GradNormCallback):
+    _whole_number('every', self.every)
+    _multiple(self.update_every, self.every)
+    if self.show!=self._shown: raise ValueError("show: set it before the callback is added to a Learner")
 
 @patch
-def _end(self:GradNormCallback):
-    self.learn.remove_cbs(self.learn.cbs.filter(lambda c: isinstance(c, _BeforeOptimizer) and c.f.__self__ is self))
+def _start(self:GradNormCallback): pass
+
+@patch
+def _end(self:_GradCallback):
+    "The helper goes with the epoch"
+    self.learn.remove_cbs([c for c in self.learn.cbs if isinstance(c, _Early) and c.cb is self])
+    self._state.around = None
 
 # %% ../nbs/04_callback.ipynb #6054d2d1
-LOSS,CLIPPED = -1,-2   # keys of rows that are no parameter's
-
 @patch
-def _clipped(self:GradNormCallback):
-    "What the optimizer is about to get"
-    st = self._state
-    if st.read is None or not st.measure: return
-    mark,gs = st.engine.mark(),[g for _,_,g in self._grads()]
+def _optimizer_steps(self:GradNormCallback):
+    "Measure what the optimizer gets, where somebody may have changed it since"
+    _GradCallback._optimizer_steps(self)
+    st,batch = self._state,self._state.batch
+    if batch is None or batch.where.step%self.every: return
+    self._compare_weights()
+    if not st.acts_after: return
+    mark,gs = st.engine.mark(),self._optimized()
     st.engine.put_all([CLIPPED]*len(gs), gs)
     if st.quiet: st.engine.rewind(mark)
+    if st.old_weights: torch._foreach_copy_(st.old_weights.values, [p.detach() for p in st.old_weights.params])
+
+@patch
+def _optimized(self:GradNormCallback):
+    "The gradients that the optimizer holds: the model's, or those of copies"
+    if _masters(self.learn) is not None: return [p.grad for ps in self.learn.opt.param_lists for p in ps if p.grad is not None]
+    return [g for _,_,g in _at_true_scale(self.learn, self._grads())]
 
 # %% ../nbs/04_callback.ipynb #19ca067a
 def _shared(learn, by_rows):
     "A GradStatsCallback that has just read all parameters with their weights"
-    return next((c for c in learn.cbs if isinstance(c, GradStatsCallback) and c._state.read is not None and c._state.with_weights
-                 and c.modules is None and c.include is None and c._state.engine.by_rows==by_rows), None)
+    def has(c): return (isinstance(c, GradStatsCallback) and c._state.batch is not None and c._state.batch.step.read is not None and c._state.with_weights
+                        and c.modules is None and c.include is None and c._state.engine.by_rows==by_rows)
+    return next(filter(has, learn.cbs), None)
 
 @patch
-def _begin(self:GradNormCallback, it): pass
+def _begin(self:GradNormCallback):
+    "A batch begins"
+    self._note_weights()
 
 # %% ../nbs/04_callback.ipynb #4abf0180
 @patch
-def _read(self:GradNormCallback, step):
-    "Sums of g², w² and g·w of every parameter, and the loss"
-    st = self._state
-    if step%self.every: return
-    st.read,peer = st.engine.mark(),_shared(self.learn, st.engine.by_rows)
-    gs = self._grads()
-    if st.quiet and not gs: return
+def _put_params(self:GradNormCallback, batch, share=False):
+    "Sums of g², w² and g·w of every parameter"
+    st,mark = self._state,self._state.engine.mark()
+    if batch.where.step%self.every: return
+    gs = _at_true_scale(self.learn, self._grads())
+    if not gs: return
     if not st.keys: st.keys = self._group_keys()
-    self._before_update([p for _,p,_ in gs], [st.keys[i] for i,_,_ in gs], step)
-    if peer: st.engine.take(peer._state.engine, peer._state.read, {k:st.keys[i] for i,k in enumerate(peer._state.keys)})
-    elif gs: st.engine.put_all([st.keys[i] for i,_,_ in gs], [g for _,_,g in gs], [p for _,p,_ in gs])
-    st.engine.value(LOSS, self.learn.loss.reshape(()))
-    if st.quiet: st.engine.rewind(st.read)
+    keys = [st.keys[i] for i,_,_ in gs]
+    self._keep_weights(batch, keys, [p for _,p,_ in gs])
+    peer = _shared(self.learn, st.engine.by_rows) if share else None
+    if peer: st.engine.take(peer._state.engine, peer._state.batch.step.read, {k:st.keys[i] for i,k in enumerate(peer._state.keys)})
+    else: st.engine.put_all(keys, [g for _,_,g in gs], [p for _,p,_ in gs])
+    if st.quiet: st.engine.rewind(mark)
 
 @patch
 def _group_keys(self:GradNormCallback):
-    "Keys of the parameters, with the optimizer's parameter group"
-    group = {id(p):i for i,g in enumerate(self.learn.opt.param_lists) for p in g}
+    "Keys of the parameters, with the optimizer's parameter group; -1 for one that it does not hold"
+    masters = _masters(self.learn)
+    lists = getattr(self.learn.opt, 'param_lists', []) if masters is None else masters.model_pgs
+    group = {id(p):i for i,g in enumerate(lists) for p in g}
     return [self._record._params.key('param', i, n, group.get(id(p), -1)) for i,(n,p) in enumerate(self._state.params.items())]
 
 # %% ../nbs/04_callback.ipynb #0cbd8213
+def _samples(b):
+    "Samples in a part of a batch: a tensor, a dict of tensors, a list of tensors or a list with an entry for each sample; None where it does not say"
+    if isinstance(b, Tensor): return b.shape[0] if b.dim() else None
+    if isinstance(b, dict): return next((n for v in b.values() if (n := _samples(v)) is not None), None)
+    if not isinstance(b, (list,tuple)) or not b: return None
+    sizes = {o.shape[0] if isinstance(o, Tensor) and o.dim() else None for o in b}
+    return sizes.pop() if len(sizes)==1 and None not in sizes else len(b)
+
 def _batch_size(learn):
     "Samples in the batch"
-    for b in (learn.yb,learn.xb):
-        t = item_find(b) if len(b) else None
-        if isinstance(t, Tensor) and t.dim(): return t.shape[0]
-    return 0
+    parts = [o for b in (learn.yb,learn.xb) for o in (b if isinstance(b, (list,tuple)) else [b])]
+    tensors = [o for o in parts if isinstance(o, Tensor)]   # a list may be of anything: a tensor is surer
+    return next((n for o in tensors+parts if (n := _samples(o)) is not None), 0)
 
-@patch
-def after_backward(self:GradNormCallback):
-    _GradCallback.after_backward(self)
-    st = self._state
-    if st.at is not None and not st.cancelled: st.bs += _batch_size(self.learn)
+def _loss(learn):
+    "The loss as a number on its device: of a loss per sample the mean, as fastai's Recorder logs it"
+    loss = learn.__dict__.get('loss')
+    if isinstance(loss, Number): return torch.tensor(float(loss))
+    if not isinstance(loss, Tensor) or not loss.numel(): return torch.tensor(math.nan)
+    loss = loss.detach()
+    return loss.reshape(()) if loss.numel()==1 else loss.float().mean()
+
+def _last_lr(opt):
+    "The learning rate of the last group; NaN where it is none that can be read without waiting for a device"
+    groups = getattr(opt, 'hypers', None) or getattr(opt, 'param_groups', None) or [{}]
+    lr = groups[-1].get('lr', math.nan)
+    return math.nan if isinstance(lr, Tensor) and not lr.is_cpu else float(lr)
 
 # %% ../nbs/04_callback.ipynb #d2f926ec
-MOVED = -3
+class _Weights:
+    "Weights as they were: parameters, their keys, copies"
+    def __init__(self, params, keys):
+        self.params,self.keys = params,keys
+        self.values = [p.detach().clone() for p in params]
 
 @patch
-def _before_update(self:GradNormCallback, ps, keys, step):
-    "Keep the weights of a step that is measured; none where it was skipped already"
+def _measured(self:GradNormCallback, batch): return bool(self.update_every) and batch.where.step%self.update_every==0
+
+def _norms(params): return torch.stack([n.to(params[0].device) for n in torch._foreach_norm([p.detach() for p in params])])
+
+@patch
+def _note_weights(self:GradNormCallback):
+    "The weights' norms as the first batch of a step begins"
     st = self._state
-    if self.update_every and not st.skip and step%self.update_every==0: st.before = ps,keys,[p.detach().clone() for p in ps]
+    if not self._measured(st.batch) or st.start_norms is not None: return
+    ps = [p for p in st.params.values() if p.requires_grad and not is_lazy(p) and type(p) is nn.Parameter and p.is_floating_point()]
+    if ps: st.start_norms = ps,_norms(ps)
 
 @patch
-def _moved(self:GradNormCallback):
+def _compare_weights(self:GradNormCallback):
+    st = self._state
+    if st.start_norms is None or st.quiet: return
+    ps,before = st.start_norms
+    st.engine.value(DRIFT, ((_norms(ps)-before).abs()/(before+1e-30)).nan_to_num(0., 0.).max())
+
+@patch
+def _keep_weights(self:GradNormCallback, batch, keys, params):
+    if self._measured(batch): self._state.old_weights = _Weights(params, keys)
+
+@patch
+def _moved(self:GradNormCallback, step):
     "Squared differences of the weights, after the step"
-    st = self._state
-    if getattr(st, 'before', None) is None: return
-    (ps,keys,old),st.before = st.before,None
-    if st.read is None: return
-    torch._foreach_sub_(old, [p.detach() for p in ps])
-    st.engine.put_all([MOVED-k for k in keys], old)
-    if st.quiet: st.engine.rewind(st.read)
+    st,old = self._state,self._state.old_weights
+    st.old_weights = st.start_norms = None
+    if old is None or step.skipped: return
+    mark = st.engine.mark()
+    torch._foreach_sub_(old.values, [p.detach() for p in old.params])
+    st.engine.put_all([MOVED-k for k in old.keys], old.values)
+    if st.quiet: st.engine.rewind(mark)
 
 # %% ../nbs/04_callback.ipynb #3af9c1d6
-def _updates(at, keys, s, par, weight_norm):
+def _updates(at, keys, s, par, weight_norm, drifted):
     "Update norm and ratio of each parameter row; NaN where not measured"
-    moved = {(i,MOVED-k):v for i,k,v in zip(at[keys<=MOVED].tolist(), keys[keys<=MOVED].tolist(), s[keys<=MOVED,SUM_SQ].tolist())}
+    is_moved = keys<=MOVED
+    moved = {(i,MOVED-k):v for i,k,v in zip(at[is_moved].tolist(), keys[is_moved].tolist(), s[is_moved,SUM_SQ].tolist())}
     u = np.sqrt(np.array([moved.get(o, np.nan) for o in zip(at[par].tolist(), keys[par].tolist())], float))
+    u[drifted[at[par]]] = np.nan
     with np.errstate(all='ignore'): return np.stack([u, u/weight_norm]).astype(np.float32)
 
 @patch
-def _total_update(self:GradNormCallback, at, keys, s, weight_norm):
+def _total_update(self:GradNormCallback, at, keys, s, weight_norm, drifted):
     "Update norm and ratio of each step"
     if not self.update_every: return {}
-    m,n = keys<=MOVED,len(weight_norm)
-    u = np.where(np.bincount(at[m], minlength=n)>0, np.sqrt(np.bincount(at[m], s[m,SUM_SQ], minlength=n)), np.nan)
+    is_moved,n = keys<=MOVED,len(weight_norm)
+    u = np.sqrt(np.bincount(at[is_moved], s[is_moved,SUM_SQ], minlength=n))
+    u[(np.bincount(at[is_moved], minlength=n)==0) | drifted] = np.nan
     with np.errstate(all='ignore'): return dict(update_norm=u, update_ratio=u/weight_norm)
 
 # %% ../nbs/04_callback.ipynb #84dc5601
@@ -695,10 +1197,12 @@ def _show(self:GradNormCallback, old, new):
 @patch
 def after_epoch(self:GradNormCallback):
     _GradCallback.after_epoch(self)
-    st,first = self._state,self._state.__dict__.pop('first', None)
-    if not self.show or first is None or (r := self.learn.__dict__.get('recorder')) is None: return
+    st = self._state
+    if st.inner: return
+    first_part,st.first_part = st.first_part,None
+    if not self.show or first_part is None or (r := self.learn.__dict__.get('recorder')) is None: return
     self._flush()
-    parts = self._record._steps.parts[first:]
+    parts = self._record._steps.parts[first_part:]
     v = np.concatenate([p['norm'][~p['skipped'].astype(bool)] for p in parts]) if parts else np.empty(0)
     missing,at = r.metric_names.index('grad_norm')-len(r.log),1 if r.cancel_train else len(r.log)   # of a training or validation that was cancelled
     if missing>0: r.log = r.log[:at]+[math.nan]*missing+r.log[at:]
@@ -706,28 +1210,34 @@ def after_epoch(self:GradNormCallback):
 
 # %% ../nbs/04_callback.ipynb #7fa0a7d6
 @patch
-def _stepped(self:GradNormCallback, step):
-    "The step is over: its row is complete"
+def _stepped(self:GradNormCallback, where, step):
+    "The attempt is over: its row is complete"
     st = self._state
-    if step%self.every: return
-    self._moved()
+    if where.step%self.every: return
+    self._moved(step)
     if st.quiet: return
-    if st.read is None: st.engine.value(LOSS, self.learn.loss.reshape(()))   # cancelled before there was anything to read
+    st.engine.value(LOSS, _loss(self.learn))
     full = st.engine.close()
-    st.its.append((*st.at, self.learn.opt.hypers[-1]['lr'], st.bs, st.skip, math.nan if st.max_norm is None else st.max_norm))   # from here on it counts
-    st.done,st.read = st.engine.mark(),None
+    st.its.append((*where, _last_lr(self.learn.opt), st.bs, step.skipped))   # the one line from which on it counts
+    st.done = st.engine.mark()
     self._full(full)
 
 @patch
-def _close(self:GradNormCallback):
-    "An iteration is over; what was read for a step that was not taken is dropped"
-    st = self._state
-    if st.at is None: return
-    st.at = None
-    if st.read is not None: st.engine.rewind(st.read)
-    st.read,st.skip = None,False
+def _finish_batch(self:GradNormCallback, batch, backward): pass
 
 # %% ../nbs/04_callback.ipynb #f4f84579
+def _changed_before(early, norm):
+    "Steps whose gradients were others before somebody acted on them"
+    with np.errstate(all='ignore'): return np.isfinite(early) & np.isfinite(norm) & (abs(early-norm)>1e-5*np.maximum(early, norm))
+
+@patch
+def _say_changed(self:_GradCallback, early, norm):
+    if not _changed_before(early, norm).any(): return
+    who = ' or '.join(f'{type(c).__name__} (order {c.order:g})' for c in self._state.acts_before) or 'a callback'
+    self._say(f"{who} changed the gradients before they were read: parameter rows and norms are of what it left. With an order above {GradNormCallback.order:g} it acts after the reading, and they are those from before", 'changed before')
+
+DRIFTED = 3e-6   # relative; weights that were moved and put back differ by rounding only
+
 @patch
 @_whole()
 def _flush(self:GradNormCallback):
@@ -738,25 +1248,27 @@ def _flush(self:GradNormCallback):
     st.its = []
     at = np.repeat(np.arange(len(n)), n)
     def total(rows, col): return np.bincount(at[rows], s[rows,col], minlength=len(n))
-    par,clipped = keys>=0,keys==CLIPPED
-    norm,clip = np.sqrt(total(par, SUM_SQ)),np.array(its[8], float)
-    norm[np.bincount(at[par], minlength=len(n))==0] = np.nan
-    skip = np.array(its[7], bool)
-    with np.errstate(all='ignore'):
-        coef = np.where(np.isnan(clip) | skip, 1, np.minimum(1, clip/(norm+1e-6)))
-        measured = np.bincount(at[clipped], minlength=len(n))>0
-        got = np.where(measured, np.sqrt(total(clipped, SUM_SQ)), norm*coef)
-        coef = np.where(measured, np.where(norm>0, got/norm, 1), coef)
-    loss = s[keys==LOSS,MAX]
-    self._record._steps.append(**dict(zip(['fit','phase','epoch','iteration','step','lr','bs','skipped'], its)), loss=loss, norm=norm, clip_coef=coef,
-        clipped_norm=got, weight_norm=np.sqrt(total(par, W_SQ)), nonfinite=total(par, NONFINITE), **self._total_update(at, keys, s, np.sqrt(total(par, W_SQ))))
-    self._add_params(np.array(its[:5]), at, keys, s, par)
+    def norm_of(rows):
+        "NaN where there is nothing to take it from"
+        return np.where(np.bincount(at[rows], minlength=len(n))>0, np.sqrt(total(rows, SUM_SQ)), np.nan)
+    par = keys>=0
+    norm,weight_norm = norm_of(par),np.sqrt(total(par, W_SQ))
+    has_clipped = np.bincount(at[keys==CLIPPED], minlength=len(n))>0
+    clipped_norm = np.where(has_clipped, norm_of(keys==CLIPPED), norm)
+    with np.errstate(all='ignore'): clip_coef = np.where(has_clipped & (norm>0), clipped_norm/norm, 1)
+    drifted = np.zeros(len(n), bool)
+    drifted[at[keys==DRIFT]] = s[keys==DRIFT,MAX]>DRIFTED
+    self._record._steps.append(**dict(zip([*Where._fields,'lr','bs','skipped'], its)), loss=s[keys==LOSS,MAX], norm=norm, clip_coef=clip_coef,
+        clipped_norm=clipped_norm, weight_norm=weight_norm, nonfinite=total(par, NONFINITE), **self._total_update(at, keys, s, weight_norm, drifted))
+    self._add_params(np.array(its[:5]), at, keys, s, par, drifted)
+    self._say_changed(norm_of(keys==EARLY), norm)
+    if drifted.any(): self._say("Weights were moved between the forward pass and the optimizer's step by something else than the optimizer (as SAM does): update_norm is NaN there", 'drifted')
 
 # %% ../nbs/04_callback.ipynb #f4f8457a
 @patch
-def _add_params(self:GradNormCallback, where, at, keys, s, par):
+def _add_params(self:GradNormCallback, where, at, keys, s, par, drifted):
     "Norms per parameter"
     n = np.bincount(at[par], minlength=where.shape[1])
     with np.errstate(all='ignore'): f = np.stack([np.sqrt(s[par,SUM_SQ]), np.sqrt(s[par,W_SQ]), s[par,DOT]]).astype(np.float32)
-    if self.update_every: f = np.concatenate([f, _updates(at, keys, s, par, f[1])])
+    if self.update_every: f = np.concatenate([f, _updates(at, keys, s, par, f[1], drifted)])
     if len(keep := np.flatnonzero(n)): self._record._params.append(where[:,keep], n[keep], keys[par], f, np.empty((0,f.shape[1]), np.uint32))

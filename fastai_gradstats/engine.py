@@ -797,6 +797,15 @@ def rewind(self:Engine, mark):
     "Forget what was put since `mark` or since the last iteration was closed"
     for d,b in self.buffers.items(): b.cut(mark.get(d, 0))
 
+# %% ../nbs/01_engine.ipynb #831ec52c
+@patch
+def rename(self:Engine, start, end, key):
+    "What was put between the marks `start` and `end` gets another key"
+    for d,b in self.buffers.items():
+        first = start.get(d, 0)-b.gone
+        last = min(end.get(d, 0)-b.gone, len(b.keys))
+        if last>first: b.keys[first:last] = [key]*(last-first)
+
 # %% ../nbs/01_engine.ipynb #3ed57706
 @patch
 def fetch(self:Engine):

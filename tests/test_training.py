@@ -229,10 +229,6 @@ def test_cancel(event, order):
         what = f'{exc.__name__} in {event}, order {order}'
         done = [o for o in learn.events if o[0]=='backward']
         steps = [o[1] for o in learn.events if o[0]=='step']
-        if order==5:
-            # raised ahead of us: what cannot be told from a backward or a step that stopped half way leaves no row
-            if event=='after_backward': done.pop(1)
-            if event=='after_step': steps.pop(1)
         out = learn.grad_stats.select(kind='output').df
         assert len(out)==len(done)==out['iteration'].nunique(), what
         assert out['iteration'].is_monotonic_increasing
