@@ -281,6 +281,9 @@ def before_epoch(self:_GradCallback):
 def after_train(self:_GradCallback): self._stop()
 
 @patch
+def after_cancel_train(self:_GradCallback): self._close()   # while the exception is at hand
+
+@patch
 def after_epoch(self:_GradCallback):
     "`validate` sends `before_epoch` and trains nothing"
     if self._state.inner: return
@@ -558,7 +561,8 @@ def _look_around(self:_GradCallback):
     if around==st.around: return
     others = [c for c in learn.cbs if not isinstance(c, (_GradCallback,_Early)) and _acts(c)]
     st.acts_before = [c for c in others if c.order<=self.order and type(c) not in _harmless]
-    st.acts_after = any(c.order>=self.order and _has(c, 'before_step') for c in others) or getattr(learn._step, '__func__', None) is not Learner._step
+    late = any(c.order>=self.order and _has(c, 'before_step') for c in others)
+    st.acts_after = late or _masters(learn) is not None or getattr(learn._step, '__func__', None) is not Learner._step
     early = [c for c in learn.cbs if isinstance(c, _Early) and c.cb is self]
     if st.acts_before and not early: learn.add_cb(_Early(self))
     if early and not st.acts_before: learn.remove_cbs(early)
@@ -723,6 +727,7 @@ def _extra(v):
 def _check_arguments(self:GradStatsCallback):
     "They may have been changed since the callback was made"
     _kind(self.kind)
+    _regex(self.include)
     _whole_number('every', self.every)
     try: self._params()
     except (ValueError,TypeError) as e:
@@ -942,6 +947,28 @@ def _put(self:GradStatsCallback, where):
     st.done = st.engine.mark()
     self._full(full)
 
+# %% ../nbs/04_callback.ipynb #cee506b2
+def _norms_of(rows, at, s, n):
+    "L2 norm over these rows of each of `n` iterations; NaN where there are none"
+    sq = np.bincount(at[rows], s[rows,SUM_SQ], minlength=n)
+    return np.where(np.bincount(at[rows], minlength=n)>0, np.sqrt(sq), np.nan)
+
+@patch
+def _compare_early(self:GradStatsCallback, at, keys, s):
+    "Did somebody change the gradients before they were read? GradNormCallback says it where there is one"
+    early = keys==EARLY
+    if not early.any() or self.learn is not None and any(isinstance(c, GradNormCallback) for c in self.learn.cbs): return
+    n = at.max()+1
+    self._say_changed(_norms_of(early, at, s, n), _norms_of(np.isin(keys, self._state.keys), at, s, n))
+
+@patch
+def _say_changed(self:_GradCallback, early, norm):
+    "`early` and `norm` of each step: before anybody acted, and as it was read"
+    with np.errstate(all='ignore'): changed = np.isfinite(early) & np.isfinite(norm) & (abs(early-norm)>1e-5*np.maximum(early, norm))
+    if not changed.any(): return
+    who = ' or '.join(f'{type(c).__name__} (order {c.order:g})' for c in self._state.acts_before) or 'A callback'
+    self._say(f"{who} changed the gradients before they were read: parameter rows and norms are of what it left. With an order above {GradNormCallback.order:g} it acts after the reading, and they are those from before", 'changed before')
+
 # %% ../nbs/04_callback.ipynb #54671b34
 @patch
 @_whole()
@@ -959,6 +986,7 @@ def _flush(self:GradStatsCallback):
     n = np.bincount(at[tensor], minlength=len(n))
     if not n.all(): its,n = its[:,n>0],n[n>0]   # nothing but a forward
     rows.append(its, n, keys[tensor], *finish(s[tensor], numel[tensor]), octaves(h[tensor]) if self.hist else None)
+    self._compare_early(at, keys, s)
 
 # %% ../nbs/04_callback.ipynb #ad116d0d
 def _forward_to(n):
@@ -1226,16 +1254,6 @@ def _stepped(self:GradNormCallback, where, step):
 def _finish_batch(self:GradNormCallback, batch, backward): pass
 
 # %% ../nbs/04_callback.ipynb #f4f84579
-def _changed_before(early, norm):
-    "Steps whose gradients were others before somebody acted on them"
-    with np.errstate(all='ignore'): return np.isfinite(early) & np.isfinite(norm) & (abs(early-norm)>1e-5*np.maximum(early, norm))
-
-@patch
-def _say_changed(self:_GradCallback, early, norm):
-    if not _changed_before(early, norm).any(): return
-    who = ' or '.join(f'{type(c).__name__} (order {c.order:g})' for c in self._state.acts_before) or 'a callback'
-    self._say(f"{who} changed the gradients before they were read: parameter rows and norms are of what it left. With an order above {GradNormCallback.order:g} it acts after the reading, and they are those from before", 'changed before')
-
 DRIFTED = 3e-6   # relative; weights that were moved and put back differ by rounding only
 
 @patch
@@ -1248,9 +1266,7 @@ def _flush(self:GradNormCallback):
     st.its = []
     at = np.repeat(np.arange(len(n)), n)
     def total(rows, col): return np.bincount(at[rows], s[rows,col], minlength=len(n))
-    def norm_of(rows):
-        "NaN where there is nothing to take it from"
-        return np.where(np.bincount(at[rows], minlength=len(n))>0, np.sqrt(total(rows, SUM_SQ)), np.nan)
+    def norm_of(rows): return _norms_of(rows, at, s, len(n))
     par = keys>=0
     norm,weight_norm = norm_of(par),np.sqrt(total(par, W_SQ))
     has_clipped = np.bincount(at[keys==CLIPPED], minlength=len(n))>0
