@@ -15,6 +15,7 @@ from collections import namedtuple
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import update_wrapper
+from itertools import islice
 from numbers import Integral, Number, Real
 from types import MethodType, SimpleNamespace
 from torch.autograd import Variable
@@ -97,10 +98,10 @@ class _State(SimpleNamespace):
     def __init__(self, engine=None):
         super().__init__(engine=engine, owner=None, fit=-1, phase=0, count=[[0,0],[0,0]], its=[], done={}, batch=None,
                          new_fit=False, inner=0, run=None, live=False, failed=False, facts_due=False, said=set(), stream=None)
-        self.params,self.keys,self.look,self.quiet = {},{},False,False
+        self.params,self.watched,self.keys,self.look,self.quiet = {},[],{},False,False
         self.modules,self.names,self.compiled,self.hooks,self.due = {},[],(),None,False
         self.order,self.witnesses,self.with_weights = [],[],False
-        self.around,self.acts_before,self.acts_after,self.step_guard = None,[],False,None
+        self.around,self.acts_before,self.acts_after,self.step_guard,self.unwatched = None,[],False,None,None
         self.bs,self.old_weights,self.start_norms,self.first_part = 0,None,None,None
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
@@ -303,7 +304,7 @@ class _StepGuard:
     def __init__(self, opt):
         self.opt,self.watchers,self.handles,self.old = weakref.ref(opt),[],[],{}
         inner = opt.__dict__.get('opt', opt)   # OptimWrapper's
-        if isinstance(inner, torch.optim.Optimizer):   # its own hooks: closest to the step, and schedulers look at the method
+        if isinstance(inner, torch.optim.Optimizer) and '_optimizer_step_pre_hooks' in inner.__dict__:   # closest to the step, and schedulers look at the method
             self.handles = [inner.register_step_pre_hook(lambda *_: self.tell('_optimizer_steps')), inner.register_step_post_hook(lambda *_: self.tell('_optimizer_stepped'))]
             return
         for name,before,after in (('step','_optimizer_steps','_optimizer_stepped'), ('zero_grad',None,'_optimizer_cleared')):
@@ -312,12 +313,13 @@ class _StepGuard:
 
     def method(self, name, before, after):
         "A method `name` in place of the optimizer's"
-        old = self.old[name]
+        replaced = self.old[name]
+        delegated = None if hasattr(type(self.opt()), name) else getattr(self.opt(), name)   # to an optimizer inside
         def f(opt, *args, **kwargs):
-            mine = opt is self.opt()   # and no copy
-            if mine and before: self.tell(before)
-            res = old(*args, **kwargs) if old and mine else getattr(type(opt), name)(opt, *args, **kwargs)
-            if mine: self.tell(after)
+            if opt is not self.opt(): return (delegated or MethodType(getattr(type(opt), name), opt))(*args, **kwargs)   # a copy
+            if before: self.tell(before)
+            res = (replaced or delegated or MethodType(getattr(type(opt), name), opt))(*args, **kwargs)
+            self.tell(after)
             return res
         f.__name__ = name   # so that it pickles as the optimizer's own
         f.guard = self
@@ -344,10 +346,16 @@ _step_guards = weakref.WeakKeyDictionary()   # optimizer -> its guard, shared by
 def _watch_optimizer(self:_GradCallback):
     "Be told of its steps. `learn.opt` may be another one than in the last batch"
     st,opt = self._state,self.learn.opt
-    if opt is None or st.step_guard is not None and st.step_guard.opt() is opt: return
+    if opt is None or id(opt)==st.unwatched or st.step_guard is not None and st.step_guard.opt() is opt: return
     if st.step_guard is not None: st.step_guard.remove(self)
-    st.step_guard = _step_guards.get(opt)
-    if st.step_guard is None: st.step_guard = _step_guards[opt] = _StepGuard(opt)
+    st.step_guard = None
+    try:
+        if opt not in _step_guards: _step_guards[opt] = _StepGuard(opt)
+    except Exception as e:
+        st.unwatched = id(opt)
+        self._say(f"{type(opt).__name__} does not let its steps be watched ({type(e).__name__}: {e}): what the optimizer gets is taken to be what was read before")
+        return
+    st.step_guard = _step_guards[opt]
     st.step_guard.watchers.append(self)
     st.step_guard.watchers.sort(key=lambda cb: cb.order)   # GradNormCallback shares what GradStatsCallback read
 
@@ -380,6 +388,7 @@ def before_train(self:_GradCallback):
     if st.new_fit or st.fit<0 or run!=st.run: self._count_fit()   # the callback may have come in mid-fit
     st.run = run
     st.params = self._params()
+    st.watched = list(self.learn.model.parameters())
     st.keys = {}
     st.look = True
     st.quiet = _rank()!=0 and not self.show   # a column that is watched is the same in all processes
@@ -537,7 +546,8 @@ def _count_samples(self:_GradCallback):
     batch = self._state.batch
     if batch.counted: return
     batch.counted = True
-    self._state.bs += _batch_size(self.learn)
+    try: self._state.bs += _batch_size(self.learn)
+    except Exception as e: self._say(f"The samples of a batch cannot be counted ({type(e).__name__}: {e}): `bs` is without them", 'samples')
 
 # %% ../nbs/04_callback.ipynb #08ecd53f
 def _has(cb, event): return event in cb.__dict__ or any(event in c.__dict__ for c in type(cb).__mro__)
@@ -582,13 +592,14 @@ def _read_early(self:_GradCallback):
 @patch
 def _note_grads(self:_GradCallback, step):
     step.zeroed = False
-    step.grads = [(p, id(p.grad), p.grad._version) for _,p,_ in param_grads(list(self.learn.model.parameters())) if not p.grad.is_inference()]
+    with_grad = (p for p in self._state.watched if p.requires_grad and p.grad is not None and not p.grad.is_inference())
+    step.grads = [(p, id(p.grad), p.grad._version) for p in islice(with_grad, 8)]   # whoever clears gradients clears all
 
 def _gone(p, i, version):
     "Was the gradient that we read cleared since?"
     g = p.grad
     if g is None or id(g)!=i: return True
-    return g._version!=version and g.is_cpu and g.layout==torch.strided and not g.any()
+    return g._version!=version and type(g) is Tensor and g.is_cpu and g.layout==torch.strided and not g.any()
 
 @patch
 def _dropped(self:_GradCallback, step):
@@ -1144,8 +1155,9 @@ def _loss(learn):
 def _last_lr(opt):
     "The learning rate of the last group; NaN where it is none that can be read without waiting for a device"
     groups = getattr(opt, 'hypers', None) or getattr(opt, 'param_groups', None) or [{}]
-    lr = groups[-1].get('lr', math.nan)
-    return math.nan if isinstance(lr, Tensor) and not lr.is_cpu else float(lr)
+    lr = groups[-1].get('lr')
+    if isinstance(lr, Tensor) and lr.is_cpu and lr.numel()==1: return lr.item()
+    return float(lr) if isinstance(lr, Real) else math.nan
 
 # %% ../nbs/04_callback.ipynb #d2f926ec
 class _Weights:

@@ -550,9 +550,8 @@ def test_added_in_mid_fit(event):
     assert not any(m._forward_hooks for m in learn.model.modules()) and 'step' not in learn.opt.__dict__
 
 def test_one_batch_without_a_fit():
-    learn = learner(both())
+    learn = learner(both(), default_cbs=False)
     learn.create_opt()
-    learn.remove_cbs([TrainEvalCallback,Recorder])
     learn.training = True
     learn.one_batch(0, first(learn.dls.train))
     assert len(learn.grad_stats.df)==len(learn.grad_norm.df)==0

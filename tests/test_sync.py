@@ -44,13 +44,6 @@ def test_small_outputs(nb):
     assert size < 700_000, f'{size:,} bytes of outputs: use fewer figures, or dpi 80'
 
 @each_nb
-def test_small_cells(nb):
-    for c in cells(nb):
-        lines = [l for l in ''.join(c['source']).splitlines() if l.strip()]
-        if c['cell_type']=='code' and re.match(r'#\|\s*exporti?s?\b', lines[0] if lines else ''):
-            assert len(lines)-1 <= 30, f'{nb.name}, cell {c["id"]}: {len(lines)-1} exported lines; spread it with @patch'
-
-@each_nb
 def test_title_cell(nb):
     "nbdev keeps `# title`, one `> description` and `- key: value` of the title's cell, and drops anything else."
     src = next((s for c in cells(nb) if (s := ''.join(c['source'])).startswith('# ') and c['cell_type']=='markdown'), '')
