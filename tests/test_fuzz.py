@@ -14,7 +14,7 @@ To add an ingredient, write one small function and put it in its table with `@in
 """
 import hashlib,io,os,pickle,random,re,sys,threading,warnings
 from collections import Counter,OrderedDict,UserDict,namedtuple
-from contextlib import redirect_stdout
+from contextlib import contextmanager,nullcontext,redirect_stdout
 from copy import copy,deepcopy
 from dataclasses import dataclass,field,replace
 from functools import partial
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import unserializable_hook
 from fastai.basics import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
     CancelStepException, CancelTrainException, CancelValidException, DataLoaders, L, Learner, OptimWrapper, TensorBase,
     TrainEvalCallback, params, set_seed)
@@ -623,7 +624,7 @@ class Net(nn.Module):
         x = x.to(self.head.weight.dtype)
         for l in self.layers: x = l(x)
         x = self.head(x.to(self.head.weight.dtype))
-        if x.requires_grad: x.register_hook(self.world.head_gradient)
+        if x.requires_grad: x.register_hook(unserializable_hook(partial(World.head_gradient, self.world)))
         return containers[self.output][0](x)
 
 class FalsyNet(Net):
@@ -631,7 +632,7 @@ class FalsyNet(Net):
 
 class NetNamedLikeOurs(Net):
     "What a callback lacks, fastai looks for in the model"
-    scaler = lr_finder = kind = every = modules = record = folder = show = keep = 'of the model'
+    scaler = lr_finder = kind = every = record = folder = show = keep = 'of the model'
     def after_cancel_batch(self): self.world.calls['model.after_cancel_batch'] += 1
     def before_validate(self): self.world.calls['model.before_validate'] += 1
 
@@ -731,6 +732,7 @@ def empty_batch(o, y): return F.cross_entropy(o[:0], y[:0], reduction='none').su
 
 class Loss:
     "A loss function by name, of whatever the model returns"
+    y_int = True   # for MixUp
     def __init__(self, case): self.f,self.unwrap = losses[case.loss],containers[case.output][1]
     def __call__(self, pred, *ys, **kwargs):
         o = self.unwrap(pred)
@@ -1229,6 +1231,33 @@ companions = dict(
     short=partial(ShortEpochCallback, .4), early=EarlyStoppingCallback, save=SaveModelCallback, nan_stop=TerminateOnNaNCallback, mixup=MixUp)
 plain_companions = {'clip','ema','bn_freeze','short','early','save','scaled'}
 
+# --- how torch and numpy are set meanwhile
+
+modes = dict(usual=nullcontext, anomaly=partial(torch.autograd.detect_anomaly, check_nan=False), numpy_raises=partial(np.errstate, all='raise'))
+
+def mode(f):
+    modes[f.__name__] = contextmanager(f)
+    return f
+
+@mode
+def float64_by_default():
+    torch.set_default_dtype(torch.float64)
+    try: yield
+    finally: torch.set_default_dtype(torch.float32)
+
+@mode
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try: yield
+    finally: torch.use_deterministic_algorithms(False)
+
+@mode
+def global_hook():
+    "A hook on every module of the process"
+    handle = nn.modules.module.register_module_forward_hook(see)
+    try: yield
+    finally: handle.remove()
+
 # --- what the user calls
 
 plans = {}
@@ -1346,6 +1375,7 @@ class Case:
     passed_to:str = 'Learner'   # or 'fit'
     change:str = 'hist'         # the argument that is changed
     folder:bool = False
+    mode:str = 'usual'
 
 def draw_act(rng):
     event = rng.choice(batch_events if rng.random()<.6 else events)
@@ -1363,17 +1393,29 @@ def draw(seed):
     rng = random.Random(seed)
     def odd(table, usual, p): return rng.choice(list(table)) if rng.random()<p else usual
     every_layer = [*layers, *(f'of_{c}' for c in containers)]
+    quiet = rng.random()<.3   # nobody touches gradients: what was recorded can be checked
     case = Case(net=odd(nets, 'Net', .1), layers=[rng.choice(every_layer) for _ in range(rng.choice([0,1,1,2,2,3]))], output=odd(containers, 'tensor', .25),
         target=odd(targets, 'classes', .2), loss=odd(losses, 'mean_loss', .3), opt=odd(optimizers, 'sgd', .5), loop=odd(loops, 'Plain', .4),
         companions=rng.sample(list(companions), rng.choice([0,0,0,1,1,2])), acts=[draw_act(rng) for _ in range(rng.choice([0,1,1,2,2,3]))],
         plan=[rng.choice(trainings)], batches=rng.choice([1,2,3]), valid=rng.random()<.3, recorder=rng.random()<.8, ours=draw_ours(rng),
-        ours_first=rng.random()<.5, passed_to=rng.choice(['Learner','Learner','fit']), change=rng.choice(list(changed)), folder=rng.random()<.05)
+        ours_first=rng.random()<.5, passed_to=rng.choice(['Learner','Learner','fit']), change=rng.choice(list(changed)), folder=rng.random()<.05, mode=odd(modes, 'usual', .1))
     for _ in range(rng.choice([0,0,1,1,2])): case.plan.insert(rng.randrange(len(case.plan)+1), rng.choice([*plans, *trainings]))
+    if quiet: calm(case)
     if case.loop in no_recorder: case.recorder = False
+    if {'early','save'} & set(case.companions): case.valid = True
     if {a.what for a in case.acts} & {'new_model','replace_head','wrap_model','drop_loss'} or case.loop=='ChangesModel' or 'add_adapter' in case.plan:
         for _,kw in case.ours: kw.pop('modules', None)   # a module that has left the model is refused, as documented
     if any(a.what=='wrap_model' for a in case.acts): case.ours = [(n, {k:v for k,v in kw.items() if k!='include'}) for n,kw in case.ours]
     return case
+
+def calm(case):
+    "Take out what touches gradients, batches and steps, or our callbacks"
+    case.loop,case.passed_to = 'Plain','Learner'
+    case.acts = [a for a in case.acts if a.what in harmless]
+    case.companions = [c for c in case.companions if c in plain_companions]
+    case.layers = [l for l in case.layers if l not in disturbing]
+    case.plan = [p for p in case.plan if p not in changes_ours] or ['fit_1']
+    if case.opt in ('raising','lbfgs'): case.opt = 'sgd'
 
 # --- running it
 
@@ -1477,7 +1519,7 @@ def state(learn, world):
 def message(e):
     "What an exception says, without what differs from run to run"
     text = 'too deep' if isinstance(e, RecursionError) else str(e)
-    return type(e).__name__,re.sub(r'0x[0-9a-f]+|/\S*', '...', text)
+    return type(e).__name__,re.sub(r'0x[0-9a-f]+|/\S*|_mangle_\d+', '...', text)
 
 def build(case, world):
     set_seed(0)
@@ -1508,29 +1550,44 @@ class Result:
     said:Counter = None
     trained:int = 0
 
+def reset_modes():
+    "What an interrupted batch may leave on: autocast, no gradients"
+    torch.set_grad_enabled(True)
+    torch.set_autocast_enabled('cpu', False)
+    torch.clear_autocast_cache()
+    torch.autocast_increment_nesting()
+    while torch.autocast_decrement_nesting()>0: pass
+
 def run(case, with_ours, folder):
-    res,world = Result(),World(case, with_ours, folder)
+    "One run of a case, from clean modes to clean modes"
     old_hook = threading.excepthook
-    threading.excepthook = see
+    threading.excepthook = see   # what is raised in a thread is raised again where it is missed
+    reset_modes()
+    try: return _run(case, World(case, with_ours, folder))
+    finally:
+        reset_modes()
+        threading.excepthook = old_hook
+
+def _run(case, world):
+    res = Result()
     with warnings.catch_warnings(record=True) as said, redirect_stdout(io.StringIO()):
         warnings.simplefilter('always')
         learn = build(case, world)
         for name in case.plan:
-            if not learn.opt: pass
             cbs = [c for c in world.ours if c.learn is None] if case.passed_to=='fit' else None
             try:
-                with learn.no_bar(), learn.no_logging(): plans[name](learn, cbs)
+                with learn.no_bar(), learn.no_logging(), modes[case.mode](): plans[name](learn, cbs)
                 res.outcomes.append((name, 'ok'))
             except BaseException as e: res.outcomes.append((name, *message(e)))
             res.states.append(state(learn, world))
             res.hooks_after.append(hooks(learn.model))
+            learn.lock = threading.Lock()   # fastai keeps it where `validate` was interrupted
         learn.remove_cbs([c for c in world.ours if c.learn is learn])
         res.hooks_left = hooks(learn.model)
         res.callbacks_left = [type(c).__name__ for c in learn.cbs]
         res.attributes_left = sorted(learn.__dict__)
         for c in world.ours: c.df
-    threading.excepthook = old_hook
-    res.said = Counter(str(w.message) for w in said if 'shadowing' not in str(w.message))
+    res.said = Counter(str(w.message).split('\n')[0] for w in said if issubclass(w.category, UserWarning) and 'shadowing' not in str(w.message))
     res.trained = sum(e[0]=='before_fit' for e in world.log)
     return res,world
 
@@ -1548,7 +1605,8 @@ def is_plain(case):
     return (case.loop=='Plain' and whats<=harmless and not changes_ours & {*whats, *case.plan} and set(case.companions)<=plain_companions
             and case.passed_to=='Learner' and case.opt not in ('raising','lbfgs') and not set(case.layers) & disturbing)
 
-disturbing = {'RaisesInForward','InterruptsInForward','RaisesInBackward','BackwardInForward','ClearsHooks'}
+disturbing = {'RaisesInForward','InterruptsInForward','RaisesInBackward','BackwardInForward','ClearsHooks',
+              'GrowsAndSwaps'}   # the last: the optimizer does not know its new parameter
 
 def check_record(case, world):
     "Steps and parameter rows are what the optimizer got; the head's output rows what autograd said"
@@ -1625,7 +1683,10 @@ def smaller(case):
     for i,(name,kw) in enumerate(case.ours):
         for k in kw: yield replace(case, ours=[*case.ours[:i], (name, {a:b for a,b in kw.items() if a!=k}), *case.ours[i+1:]])
 
-def kind_of(wrong): return re.sub(r"\d+|'[^']*'", '#', wrong[0].split(': ')[0] + wrong[0][-60:]) if wrong else None
+def kind_of(wrong):
+    "The same for the same fault in another place"
+    if not wrong: return None
+    return re.sub(r"\d+|'[^']*'", '#', wrong[0].split(': ')[0]+wrong[0][-60:]),"'ok') without" in wrong[0]
 
 def shrink(case):
     "The smallest case that fails in the same way"
