@@ -806,8 +806,9 @@ loops = {}
 class Plain(Learner):
     "fastai's loop, noting what the optimizer gets"
     def _step(self):
-        self.world.optimizer_gets(self)
+        gets = self.world.norms_of(self)
         super()._step()
+        if not self.world.finding: self.world.got.append(gets)   # a step that raised is none
 
 @into(loops)
 class BackwardTwice(Learner):
@@ -1470,8 +1471,7 @@ class World:
 
     def head_gradient(self, g):
         if not self.finding: self.head.append(norm(g))
-    def optimizer_gets(self, learn):
-        if not self.finding: self.got.append({n:norm(p.grad) for n,p in learn.model.named_parameters() if p.requires_grad and p.grad is not None})
+    def norms_of(self, learn): return {n:norm(p.grad) for n,p in learn.model.named_parameters() if p.requires_grad and p.grad is not None}
 
 def norm(g):
     g = g.detach()
