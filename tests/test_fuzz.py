@@ -15,7 +15,7 @@ To add an ingredient, write one small function and put it in its table with `@in
 import hashlib,io,os,pickle,random,re,sys,threading,warnings
 from collections import Counter,OrderedDict,UserDict,namedtuple
 from contextlib import contextmanager,nullcontext,redirect_stdout
-from copy import copy,deepcopy
+from copy import deepcopy
 from dataclasses import dataclass,field,replace
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -32,10 +32,10 @@ from fastai.basics import (Callback, CancelBackwardException, CancelBatchExcepti
     TrainEvalCallback, params, set_seed)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
-from fastai.callback.schedule import ParamScheduler   # it gives Learner `fit_one_cycle` and `lr_find`
+import fastai.callback.schedule   # gives Learner `fit_one_cycle`, `fine_tune` and `lr_find`
 from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback,TerminateOnNaNCallback
 from fastai.callback.training import BnFreeze,GradientAccumulation,GradientClip,ShortEpochCallback
-from fastai.optimizer import Adam,Lookahead,SGD,ranger
+from fastai.optimizer import Adam,SGD,ranger
 
 from fastai_gradstats import GradNormCallback,GradStatsCallback
 
