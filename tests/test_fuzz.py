@@ -522,7 +522,8 @@ class OddParameters(nn.Module):
         self.whole = nn.Parameter(torch.arange(3), requires_grad=False)
         self.listed = nn.ParameterList([torch.ones(WIDTH), torch.zeros(1)])
         self.named = nn.ParameterDict({'$a$ <b>':torch.ones(1)})
-        self.double_,self.half_ = nn.Parameter(torch.ones(1, dtype=torch.float64)),nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        self.double_ = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self.half_ = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
         self.z = nn.Parameter(torch.ones(1, dtype=torch.complex64))
     def forward(self, x):
         x = x*self.scalar*self.listed[0]+self.empty.sum()+self.named['$a$ <b>']
@@ -917,10 +918,11 @@ class TwoSteps(Learner):
 class StepInside(Learner):
     "The step moves weights there and back"
     def _step(self):
-        old = [p.detach().clone() for p in self.model.parameters() if not p.is_meta]
+        ps = [p for p in self.model.parameters() if p.is_floating_point() and not p.is_meta]
+        old = [p.detach().clone() for p in ps]
         self.opt.step()
         with torch.no_grad():
-            for p,o in zip([p for p in self.model.parameters() if not p.is_meta], old): p.lerp_(o, .5) if p.is_floating_point() else None
+            for p,o in zip(ps, old): p.lerp_(o, .5)
 
 @into(loops)
 class ScaledInStep(Learner):
@@ -1233,15 +1235,28 @@ class EMA(Callback):
                 if e.is_floating_point() and not e.is_meta: e.lerp_(p, .1)
 
 companions = dict(
-    clip=partial(GradientClip, .1), clip_inf=partial(GradientClip, .1, norm_type=float('inf')), accumulate=partial(GradientAccumulation, 2*BATCH),
-    scaled=partial(CPUAmp, torch.float32, init_scale=2.**10, growth_interval=2), overflow=partial(CPUAmp, torch.float32, init_scale=2.**127),
-    bf16=partial(CPUAmp, torch.bfloat16, enabled=False), fp16=partial(CPUAmp, torch.float16, init_scale=2.**10), ema=EMA, bn_freeze=BnFreeze,
-    short=partial(ShortEpochCallback, .4), early=EarlyStoppingCallback, save=SaveModelCallback, nan_stop=TerminateOnNaNCallback, mixup=MixUp)
+    clip=partial(GradientClip, .1),
+    clip_inf=partial(GradientClip, .1, norm_type=float('inf')),
+    accumulate=partial(GradientAccumulation, 2*BATCH),
+    scaled=partial(CPUAmp, torch.float32, init_scale=2.**10, growth_interval=2),
+    overflow=partial(CPUAmp, torch.float32, init_scale=2.**127),
+    bf16=partial(CPUAmp, torch.bfloat16, enabled=False),
+    fp16=partial(CPUAmp, torch.float16, init_scale=2.**10),
+    ema=EMA,
+    bn_freeze=BnFreeze,
+    short=partial(ShortEpochCallback, .4),
+    early=EarlyStoppingCallback,
+    save=SaveModelCallback,
+    nan_stop=TerminateOnNaNCallback,
+    mixup=MixUp)
 plain_companions = {'clip','ema','bn_freeze','short','early','save','scaled'}
 
 # --- how torch and numpy are set meanwhile
 
-modes = dict(usual=nullcontext, anomaly=partial(torch.autograd.detect_anomaly, check_nan=False), numpy_raises=partial(np.errstate, all='raise'))
+modes = dict(
+    usual=nullcontext,
+    anomaly=partial(torch.autograd.detect_anomaly, check_nan=False),
+    numpy_raises=partial(np.errstate, all='raise'))
 
 def mode(f):
     modes[f.__name__] = contextmanager(f)
@@ -1341,17 +1356,36 @@ def off_and_on(learn, cbs):
     learn.add_cbs(ours)
 
 trainings = 'fit_1 fit_1 fit_2 fit_2 fit_reset fit_resumed one_cycle fine_tune lr_find'.split()
-changes_ours = {'remove_ours','readd_ours','take_off_and_put_back','add_one_of_ours','switch_ours_off','switch_ours_on','change_ours','reset','change',
-                'off_and_on','bare_batch','bare_epoch'}
+changes_ours = set("""remove_ours readd_ours take_off_and_put_back add_one_of_ours switch_ours_off switch_ours_on change_ours
+    reset change off_and_on bare_batch bare_epoch""".split())
 
 # --- our callbacks
 
 def numel(g): return torch.tensor(float(g.numel()))
 
-stats_options = dict(kind=['both','both','output','param'], every=[1,1,2,3], hist=[False,False,True,'all'], keep=[10_000,None,1,3], threshold=[1.,0.,.01],
-                     extra=[None,None,dict(n=numel)], include=[None,None,'head','e'], modules=[None,None,'head'])
-norm_options = dict(every=[1,1,2,3], update_every=[None,1,2], show=[False,False,True])
-changed = dict(kind='both', every=1, hist=True, keep=2, threshold=.5, extra=dict(n=numel), update_every=1, show=True, include=None)
+stats_options = dict(
+    kind=['both','both','output','param'],
+    every=[1,1,2,3],
+    hist=[False,False,True,'all'],
+    keep=[10_000,None,1,3],
+    threshold=[1.,0.,.01],
+    extra=[None,None,dict(n=numel)],
+    include=[None,None,'head','e'],
+    modules=[None,None,'head'])
+norm_options = dict(
+    every=[1,1,2,3],
+    update_every=[None,1,2],
+    show=[False,False,True])
+changed = dict(   # what an argument is set to in mid-fit or between fits
+    kind='both',
+    every=1,
+    hist=True,
+    keep=2,
+    threshold=.5,
+    extra=dict(n=numel),
+    update_every=1,
+    show=True,
+    include=None)
 
 # --- a case
 
@@ -1402,18 +1436,35 @@ def draw(seed):
     def odd(table, usual, p): return rng.choice(list(table)) if rng.random()<p else usual
     every_layer = [*layers, *(f'of_{c}' for c in containers)]
     quiet = rng.random()<.3   # nobody touches gradients: what was recorded can be checked
-    case = Case(net=odd(nets, 'Net', .1), layers=[rng.choice(every_layer) for _ in range(rng.choice([0,1,1,2,2,3]))], output=odd(containers, 'tensor', .25),
-        target=odd(targets, 'classes', .2), loss=odd(losses, 'mean_loss', .3), opt=odd(optimizers, 'sgd', .5), loop=odd(loops, 'Plain', .4),
-        companions=rng.sample(list(companions), rng.choice([0,0,0,1,1,2])), acts=[draw_act(rng) for _ in range(rng.choice([0,1,1,2,2,3]))],
-        plan=[rng.choice(trainings)], batches=rng.choice([1,2,3]), valid=rng.random()<.3, recorder=rng.random()<.8, ours=draw_ours(rng),
-        ours_first=rng.random()<.5, passed_to=rng.choice(['Learner','Learner','fit']), change=rng.choice(list(changed)), folder=rng.random()<.05, mode=odd(modes, 'usual', .1))
+    case = Case(
+        net=odd(nets, 'Net', .1),
+        layers=[rng.choice(every_layer) for _ in range(rng.choice([0,1,1,2,2,3]))],
+        output=odd(containers, 'tensor', .25),
+        target=odd(targets, 'classes', .2),
+        loss=odd(losses, 'mean_loss', .3),
+        opt=odd(optimizers, 'sgd', .5),
+        loop=odd(loops, 'Plain', .4),
+        companions=rng.sample(list(companions), rng.choice([0,0,0,1,1,2])),
+        acts=[draw_act(rng) for _ in range(rng.choice([0,1,1,2,2,3]))],
+        plan=[rng.choice(trainings)],
+        batches=rng.choice([1,2,3]),
+        valid=rng.random()<.3,
+        recorder=rng.random()<.8,
+        ours=draw_ours(rng),
+        ours_first=rng.random()<.5,
+        passed_to=rng.choice(['Learner','Learner','fit']),
+        change=rng.choice(list(changed)),
+        folder=rng.random()<.05,
+        mode=odd(modes, 'usual', .1))
     for _ in range(rng.choice([0,0,1,1,2])): case.plan.insert(rng.randrange(len(case.plan)+1), rng.choice([*plans, *trainings]))
     if quiet: calm(case)
     if case.loop in no_recorder: case.recorder = False
     if {'early','save'} & set(case.companions): case.valid = True
-    if {a.what for a in case.acts} & {'new_model','replace_head','wrap_model','drop_loss'} or case.loop=='ChangesModel' or 'add_adapter' in case.plan:
-        for _,kw in case.ours: kw.pop('modules', None)   # a module that has left the model is refused, as documented
-    if any(a.what=='wrap_model' for a in case.acts): case.ours = [(n, {k:v for k,v in kw.items() if k!='include'}) for n,kw in case.ours]
+    whats = {a.what for a in case.acts}
+    if whats & {'new_model','replace_head','wrap_model'} or case.loop=='ChangesModel':
+        for _,kw in case.ours: kw.pop('modules', None)   # a module that is not in the model is refused, as documented
+    if 'wrap_model' in whats:
+        for _,kw in case.ours: kw.pop('include', None)   # so is a pattern that matches nothing
     return case
 
 def calm(case):
@@ -1453,7 +1504,8 @@ class World:
     def __init__(self, case, with_ours, folder):
         self.case,self.with_ours,self.folder = case,with_ours,folder
         self.ours,self.log,self.copies,self.calls = [],[],[],Counter()
-        self.got,self.head = [],[]   # of each step of `fit`: name -> norm; of each backward of `fit`: norm of the head's output gradient
+        self.got = []    # of each step of `fit`: parameter -> norm of its gradient
+        self.head = []   # of each backward of `fit`: norm of the gradient of the head's output
         self.finding = False
     def __reduce__(self): return World,(self.case, False, None)
     def __deepcopy__(self, memo): return self
@@ -1478,7 +1530,9 @@ class World:
 
     def head_gradient(self, g):
         if not self.finding: self.head.append(norm(g))
-    def norms_of(self, learn): return {n:norm(p.grad) for n,p in learn.model.named_parameters() if p.requires_grad and p.grad is not None}
+    def norms_of(self, learn):
+        ps = learn.model.named_parameters()
+        return {n:norm(p.grad) for n,p in ps if p.requires_grad and p.grad is not None}
 
 def norm(g):
     g = g.detach()
@@ -1494,7 +1548,8 @@ class Log(Callback):
     def note(self, e):
         d = self.learn.__dict__
         self.world.finding = 'lr_finder' in d
-        self.world.log.append((e, d.get('epoch'), d.get('iter'), d.get('training'), bits(d.get('loss')) if e in ('after_loss','after_batch') else None))
+        loss = bits(d.get('loss')) if e in ('after_loss','after_batch') else None
+        self.world.log.append((e, d.get('epoch'), d.get('iter'), d.get('training'), loss))
 
 def bits(o):
     "A value, such that two are equal where every bit is"
@@ -1512,15 +1567,28 @@ def bits(o):
 def state(learn, world):
     "All that is left behind"
     model,opt = learn.model,learn.opt
-    res = dict(weights={n:bits(p) for n,p in model.named_parameters()}, buffers={n:bits(b) for n,b in model.named_buffers()},
-        gradients={n:bits(p.grad) for n,p in model.named_parameters()}, requires={n:p.requires_grad for n,p in model.named_parameters()},
-        training={n:m.training for n,m in model.named_modules()}, counts=[m.n for m in model.modules() if isinstance(m, Counting)],
-        optimizer=bits(opt.state_dict()) if opt else None, hypers=repr(getattr(opt, 'hypers', None)),
-        torch_rng=bits(torch.get_rng_state()), numpy_rng=bits(np.random.get_state()[1].tolist()), python_rng=repr(random.getstate()),
-        events=list(world.log), copies=list(world.copies), calls=dict(world.calls), grad_enabled=torch.is_grad_enabled(), locked=learn.lock.locked())
+    ps,ms = dict(model.named_parameters()),dict(model.named_modules())
+    res = dict(
+        weights={n:bits(p) for n,p in ps.items()},
+        gradients={n:bits(p.grad) for n,p in ps.items()},
+        requires={n:p.requires_grad for n,p in ps.items()},
+        buffers={n:bits(b) for n,b in model.named_buffers()},
+        training={n:m.training for n,m in ms.items()},
+        counts=[m.n for m in ms.values() if isinstance(m, Counting)],
+        optimizer=bits(opt.state_dict()) if opt else None,
+        hypers=repr(getattr(opt, 'hypers', None)),
+        torch_rng=bits(torch.get_rng_state()),
+        numpy_rng=bits(np.random.get_state()[1].tolist()),
+        python_rng=repr(random.getstate()),
+        events=list(world.log),
+        copies=list(world.copies),
+        calls=dict(world.calls),
+        grad_enabled=torch.is_grad_enabled(),
+        locked=learn.lock.locked())
     if hasattr(learn, 'recorder') and learn.recorder and not isinstance(learn.recorder, str):
         res['recorded'] = bits([getattr(learn.recorder, a, None) for a in ('lrs','losses','iters')])
-        if not any(kw.get('show') for _,kw in world.case.ours) and world.case.change!='show': res['table'] = bits(getattr(learn.recorder, 'values', None))
+        shown = world.case.change=='show' or any(kw.get('show') for _,kw in world.case.ours)   # a column of ours is in the table
+        if not shown: res['table'] = bits(getattr(learn.recorder, 'values', None))
     return res
 
 def message(e):
@@ -1537,7 +1605,8 @@ def build(case, world):
     if case.loss in ('per_sample','one_element','tuple_loss'): theirs.append(Fixer())
     if not case.valid: theirs.append(NoValid())
     if not case.recorder: theirs.append(TrainEvalCallback())
-    learn = loops[case.loop](dls, net, loss_func=Loss(case), lr=.05, opt_func=optimizers[case.opt], splitter=halves, default_cbs=case.recorder, path=world.folder)
+    learn = loops[case.loop](dls, net, loss_func=Loss(case), opt_func=optimizers[case.opt], lr=.05, splitter=halves,
+                             default_cbs=case.recorder, path=world.folder)
     learn.world = world
     ours = world.make_ours(learn)
     attached = ours if case.passed_to=='Learner' else []
@@ -1595,7 +1664,8 @@ def _run(case, world):
         res.callbacks_left = [type(c).__name__ for c in learn.cbs]
         res.attributes_left = sorted(learn.__dict__)
         for c in world.ours: c.df
-    res.said = Counter(str(w.message).split('\n')[0] for w in said if issubclass(w.category, UserWarning) and 'shadowing' not in str(w.message))
+    sentences = [str(w.message).split('\n')[0] for w in said if issubclass(w.category, UserWarning)]
+    res.said = Counter(s for s in sentences if 'shadowing' not in s)
     res.trained = sum(e[0]=='before_fit' for e in world.log)
     return res,world
 
@@ -1610,8 +1680,9 @@ def differences(a, b, at=''):
 def is_plain(case):
     "Does nobody touch gradients, batches and steps, or our callbacks?"
     whats = {a.what for a in case.acts}
-    return (case.loop=='Plain' and whats<=harmless and not changes_ours & {*whats, *case.plan} and set(case.companions)<=plain_companions
-            and case.passed_to=='Learner' and case.opt not in ('raising','lbfgs') and not set(case.layers) & disturbing)
+    undisturbed = whats<=harmless and not set(case.layers) & disturbing and set(case.companions)<=plain_companions
+    ours_stay = case.passed_to=='Learner' and not changes_ours & {*whats, *case.plan}
+    return case.loop=='Plain' and case.opt not in ('raising','lbfgs') and undisturbed and ours_stay
 
 disturbing = {'RaisesInForward','InterruptsInForward','RaisesInBackward','BackwardInForward','ClearsHooks',
               'GrowsAndSwaps'}   # the last: the optimizer does not know its new parameter
@@ -1634,13 +1705,16 @@ def check_record(case, world):
             par,out = df[(df['kind']=='param') & ~df['skipped'].astype(bool)],df[(df['kind']=='output') & (df['name']=='head')]
             if kind!='output' and not clipped:
                 want = [(n, v) for g in world.got for n,v in g.items()]
-                if par['name'].tolist()!=[n for n,_ in want]: errors.append(f"parameter rows {par['name'].tolist()} for {[n for n,_ in want]}")
+                names,want_names = par['name'].tolist(),[n for n,_ in want]
+                if names!=want_names: errors.append(f"parameter rows {names}, expected {want_names}")
                 else: errors += differs(par['norm'].tolist(), [v for _,v in want], 'parameter rows')
-            if kind!='param' and 'scaled' not in case.companions: errors += differs(out['norm'].tolist(), world.head, 'output rows of the head')
+            if kind!='param' and 'scaled' not in case.companions:
+                errors += differs(out['norm'].tolist(), world.head, 'output rows of the head')
     return errors
 
 def differs(got, want, what):
-    same = len(got)==len(want) and np.allclose(got, np.array(want, dtype=np.float64).astype(np.float32), rtol=1e-4, atol=1e-30, equal_nan=True)
+    expected = np.array(want, dtype=np.float64).astype(np.float32)
+    same = len(got)==len(want) and np.allclose(got, expected, rtol=1e-4, atol=1e-30, equal_nan=True)
     return [] if same else [f'{what}: {got}, expected {want}']
 
 def faults(case):
@@ -1654,7 +1728,8 @@ def faults(case):
         if case.loop not in eventless: res += differences(bare.hooks_after, ours.hooks_after, 'hooks after')
         for what in ('hooks_left','callbacks_left'): res += differences(getattr(bare, what), getattr(ours, what), what)
         res += differences(sorted(set(bare.attributes_left)), sorted(set(ours.attributes_left)), 'attributes_left')
-        res += [f'said {n} times in {ours.trained} fits: {m}' for m,n in ours.said.items() if m not in bare.said and n>max(1, ours.trained)*len(world.ours)]
+        most = max(1, ours.trained)*len(world.ours)   # once a fit and callback
+        res += [f'said {n} times in {ours.trained} fits: {m}' for m,n in ours.said.items() if m not in bare.said and n>most]
         if not res and is_plain(case): res += check_record(case, world)
         return res
 
