@@ -118,18 +118,29 @@ MOVED = -10    # minus a parameter's key: how far the optimizer moved it
 _cancels = CancelBatchException,CancelBackwardException,CancelStepException,CancelTrainException,CancelValidException,CancelEpochException,CancelFitException
 _inner = 'before_batch after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step after_cancel_batch after_batch'.split()   # fastai sends these in validation too
 
+def _own(cb, event):
+    "The callback's method for an event. What it lacks fastai would look for in the Learner and in its model, which may have one of that name"
+    return getattr(cb, event) if event in cb.__dict__ or hasattr(type(cb), event) else noop
+
+class _Helper(Callback):
+    "A callback of ours beside the two: it has its own events only, and comes to nothing where it was removed in the same event"
+    run_valid = False
+    def __call__(self, event):
+        if self.learn is not None and (event not in _inner or self.learn.training): _own(self, event)()
+    def __reduce_ex__(self, proto): return Callback,()
+
 class _GradCallback(Callback):
     "Counts iterations and steps and says when to read. Whatever goes wrong here is left out with a sentence, and training goes on"
     order,run_valid = MixedPrecision.order+.5,False   # after accumulation (6) and unscaling (10), before clipping (11)
     _learn,_weights,folder,show = None,False,None,False   # does it need the weights beside the gradients?
-    after_pred = noop   # what a callback lacks, fastai looks for in the Learner and its model, each time
+
 
     @property
     def learn(self): return self._learn
     @learn.setter
     def learn(self, v):
         "fastai sets None when a callback is removed"
-        if v is None and self._learn is not None: self._guarded('removal', self._stop)
+        if v is None and self._learn is not None: self._guarded('removal', self._leave)
         old,self.__dict__['_learn'] = self._learn,v
         self._show(old, v)
 
@@ -150,7 +161,7 @@ class _GradCallback(Callback):
     def __call__(self, event):
         if self._state.batch is not None and not (self.run and self.run_train): self._guarded(event, self._close)   # switched off in mid-epoch
         if event=='before_fit': return super().__call__(event)   # a wrong argument is the user's to know
-        if self.run and (event not in _inner or self.run_train and self.learn.training): self._guarded(event, getattr(self, event, noop))
+        if self.run and (event not in _inner or self.run_train and self.learn.training): self._guarded(event, _own(self, event))
         if event=='after_fit': self.run = True   # as fastai does
 
     def _guarded(self, event, f):
@@ -279,6 +290,14 @@ def before_epoch(self:_GradCallback):
     if self not in g.watchers: g.watchers.append(self)
 
 @patch
+def _leave(self:_GradCallback):
+    "The callback is taken off"
+    self._stop()
+    g = _guard_of(self.learn)
+    others = [cb for cb in self.learn.cbs if isinstance(cb, _GradCallback) and cb is not self]
+    if g is not None and not others and _frame(self.learn, '_do_epoch_train') is None: g.remove()
+
+@patch
 def after_train(self:_GradCallback): self._stop()
 
 @patch
@@ -384,6 +403,7 @@ def _note_facts(self:_GradCallback, lazy=False):
 @patch
 def before_train(self:_GradCallback):
     st,run = self._state,id(_frame(self.learn, '_do_fit'))
+    self._stop()   # of an epoch of which nothing told that it was over
     st.failed = False
     if st.new_fit or st.fit<0 or run!=st.run: self._count_fit()   # the callback may have come in mid-fit
     st.run = run
@@ -554,14 +574,13 @@ def _has(cb, event): return event in cb.__dict__ or any(event in c.__dict__ for 
 def _acts(cb): return _has(cb, 'before_step') or _has(cb, 'after_backward')
 _harmless = MixedPrecision,GradientAccumulation   # they cancel without dropping, or are asked for their scale
 
-class _Early(Callback):
+class _Early(_Helper):
     "Ahead of all others: what gradients are before anybody acts on them"
-    order,run_valid = -math.inf,False
+    order = -math.inf
     def __init__(self, cb): self.cb = cb
     def after_backward(self):
         if any(_has(c, 'after_backward') for c in self.cb._state.acts_before): self.cb._guarded('after_backward', self.cb._read_early)
     def before_step(self): self.cb._guarded('before_step', self.cb._read_early)
-    def __reduce_ex__(self, proto): return Callback,()
 
 @patch
 def _look_around(self:_GradCallback):
@@ -705,7 +724,7 @@ class GradStatsCallback(_GradCallback):
         self.folder = _folder(self, folder)
         self.reset()
 
-    def _lasting(self): return dict(threshold=_threshold(self.threshold), hist=self.hist, extra=dict(_extra(self.extra)))
+    def _lasting(self): return dict(threshold=_threshold(self.threshold), hist=self.hist, extra=dict(_extra(self.extra)), keep=self.keep)
     @property
     def _tables(self): return ('tensors','breaks','hist') if self.hist else ('tensors','breaks')
     def _engine(self): return Engine(self.threshold, self.extra, hist=self.hist)
@@ -996,7 +1015,7 @@ def _flush(self:GradStatsCallback):
         if k<len(orders[i]): rows.breaks.append((*its[[0,1,3],i].tolist(), st.names[orders[i][k-1]] if k else '(input)', st.names[orders[i][k]]))
     n = np.bincount(at[tensor], minlength=len(n))
     if not n.all(): its,n = its[:,n>0],n[n>0]   # nothing but a forward
-    rows.append(its, n, keys[tensor], *finish(s[tensor], numel[tensor]), octaves(h[tensor]) if self.hist else None)
+    rows.append(its, n, keys[tensor], *finish(s[tensor], numel[tensor]), octaves(h[tensor]) if self._built_with['hist'] else None)
     self._compare_early(at, keys, s)
 
 # %% ../nbs/04_callback.ipynb #ad116d0d
@@ -1213,19 +1232,18 @@ def _updates(at, keys, s, par, weight_norm, drifted):
 @patch
 def _total_update(self:GradNormCallback, at, keys, s, weight_norm, drifted):
     "Update norm and ratio of each step"
-    if not self.update_every: return {}
+    if not self._built_with['update_every']: return {}
     is_moved,n = keys<=MOVED,len(weight_norm)
     u = np.sqrt(np.bincount(at[is_moved], s[is_moved,SUM_SQ], minlength=n))
     u[(np.bincount(at[is_moved], minlength=n)==0) | drifted] = np.nan
     with np.errstate(all='ignore'): return dict(update_norm=u, update_ratio=u/weight_norm)
 
 # %% ../nbs/04_callback.ipynb #84dc5601
-class _Shown(Callback):
+class _Shown(_Helper):
     "Names the column"
     order = Recorder.order+.5
     def before_fit(self):
         if (r := self.learn.__dict__.get('recorder')) is not None: r.metric_names.insert(len(r.metric_names)-r.add_time, 'grad_norm')
-    def __reduce_ex__(self, proto): return Callback,()
 
 @patch
 def _show(self:GradNormCallback, old, new):
@@ -1298,5 +1316,5 @@ def _add_params(self:GradNormCallback, where, at, keys, s, par, drifted):
     "Norms per parameter"
     n = np.bincount(at[par], minlength=where.shape[1])
     with np.errstate(all='ignore'): f = np.stack([np.sqrt(s[par,SUM_SQ]), np.sqrt(s[par,W_SQ]), s[par,DOT]]).astype(np.float32)
-    if self.update_every: f = np.concatenate([f, _updates(at, keys, s, par, f[1], drifted)])
+    if self._built_with['update_every']: f = np.concatenate([f, _updates(at, keys, s, par, f[1], drifted)])
     if len(keep := np.flatnonzero(n)): self._record._params.append(where[:,keep], n[keep], keys[par], f, np.empty((0,f.shape[1]), np.uint32))
