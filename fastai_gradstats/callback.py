@@ -335,6 +335,7 @@ def _start(self:GradStatsCallback):
     st.hooks.live,st.fired = False,0
     self._check_refused()
 
+# %% ../nbs/04_callback.ipynb #ebdf59a2
 @patch
 def _end(self:GradStatsCallback):
     st = self._state
@@ -418,7 +419,7 @@ def _check_forward(self:GradStatsCallback):
         return
     device = next(w.device for w in (*outputs, loss) if isinstance(w, Tensor))
     if st.infinite_there is None or st.infinite_there.device!=device: st.infinite_there = torch.zeros(len(st.names), device=device)
-    outputs = torch.stack([torch.as_tensor(w, device=device, dtype=torch.float32) for w in outputs])
+    outputs = torch.stack([torch.as_tensor(w, device=device) for w in outputs])
     order = torch.tensor(st.order, device=device)
     st.engine.value(FORWARD, _first_break_there(outputs, order, loss.to(device), st.infinite_there))
 
