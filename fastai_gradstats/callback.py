@@ -678,6 +678,7 @@ def _start(self:GradNormCallback):
 
 @patch
 def _end(self:GradNormCallback):
+    self._check_engine()
     self.learn.remove_cbs(self.learn.cbs.filter(lambda c: isinstance(c, _BeforeOptimizer) and c.f.__self__ is self))
 
 # %% ../nbs/04_callback.ipynb #6054d2d1

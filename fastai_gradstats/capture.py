@@ -323,9 +323,10 @@ class _Watching(_Hooked):
     "Tells the backward of the loss from others, and layers that are used from those that are called"
     def trains(self):
         "Does the backward that runs now add to the `.grad` of a parameter?"
-        if torch.autograd._is_checkpoint_valid(): return True   # torch's word for a `backward` without `inputs`
         task = torch._C._current_graph_task_id()
-        if task not in self.tasks: self.tasks[task] = any(_accumulates(p) for p in self.params if p.requires_grad)
+        if task not in self.tasks:
+            trained = [p for p in self.params if p.requires_grad]
+            self.tasks[task] = any(_accumulates(p) for p in trained) if trained else torch.autograd._is_checkpoint_valid()   # torch's word for a `backward` without `inputs`
         return self.tasks[task]
 
     def watch(self):

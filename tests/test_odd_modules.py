@@ -1,6 +1,8 @@
 "Odd modules, outputs and tensors: training is what it is without us, rows are autograd's or one sentence says why there are none."
-import collections,copy,io,warnings
+import collections,io,warnings
+from copy import deepcopy
 from dataclasses import dataclass,field
+from itertools import count
 from types import MappingProxyType
 
 import numpy as np,pytest,torch
@@ -43,7 +45,7 @@ def same(a, b):
 
 def both(make, *cbs, n=1, **kw):
     "Trained with both callbacks, the same bits as without; returns the learner and what was said"
-    _,bare = trained(make, *(c for c in cbs if not isinstance(c, (GradStatsCallback,GradNormCallback))), n=n, **kw)
+    _,bare = trained(make, *(deepcopy(c) for c in cbs if not isinstance(c, (GradStatsCallback,GradNormCallback))), n=n, **kw)
     ours = [] if any(isinstance(c, GradStatsCallback) for c in cbs) else [GradStatsCallback()]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
@@ -51,7 +53,8 @@ def both(make, *cbs, n=1, **kw):
     assert same(bare, with_us)
     return learn,[str(w.message) for w in caught if 'fastai_gradstats' in w.filename]
 
-def rows(learn, kind='output', cb='grad_stats'): return getattr(learn, cb).select(kind=kind).df
+def stats(learn): return next(c for c in learn.cbs if isinstance(c, GradStatsCallback))
+def rows(learn, kind='output'): return stats(learn).select(kind=kind).df
 def named(learn, kind='output'): return list(rows(learn, kind)['name'].unique())
 
 class Net(nn.Module):
@@ -134,9 +137,9 @@ layouts = dict(coo=graph(torch.sparse_coo), csr=graph(torch.sparse_csr), csr_wei
 @pytest.mark.parametrize('layout', layouts)
 def test_layouts(layout, path, cls):
     "Trains the same; each parameter row is what the optimizer got, each output row the dense gradient of the same elements."
-    with by(path): learn,said = both(layouts[layout], cls(), (spy := Spy() if layout!='csr_weight' else Losses()), opt_func=sgd)
+    with by(path): learn,said = both(layouts[layout], cls(), (spy := Spy()), opt_func=sgd)
     assert said==[]
-    if layout!='csr_weight': check_params(rows(learn, 'param'), spy)
+    check_params(rows(learn, 'param'), spy)
     n = rows(learn).query('iteration==0').set_index('name')['numel'].to_dict()
     assert n==dict(coo=dict(a=64, e=64, h=24), csr=dict(a=64, e=64, h=24), csr_weight=dict(h=24), nested=dict(a=64, h=24), jagged=dict(a=64, h=24))[layout]
 
@@ -192,7 +195,7 @@ def mlp(): return nn.Sequential(nn.Linear(6,8), nn.Tanh(), nn.Linear(8,3))
 
 def test_wrapper_subclass():
     "A gradient that cannot be read has no row, one sentence names it, the others are right."
-    learn,said = both(mlp, Foreign(), Home(), (spy := Spy()) if False else Losses())
+    learn,said = both(mlp, Foreign(), Home())
     assert '0.weight' not in named(learn, 'param') and len(named(learn, 'param'))==3
     assert len([s for s in said if "'0.weight'" in s])==2      # from each of the callbacks at most once a fit
 
@@ -273,7 +276,7 @@ def copies(learn):
     file = io.BytesIO()
     torch.save(m, file)
     file.seek(0)
-    return dict(deepcopy=copy.deepcopy(m), ema=torch.optim.swa_utils.AveragedModel(m).module, saved=torch.load(file, weights_only=False), scripted=torch.jit.script(m))
+    return dict(deepcopy=deepcopy(m), ema=torch.optim.swa_utils.AveragedModel(m).module, saved=torch.load(file, weights_only=False), scripted=torch.jit.script(m))
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 @pytest.mark.parametrize('event', ('before_batch','after_pred','after_loss','after_backward','before_step','after_batch'))
@@ -399,7 +402,6 @@ quiet = dict(attention=lambda: Net(lambda s,x: s.h(s.att(x[:,None],x[:,None],x[:
              unused=lambda: Net(lambda s,x: s.h(x), u=nn.Linear(6,6), h=nn.Linear(6,3)),
              sometimes=lambda: Net(lambda s,x: s.h(s.u(x) if next(s.turn)%2 else x), u=nn.Linear(6,6), h=nn.Linear(6,3), turn=count()),
              checkpoint=lambda: Net(lambda s,x: s.h(torch.utils.checkpoint.checkpoint(s.u, x.requires_grad_(), use_reentrant=True)), u=nn.Linear(6,6), h=nn.Linear(6,3)))
-from itertools import count
 
 @pytest.mark.parametrize('kind', quiet)
 def test_nothing_to_say_of_calls(kind):
@@ -510,7 +512,7 @@ class ByHand(Learner):
     "Per-task gradients that somebody combines"
     def _backward(self):
         ps = list(self.model.parameters())
-        for p,g in zip(ps, torch.autograd.grad(self.loss_grad, ps)): p.grad = g
+        for p,g in zip(ps, torch.autograd.grad(self.loss_grad, ps)): p.grad = g.clone()
 
 def test_backward_of_some_parameters():
     "`backward(inputs=...)` trains those parameters, and its rows are the plain run's."
@@ -575,7 +577,7 @@ def test_extra_changes_nothing(f, cls):
     "In place, through numpy, at random: the same training, and the other columns are the plain run's."
     learn,said = both(lambda: nn.Sequential(nn.Linear(6,8), nn.Dropout(.5), nn.Linear(8,3)), cls(extra=dict(m=f, after=lambda g: g.sum())))
     plain,_ = both(lambda: nn.Sequential(nn.Linear(6,8), nn.Dropout(.5), nn.Linear(8,3)), cls())
-    a,b = (getattr(l, 'grad_stats' if cls is GradStatsCallback else 'by_rows').df for l in (learn,plain))
+    a,b = (stats(l).df for l in (learn,plain))
     assert said==[] and a['mean'].tolist()==b['mean'].tolist()
     np.testing.assert_allclose(a['after'], a['mean']*a['numel'], rtol=1e-3, atol=1e-6)
     if f is not drawing: np.testing.assert_allclose(a['m'], a['max_abs'], rtol=1e-6)
@@ -606,6 +608,6 @@ def test_a_module_is_left_out_whole(cls, monkeypatch):
     monkeypatch.setattr(Engine, 'put', fails)
     make = lambda: Net(lambda s,x: s.h(sum(s.a(x))), a=Part8(), h=nn.Linear(8,3))
     learn,said = both(make, cls())
-    d = getattr(learn, 'grad_stats' if cls is GradStatsCallback else 'by_rows').select(kind='output').df
+    d = rows(learn)
     assert d.groupby('name', observed=True)['iteration'].apply(list).to_dict()==dict(a=[0,0,2,2], h=[0,1,2])
     assert len(said)==1 and "'a'" in said[0] and 'out of luck' in said[0]
