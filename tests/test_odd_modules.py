@@ -141,7 +141,7 @@ def test_layouts(layout, path, cls):
     assert said==[]
     check_params(rows(learn, 'param'), spy)
     n = rows(learn).query('iteration==0').set_index('name')['numel'].to_dict()
-    assert n==dict(coo=dict(a=64, e=64, h=24), csr=dict(a=64, e=64, h=24), csr_weight=dict(h=24), nested=dict(a=64, h=24), jagged=dict(a=64, h=24))[layout]
+    assert n==dict(coo=dict(a=64, e=64, h=24), csr=dict(a=64, e=64, h=24), csr_weight={'(model)':24,'h':24}, nested=dict(a=64, h=24), jagged=dict(a=64, h=24))[layout]
 
 @pytest.mark.filterwarnings('ignore:Sparse', 'ignore:The PyTorch API of nested')
 def test_nested_values():
@@ -194,10 +194,13 @@ class Home(Callback):
 def mlp(): return nn.Sequential(nn.Linear(6,8), nn.Tanh(), nn.Linear(8,3))
 
 def test_wrapper_subclass():
-    "A gradient that cannot be read has no row, one sentence names it, the others are right."
+    "A gradient that cannot be read has no row, one sentence names it, the others are there; so for norms alone."
     learn,said = both(mlp, Foreign(), Home())
     assert '0.weight' not in named(learn, 'param') and len(named(learn, 'param'))==3
-    assert len([s for s in said if "'0.weight'" in s])==2      # from each of the callbacks at most once a fit
+    assert len(said)==1 and "'0.weight'" in said[0]
+    with pytest.warns(UserWarning, match="'0.weight' could not be read") as w: trained(mlp, norm := GradNormCallback(), Foreign(), Home(), spy := Spy())
+    others = [np.sqrt(sum((g**2).sum() for n,g in gs.items() if n!='0.weight')) for gs in spy.grads]
+    np.testing.assert_allclose(norm.norms, others, rtol=1e-5)
 
 # --- what modules return
 
@@ -286,10 +289,10 @@ def test_copies(event):
     class Copies(Callback):
         run_valid = False
     def f(self):
-        if self.train_iter!=1 and kept or self.learn.__dict__.get('grad_stats') is None: return
+        if self.train_iter!=1: return
         kept.update(copies(self.learn))
-        x = torch.ones(2,6)
-        for m in kept.values(): m(x).sum().backward()
+        for n,m in kept.items():
+            if n!='scripted': m(torch.ones(2,6)).sum().backward()   # that one shares its parameters with the live model
     setattr(Copies, event, f)
     learn,said = both(mlp, Copies())
     plain,_ = both(mlp)
