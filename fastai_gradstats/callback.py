@@ -549,6 +549,7 @@ def _check_refused(self:GradStatsCallback):
     without = [n for n,p in st.params.items() if p.is_meta]
     if without: self._say(f"{_few(without, range(len(without)))} are on the meta device and have no numbers: they are not recorded", 'meta')
 
+# %% ../nbs/04_callback.ipynb #82b5d125
 @patch
 def _check_calls(self:GradStatsCallback, hooks):
     "Warn once of layers that were used without being called, and of outputs that the loss did not reach"
