@@ -326,7 +326,9 @@ class _Watching(_Hooked):
         task = torch._C._current_graph_task_id()
         if task not in self.tasks:
             trained = [p for p in self.params if p.requires_grad]
-            self.tasks[task] = any(_accumulates(p) for p in trained) if trained else torch.autograd._is_checkpoint_valid()   # torch's word for a `backward` without `inputs`
+            local = [p for p in trained if not hasattr(p, 'to_local')]   # FSDP computes with tensors that stand for the shards
+            cannot_tell = not trained or len(local)<len(trained)
+            self.tasks[task] = any(_accumulates(p) for p in local) or cannot_tell and torch.autograd._is_checkpoint_valid()   # torch's word for a `backward` without `inputs`
         return self.tasks[task]
 
     def watch(self):
