@@ -25,7 +25,7 @@ from fastai.basics import *
 from fastai.callback.fp16 import GradScaler, MixedPrecision, NonNativeMixedPrecision, OptState
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import rank_distrib
-from .capture import OutputHooks, _child, clean_name, compiled_modules, grad_modules, grad_params, param_grads, pick, silent
+from .capture import OutputHooks, _child, clean_name, compiled_modules, grad_modules, grad_params, lent_modules, param_grads, pick, silent
 from .engine import Engine, octaves
 from .files import check_free, need_parquet
 from .record import GradRecord, Rows, Steps, Stream, _param_rows, columns, counts, floats, views
@@ -100,6 +100,7 @@ class _State(SimpleNamespace):
                          new_fit=False, inner=0, run=None, live=False, failed=False, facts_due=False, said=set(), stream=None)
         self.params,self.watched,self.keys,self.look,self.quiet = {},[],{},False,False
         self.modules,self.names,self.compiled,self.hooks,self.due = {},[],(),None,False
+        self.all_compiled,self.infinite,self.infinite_there = False,set(),None
         self.order,self.witnesses,self.with_weights = [],[],False
         self.around,self.acts_before,self.acts_after,self.step_guard,self.unwatched = None,[],False,None,None
         self.bs,self.old_weights,self.start_norms,self.first_part = 0,None,None,None
@@ -107,11 +108,11 @@ class _State(SimpleNamespace):
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
 
 # %% ../nbs/04_callback.ipynb #03280553
-FORWARD = -1   # place, in order of execution, of the first output that is not finite
-LOSS = -2      # the loss of a step
-CLIPPED = -3   # a gradient as the optimizer gets it
-EARLY = -4     # a gradient as it was before anybody acted
-DRIFT = -5     # how far weights were moved between forward and step by others than the optimizer
+FORWARD = -1   # place, in order of execution, of the first output that is not finite; -2 is the engine's `GONE`
+LOSS = -3      # the loss of a step
+CLIPPED = -4   # a gradient as the optimizer gets it
+EARLY = -5     # a gradient as it was before anybody acted
+DRIFT = -6     # how far weights were moved between forward and step by others than the optimizer
 MOVED = -10    # minus a parameter's key: how far the optimizer moved it
 
 # %% ../nbs/04_callback.ipynb #e3b5404e
@@ -780,15 +781,23 @@ def _start(self:GradStatsCallback):
         self._say("nn.DataParallel runs a copy of the model on each device: output gradients are not recorded, parameter gradients are")
         st.modules = {}
     st.names = list(st.modules)
-    st.compiled = compiled_modules(self.learn.model)
-    st.hooks = OutputHooks(list(st.modules.values()), self._hook(), self._forward(), st.compiled, bool(self.extra))
+    model = self.learn.model
+    st.compiled = {id(m) for m in model.modules()} if st.all_compiled else compiled_modules(model)
+    received,dropped = self._hook()
+    st.hooks = OutputHooks(st.modules.values(), received, self._forward(), st.compiled, bool(self.extra), model.parameters(), lent_modules(model), dropped)
     st.hooks.live = False
+    self._check_refused()
 
+# %% ../nbs/04_callback.ipynb #ebdf59a2
 @patch
 def _end(self:GradStatsCallback):
     _GradCallback._end(self)
-    if self._state.hooks: self._state.hooks.remove()
-    self._state.hooks = None
+    st = self._state
+    if not st.hooks: return
+    st.hooks.remove()
+    self._check_outputs()
+    self._check_calls(st.hooks)
+    st.hooks = None
 
 # %% ../nbs/04_callback.ipynb #13ab9ac5
 @patch
@@ -800,34 +809,71 @@ def _hook(self:GradStatsCallback):
         k = keys.get((i,call,out))
         if k is None: k = keys[i,call,out] = rows.key('output', i, names[i], out, call)
         put(k, g)
-    return got
+    def drop(i):
+        "Nothing of module `i` stays of this iteration: some of its rows are missing"
+        st.engine.drop({k for (module,_,_),k in keys.items() if module==i}, st.done)
+    return got,drop
 
 # %% ../nbs/04_callback.ipynb #e16265e7
 @patch
 def _forward(self:GradStatsCallback):
     "What a hook calls in forward"
     st = self._state
-    st.order,st.witnesses,witness = [],[],st.engine.witness
+    witness = st.engine.witness
+    st.infinite = set()          # modules whose output is infinite by design
+    st.infinite_there = None     # the same, counted on a device
     def seen(i, t):
         if not t.is_floating_point(): return
+        w = witness(t)
         st.order.append(i)
-        st.witnesses.append(witness(t))
+        st.witnesses.append(w)
     return seen
+
+# %% ../nbs/04_callback.ipynb #7ba5b86a
+def _first_break(outputs, # a number per output, finite where all of its elements are
+                 order, # whose output it is
+                 loss, # a number
+                 by_design # modules whose output was infinite in a healthy iteration; added to
+                ):
+    "Place of the first output that broke; None where none did"
+    if math.isfinite(loss) and not any(math.isnan(w) for w in outputs):
+        by_design.update(i for i,w in zip(order, outputs) if math.isinf(w))
+        return None
+    return next((k for k,(i,w) in enumerate(zip(order, outputs)) if math.isnan(w) or math.isinf(w) and i not in by_design), None)
+
+def _first_break_there(outputs, order, loss, by_design):
+    "The same with tensors and without a look at them; their number where none broke. `by_design` counts"
+    infinite = outputs.isinf()
+    broken = outputs.isnan().any() | ~loss.isfinite()
+    bad = broken & (outputs.isnan() | infinite & (by_design[order]==0))
+    by_design.index_add_(0, order, (infinite & ~broken).to(by_design.dtype))
+    return torch.cat([bad, bad.new_ones(1)]).float().argmax()
+
+# %% ../nbs/04_callback.ipynb #ba07d7fa
+def _loss_witness(learn):
+    "One number that is finite where the loss is; 0 where nobody knows"
+    loss = learn.__dict__.get('loss')
+    known = isinstance(loss, Tensor) and not loss.is_meta and not hasattr(loss, 'to_local')
+    return loss.detach().sum() if known else torch.zeros(())
 
 @patch
 def _check_forward(self:GradStatsCallback):
-    "Place, in order of execution, of the first output that is not finite; their number where all are"
+    "Place, in order of execution, of the first output that broke"
     st = self._state
-    ws = st.witnesses
-    if len(ws)==st.batch.checked: return
-    st.batch.checked = len(ws)
-    if not st.engine.by_rows and all(isinstance(w, float) or w.is_cpu for w in ws):
-        k = next((k for k,w in enumerate(ws) if not math.isfinite(w)), None)
-        if k is not None: st.engine.value(FORWARD, torch.tensor(k))
-    else:
-        t = next(w for w in ws if isinstance(w, Tensor))
-        bad = ~torch.stack([torch.as_tensor(w, device=t.device) for w in (*ws,t*torch.nan)]).isfinite()
-        st.engine.value(FORWARD, bad.float().argmax())
+    if st.hooks: st.hooks.watch()
+    outputs = st.witnesses
+    if len(outputs)==st.batch.checked: return
+    st.batch.checked = len(outputs)
+    loss = _loss_witness(self.learn)
+    if not st.engine.by_rows and all(isinstance(w, float) or w.is_cpu for w in (*outputs, loss)):
+        first = _first_break([float(w) for w in outputs], st.order, float(loss), st.infinite)
+        if first is not None: st.engine.value(FORWARD, torch.tensor(first))
+        return
+    device = next(w.device for w in (*outputs, loss) if isinstance(w, Tensor))
+    if st.infinite_there is None or st.infinite_there.device!=device: st.infinite_there = torch.zeros(len(st.names), device=device)
+    outputs = torch.stack([torch.as_tensor(w, device=device) for w in outputs])
+    order = torch.tensor(st.order, device=device)
+    st.engine.value(FORWARD, _first_break_there(outputs, order, loss.to(device), st.infinite_there))
 
 # %% ../nbs/04_callback.ipynb #18b06136
 def _scaler(learn):
@@ -928,7 +974,7 @@ def after_backward(self:GradStatsCallback):
     st = self._state
     if not st.due or st.batch is None or not st.batch.backward: return
     if st.compiled: self._check_compiled()
-    if st.hooks and (st.hooks.views or st.hooks.hidden): self._check_outputs()
+    if st.hooks: self._check_outputs()
 
 def _few(names, idx): return ', '.join(repr(names[i]) for i in idx[:5]) + (' ...' if idx[5:] else '')
 
@@ -942,12 +988,61 @@ def _check_compiled(self:GradStatsCallback):
     st.compiled = ()   # until the next epoch
 
 # %% ../nbs/04_callback.ipynb #1ae00015
+def _reasons(failed):
+    "What went wrong, each once"
+    said = [o if isinstance(o, str) else f'{type(o).__name__}: {o}' for o in failed]
+    return '; '.join(dict.fromkeys(s.splitlines()[0][:200] for s in said if s))
+
 @patch
 def _check_outputs(self:GradStatsCallback):
     "Warn once of those whose gradient cannot be had"
     st = self._state
-    if missed := _few(st.names, st.hooks.changed()): self._say(f"The output of {missed} is a view that was changed in place afterwards: its gradients are not recorded. Return a copy (`.clone()`) to have them", 'changed')
-    if missed := _few(st.names, sorted(st.hooks.hidden)): self._say(f"{missed} ran inside a transform of `torch.func` (vmap, grad, ...): gradients of outputs are not recorded there, those of the parameters are", 'hidden')
+    hooks = st.hooks
+    if missed := _few(st.names, hooks.changed()): self._say(f"The output of {missed} is a view that was changed in place afterwards: its gradients are not recorded. Return a copy (`.clone()`) to have them", 'changed')
+    if missed := _few(st.names, sorted(hooks.hidden)): self._say(f"{missed} ran inside a transform of `torch.func` (vmap, grad, ...): gradients of outputs are not recorded there, those of the parameters are", 'hidden')
+    if missed := _few(st.names, sorted(hooks.sealed)):
+        self._say(f"{missed} returned what cannot be looked into ({_reasons(hooks.sealed.values())}): that has no rows. "
+                  "Return tensors, or tuples, lists, dicts or dataclasses of them, to have their gradients", 'sealed')
+    if missed := _few(st.names, sorted(hooks.failed)):
+        self._say(f"Output gradients of {missed} could not be read ({_reasons(hooks.failed.values())}): where that happened they are not recorded; training goes on", 'failed')
+    self._check_engine()
+
+# %% ../nbs/04_callback.ipynb #ef269635
+@patch
+def _check_engine(self:_GradCallback):
+    "Warn once of parameters, and of the user's statistics, that could not be read"
+    st = self._state
+    failed = st.engine.failed
+    if not failed: return
+    names = list(st.params)
+    unread = {names[i]:failed[k] for i,k in enumerate(st.keys) if k in failed}
+    if unread: self._say(f"The gradient of {_few(list(unread), range(len(unread)))} could not be read ({_reasons(unread.values())}): no rows, and norms are of the others", 'unread')
+    for k,e in failed.items():
+        if isinstance(k, tuple): self._say(f"extra: {k[1]!r} failed ({_reasons([e])}): its column has NaN there", k)
+
+@patch
+def _check_refused(self:GradStatsCallback):
+    "Warn once of what cannot be recorded in this fit"
+    st = self._state
+    refused = st.hooks.refused
+    if missed := _few(st.names, sorted(refused)):
+        self._say(f"{missed} take no hook ({_reasons(refused.values())}): their output gradients are not recorded, those of the parameters are", 'refused')
+    without = [n for n,p in st.params.items() if p.is_meta]
+    if without: self._say(f"{_few(without, range(len(without)))} are on the meta device and have no numbers: they are not recorded", 'meta')
+
+# %% ../nbs/04_callback.ipynb #82b5d125
+@patch
+def _check_calls(self:GradStatsCallback, hooks):
+    "Warn once of layers that were used without being called, and of outputs that the loss did not reach"
+    st = self._state
+    if missed := _few(st.names, hooks.uncalled()):
+        compiles = bool(getattr(sys.modules.get('torch._dynamo.eval_frame'), 'cached_backends', None))
+        remedy = " If a function around them is compiled, call `torch._dynamo.reset()` before `fit`" if compiles else ""
+        st.all_compiled = compiles   # the next hooks are such that compiled code calls them
+        self._say(f"{missed} got gradients and were never called, so that no hook ran: output gradients are not recorded, those of the parameters are. "
+                  f"Call the layer, `layer(x)`, rather than `layer.forward(x)` or `F.linear(x, layer.weight)`.{remedy}", 'compiled' if compiles else 'uncalled')
+    if missed := _few(st.names, hooks.elsewhere()):
+        self._say(f"Outputs of {missed} got gradients from `torch.autograd.grad` only, which may be of anything: they are not recorded, those of the parameters are", 'elsewhere')
 
 # %% ../nbs/04_callback.ipynb #00833a2b
 @patch
@@ -1089,6 +1184,7 @@ def _start(self:GradNormCallback): pass
 @patch
 def _end(self:_GradCallback):
     "The helper goes with the epoch"
+    self._check_engine()
     self.learn.remove_cbs([c for c in self.learn.cbs if isinstance(c, _Early) and c.cb is self])
     self._state.around = None
 

@@ -11,19 +11,26 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/capture.html.md"""
 __all__ = ['clean_name', 'grad_modules', 'grad_params', 'param_grads', 'OutputHooks']
 
 # %% ../nbs/02_capture.ipynb #e7292a26
-import inspect, re
+import inspect, re, sys
+from collections import OrderedDict, UserDict, UserList, deque
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache, partial
-from weakref import ref
+from gc import get_referents
+from types import MappingProxyType, MemberDescriptorType, SimpleNamespace
+from weakref import finalize, ref
 import torch
 from torch import nn, Tensor
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.utils.hooks import unserializable_hook
 
 # %% ../nbs/02_capture.ipynb #6a08ae87
 _inner = dict(DistributedDataParallel='module', DataParallel='module', OptimizedModule='_orig_mod',
-              FullyShardedDataParallel='_fsdp_wrapped_module', CheckpointWrapper='_checkpoint_wrapped_module')
+              FullyShardedDataParallel='_fsdp_wrapped_module', CheckpointWrapper='_checkpoint_wrapped_module',
+              AveragedModel='module')
 
 def _child(m:nn.Module # any module
           ): # name of the module it wraps, or None
@@ -34,7 +41,7 @@ def _child(m:nn.Module # any module
 def clean_name(model:nn.Module, # the module that `name` starts from
                name:str # as in `named_modules()` or `named_parameters()`
               )->str: # the same without the components that wrappers add
-    "`name` as it would be in the model without DDP, DataParallel, FSDP, `torch.compile` or checkpoint wrappers"
+    "`name` as it would be in the model without the wrappers of torch: DDP, DataParallel, FSDP, `torch.compile`, checkpoints, `AveragedModel`"
     m,res = model,[]
     for o in name.split('.') if name else ():
         if o!=_child(m): res.append(o)
@@ -42,7 +49,24 @@ def clean_name(model:nn.Module, # the module that `name` starts from
     return '.'.join(res)
 
 # %% ../nbs/02_capture.ipynb #e5d3f23b
-def _owns(m): return next(m.parameters(recurse=False), None) is not None
+def _has_forward(m):
+    "Can it be called? A `ParameterList` cannot, a `ModuleList` neither"
+    return 'forward' in m.__dict__ or getattr(type(m), 'forward', None) is not nn.Module.forward
+
+def _parametrizations(m):
+    "The list of `torch.nn.utils.parametrize`, an empty list where there is none"
+    return m.parametrizations.values() if parametrize.is_parametrized(m) else []
+
+def _owns(m):
+    "Has it a parameter of its own, parametrized or in a list that nobody calls?"
+    if next(m.parameters(recurse=False), None) is not None: return True
+    if any(next(p.parameters(), None) is not None for p in _parametrizations(m)): return True
+    return any(_owns(c) for c in m.children() if not _has_forward(c) and not isinstance(c, nn.ModuleList | nn.ModuleDict))
+
+def _inside_parametrizations(model):
+    "Ids of the modules that compute a weight: what they return is no output"
+    lists = [m.parametrizations for m in model.modules() if parametrize.is_parametrized(m)]
+    return {id(m) for o in lists for m in o.modules()}
 
 def _check_modules(model, modules):
     "Raise where `modules` is not a list of modules of `model`"
@@ -54,12 +78,15 @@ def _check_modules(model, modules):
 
 # %% ../nbs/02_capture.ipynb #60d1ede6
 def grad_modules(model:nn.Module,
-                 modules=None, # list of modules of `model`; None for all that own a parameter directly
+                 modules=None, # list of modules of `model`; None for all that own a parameter directly or through a parametrization
                 )->dict: # name -> module, in network order; the root is named '(model)'
     "The modules whose output gradients are recorded. A module that stands in several places is listed once"
     if modules is not None: _check_modules(model, modules)
-    ids = None if modules is None else {id(m) for m in modules}
-    return {clean_name(model, n) or '(model)':m for n,m in model.named_modules() if (_owns(m) if ids is None else id(m) in ids)}
+    if modules is None:
+        inside = _inside_parametrizations(model)
+        listed = {id(m) for m in model.modules() if _owns(m) and _has_forward(m) and id(m) not in inside}
+    else: listed = {id(m) for m in modules}
+    return {clean_name(model, n) or '(model)':m for n,m in model.named_modules() if id(m) in listed}
 
 def grad_params(model:nn.Module,
                 modules=None, # list of modules of `model`, to restrict the result to their parameters; None for all
@@ -85,26 +112,122 @@ def pick(pattern, # regular expression (compiled or not), None for everything
 def param_grads(params:list # parameters
                )->list: # [(index in `params`, parameter, its gradient)]
     "Those that take part in training: a parameter that requires no gradient may still hold one (fastai leaves zeros after `freeze`)"
-    return [(i,p,p.grad) for i,p in enumerate(params) if p.requires_grad and p.grad is not None]
+    return [(i,p,p.grad) for i,p in enumerate(params) if p.requires_grad and p.grad is not None and not p.grad.is_meta]
 
 # %% ../nbs/02_capture.ipynb #23041b42
+def _stored_attributes(o):
+    try: return object.__getattribute__(o, '__dict__')
+    except AttributeError: return {}   # it has slots
+
+def _attribute(o, name):
+    "An attribute as it is stored; None where there is none. No property runs"
+    kept = _stored_attributes(o)
+    if name in kept: return kept[name]
+    for c in type(o).__mro__:
+        if name not in c.__dict__: continue
+        value = c.__dict__[name]
+        if not isinstance(value, MemberDescriptorType): return value
+        try: return value.__get__(o)
+        except AttributeError: return None   # a slot that was never set
+    return None
+
+def _names(o):
+    "Names of the fields of a dataclass, of attrs' classes, of a `SimpleNamespace`; None for other objects"
+    if isinstance(o, type): return None
+    if is_dataclass(o): return [f.name for f in fields(type(o))]
+    if '__attrs_attrs__' in type(o).__dict__: return [a.name for a in type(o).__attrs_attrs__]
+    return list(o.__dict__) if type(o) is SimpleNamespace else None
+
+# %% ../nbs/02_capture.ipynb #e3f14b5a
+def _parts(o):
+    "What a container holds, in order; None for what is no container, or cannot be looked into"
+    kind = type(o)   # `isinstance` would run a property `__class__`
+    if issubclass(kind, OrderedDict): return list(OrderedDict.values(o))
+    if issubclass(kind, dict): return list(dict.values(o))
+    for known in (tuple, list, deque):
+        if issubclass(kind, known): return list(known.__iter__(o))
+    if issubclass(kind, (UserDict,UserList)): return [_attribute(o, 'data')]
+    if kind is MappingProxyType: return get_referents(o)
+    if issubclass(kind, (set,frozenset)) and len(o)==1: return list(o)
+    names = _names(o)
+    return names if names is None else [_attribute(o, n) for n in names]
+
+# %% ../nbs/02_capture.ipynb #49e0d801
+MOST = 2**12   # leaves of an output: containers that hold one another in a lattice have no end of them
+
+def _is_tensor(o): return issubclass(type(o), Tensor)
+
+class _Leave:
+    "Marks the end of a container among what is to be looked at"
+    def __init__(self, o): self.id = id(o)
+
 def _leaves(o):
-    if isinstance(o, dict): o = o.values()
-    elif is_dataclass(o): o = [getattr(o, f.name) for f in fields(o)]
-    elif not isinstance(o, (tuple,list)): return [o]
-    return [l for x in o for l in _leaves(x)]
+    "What is no container, in order. A container inside itself is passed over"
+    leaves,inside,todo = [],set(),[o]
+    while todo and len(leaves)<MOST:
+        o = todo.pop()
+        if type(o) is _Leave:
+            inside.discard(o.id)
+            continue
+        if id(o) in inside: continue
+        parts = None if _is_tensor(o) else _parts(o)
+        if parts is None: leaves.append(o)
+        else:
+            inside.add(id(o))
+            todo.append(_Leave(o))
+            todo += reversed(parts)
+    return leaves,bool(todo)
 
 def tensors(o, # what a module returned
            )->list: # [(place among the leaves, tensor)]
-    "The tensors in nested tuples, lists, dicts and dataclasses, each with its place among the leaves"
-    return [(0,o)] if isinstance(o, Tensor) else [(i,x) for i,x in enumerate(_leaves(o)) if isinstance(x, Tensor)]
+    "The tensors in nested containers, each with its place among the leaves"
+    if isinstance(o, Tensor): return [(0,o)]
+    return [(place,leaf) for place,leaf in enumerate(_leaves(o)[0]) if _is_tensor(leaf)]
+
+# %% ../nbs/02_capture.ipynb #6462974a
+_no_container = (type(None), str, bytes, int, float, complex, type, torch.dtype, torch.device, nn.Module)   # hold no tensor that is an output
+
+def _holds_a_gradient(o):
+    "Is there a tensor with a gradient to come among an object's attributes?"
+    if issubclass(type(o), (set,frozenset)): kept = list(o)
+    else:
+        names = [n for c in type(o).__mro__ for n,v in c.__dict__.items() if isinstance(v, MemberDescriptorType)]
+        kept = [*_stored_attributes(o).values(), *(_attribute(o, n) for n in names)]
+    return any(_is_tensor(t) and t.requires_grad for t in _leaves(kept)[0])
+
+def sealed(o # what a module returned
+          )->str: # name of a type, or None
+    "Of what `tensors` could not look into and should have"
+    leaves,more = _leaves(o)
+    if more: return f'{type(o).__name__} of more than {MOST} parts'
+    unknown = [l for l in leaves if not _is_tensor(l) and not issubclass(type(l), _no_container)]
+    nothing_else = not any(_is_tensor(l) for l in leaves)
+    return next((type(l).__name__ for l in unknown if nothing_else or _holds_a_gradient(l)), None)
 
 # %% ../nbs/02_capture.ipynb #ad43244f
+_is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
+
+def _recording(): return torch.is_grad_enabled() and not torch.jit.is_tracing()
+
+class _HookOfAll:
+    "Runs after the forward of every module"
+    def __init__(self, hooks): self.hooks = ref(hooks)
+    def __call__(self, m, inp, out):
+        if _is_compiling(): return   # of a function around the module
+        hooks = self.hooks()
+        if hooks is None or not hooks.live: return
+        i = hooks.index.get(id(m))
+        if i is not None and _recording(): hooks.seen(i, out)
+
+# %% ../nbs/02_capture.ipynb #ac0a0ddb
 class _ForwardHook:
-    def __init__(self, hooks, i): self.hooks,self.i = ref(hooks),i
+    "Runs after the forward of module `i`"
+    def __init__(self, hooks, i):
+        self.hooks = ref(hooks)
+        self.i = i
     def __call__(self, m, inp, out):
         hooks = self.hooks()
-        if hooks is not None and hooks.live and torch.is_grad_enabled() and not torch.jit.is_tracing(): hooks._seen(self.i, out)
+        if hooks is not None and hooks.live and _recording(): hooks.seen(self.i, out)
     def __reduce_ex__(self, _): return getattr, (nullcontext(), '__exit__')  # takes three arguments, returns None
 
 # %% ../nbs/02_capture.ipynb #ab74e8f5
@@ -118,13 +241,14 @@ def _compiled_hook():
         def __call__(self, m, inp, out):
             hooks = self.hooks()
             if hooks is None or not hooks.live or not torch.is_grad_enabled(): return
-            hooks.ran.add(self.i)
-            hooks._seen(self.i, out)
+            hooks.seen(self.i, out)
     return _CompiledHook
 
 # %% ../nbs/02_capture.ipynb #1ae00011
-_makers = {getattr(nn, n).forward for n in 'Linear LSTM GRU RNN MultiheadAttention InstanceNorm1d InstanceNorm2d InstanceNorm3d Conv1d Conv2d Conv3d'.split()}
-def _fresh(m): return type(m).forward in _makers and 'forward' not in m.__dict__
+_makers = [getattr(nn, n).forward for n in 'Linear LSTM GRU RNN MultiheadAttention InstanceNorm1d InstanceNorm2d InstanceNorm3d Conv1d Conv2d Conv3d'.split()]
+def _fresh(m):
+    forward = getattr(type(m), 'forward', None)   # TorchScript has none
+    return any(forward is f for f in _makers) and 'forward' not in m.__dict__
 
 def _detach(t):
     "Without graph and, fastai's tensors being subclasses, as a plain tensor"
@@ -137,46 +261,86 @@ def _of_view(t, # an output that is a view
             ): # the tensor to hook, what turns its gradient into that of `t` (None: nothing), whether there is one in backward (None: always)
     "All views of a tensor share its version, which counts changes in place: a copy without the memory keeps it in sight"
     b = t._base
-    if fresh and b.numel()==t.numel() and b.is_contiguous():
+    if fresh and t.layout is torch.strided and not t.is_nested and b.numel()==t.numel() and b.is_contiguous():
         size,stride = t.size(),t.stride()
         if t.is_contiguous(): return b,lambda g: g.reshape(size),None
         if type(b) is Tensor: return b,lambda g: (g := g.reshape(-1)).as_strided(size, [g.stride(0)*s for s in stride], g.storage_offset()),None
     v = _detach(t)
-    if type(v) is Tensor: v.data = v.new_empty(0)
+    if type(v) is Tensor and v.layout is torch.strided and not v.is_nested: v.data = v.new_empty(0)
     return t,None,partial(_intact, v, v._version)
 
-# %% ../nbs/02_capture.ipynb #67b0f2c2
-class OutputHooks:
-    "Calls `f(i, call, out, grad)` in backward for every tensor that module `i` returned in forward with a gradient to come"
-    def __init__(self,
-                 modules:list, # modules to hook
-                 f, # called with module index, number of the module's call since `start`, place of the tensor in the output, gradient
-                 forward=None, # called in forward with module index and each tensor of its output
-                 compiled=(), # ids of the modules that run inside `torch.compile`
-                 shaped=True # must a gradient have the output's shape, or only its elements?
-                ):
-        self.fresh,self.shaped = [_fresh(m) for m in modules],shaped
-        self.f,self.forward,self.live,self.leaves,self.views,self.calls,self.ran,self.hidden = f,forward,True,[],[],[0]*len(modules),set(),set()   # `hidden`: those inside a transform of `torch.func`
-        self.handles = [m.register_forward_hook((_compiled_hook() if id(m) in compiled else _ForwardHook)(self, i)) for i,m in enumerate(modules)]
+# %% ../nbs/02_capture.ipynb #aa9f0ca0
+class _Notes:
+    "What is known of the modules, by index"
+    def __init__(self):
+        self.ran = set()      # the hook ran
+        self.got = set()      # a gradient of the loss came for an output
+        self.aside = set()    # one came that was not of the loss
+        self.used = set()     # not called so far, and a parameter got a gradient
+        self.hidden = set()   # inside a transform of `torch.func`
+        self.sealed = {}      # an output could not be looked into: its type
+        self.refused = {}     # takes no hook: why
+        self.failed = {}      # a hook of ours raised this exception
+        self.broken = set()   # so in this iteration: nothing of it is recorded
 
-    def start(self):
-        "A new iteration: `call` counts from 0 again"
-        self.calls,self.views = [0]*len(self.calls),[]
-        while self.leaves: self.leaves.pop().remove()
-        self.hidden.clear()
+    def uncalled(self)->list:
+        "Modules whose parameters got a gradient though their hook never ran"
+        return sorted(self.used-self.ran)
 
-    def changed(self)->list: # indices
-        "Modules whose output, a view, was changed in place since: its gradient cannot be had"
-        return sorted({i for i,intact in self.views if not intact()})
+    def elsewhere(self)->list:
+        "Modules whose outputs got gradients of `autograd.grad` only"
+        return sorted(self.aside-self.got)
 
-    def remove(self):
-        "Take all hooks off. Hooks on tensors of a graph that is still alive do nothing from now on"
-        self.live = False
-        self.start()
-        while self.handles: self.handles.pop().remove()
+# %% ../nbs/02_capture.ipynb #fedb1c89
+_traced = torch.jit.TopLevelTracedModule   # itself called from Python
 
-    def __enter__(self): return self
-    def __exit__(self, *args): self.remove()
+class _Hooked(_Notes):
+    "Puts hooks on modules and takes them off again"
+    def register(self, compiled):
+        self.index = {}   # of a module's id: those that the one hook of all serves
+        finalize(self, _take_off, self.handles).atexit = False   # when nobody holds these hooks any more
+        for i,m in enumerate(self.modules):
+            if isinstance(m, torch.jit.ScriptModule) and not isinstance(m, _traced): self.refused[i] = 'TorchScript does not run in Python'
+            elif compiled or m._forward_hooks: self.register_one(i, m, compiled)
+            else: self.index[id(m)] = i
+        if self.index: self.handles.append(register_module_forward_hook(_HookOfAll(self)))
+
+    def register_one(self, i, m, compiled):
+        kind = _compiled_hook() if id(m) in compiled else _ForwardHook
+        try: self.handles.append(m.register_forward_hook(kind(self, i)))
+        except Exception as e: self.refused[i] = f'{type(e).__name__}: {e}'
+
+def _take_off(handles):
+    while handles: handles.pop().remove()
+
+# %% ../nbs/02_capture.ipynb #bf18a2f2
+def _accumulates(p):
+    "Is the backward that runs now going to add to `p.grad`?"
+    try: return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(p).node)
+    except RuntimeError: return False   # torch's answer where `autograd.grad` was asked for `p` itself
+
+class _Watching(_Hooked):
+    "Tells the backward of the loss from others, and layers that are used from those that are called"
+    def trains(self):
+        "Does the backward that runs now add to the `.grad` of a parameter?"
+        task = torch._C._current_graph_task_id()
+        if task not in self.tasks:
+            trained = [p for p in self.params if p.requires_grad]
+            local = [p for p in trained if not hasattr(p, 'to_local')]   # FSDP computes with tensors that stand for the shards
+            cannot_tell = not trained or len(local)<len(trained)
+            self.tasks[task] = any(_accumulates(p) for p in local) or cannot_tell and torch.autograd._is_checkpoint_valid()   # torch's word for a `backward` without `inputs`
+        return self.tasks[task]
+
+    def watch(self):
+        "To be called right before backward: do modules that were not called so far take part?"
+        idle = self.idle-self.ran-self.refused.keys()
+        if not idle: return
+        tied = {id(p) for i in self.ran for p in _own_parameters(self.modules[i])}   # used where the other module is called
+        for i in idle:
+            for p in _own_parameters(self.modules[i]):
+                if p.requires_grad and id(p) not in tied and not is_lazy(p): self.leaves.append(p.register_hook(_UseHook(self, i)))
+
+def _own_parameters(m): return list(m.parameters(recurse=False)) or list(m.parameters())
 
 # %% ../nbs/02_capture.ipynb #317fedc1
 _wrapped,_batched = (getattr(getattr(torch._C, '_functorch', None), n, lambda t: False) for n in ('is_functorch_wrapped_tensor','is_legacy_batchedtensor'))
@@ -186,59 +350,188 @@ def _transformed(t):
     return _wrapped(t) or _batched(t)
 
 # %% ../nbs/02_capture.ipynb #317fedbd
-def _seen(self, i, out):
-    "Module `i` returned `out`: ask for the gradient of each of its tensors"
-    call,me = self.calls[i],ref(self)
-    for o,t in tensors(out):
-        if _transformed(t):
-            self.hidden.add(i)
-            continue
-        if self.forward: self.forward(i, t if type(t) is Tensor else _detach(t))
-        if not t.requires_grad: continue
-        self.calls[i] = call+1
-        back = intact = None
-        if t._is_view():
-            t,back,intact = _of_view(t, self.fresh[i])
-            if intact: self.views.append((i, intact))
-            if not self.shaped: back = None
-        @unserializable_hook
-        def got(g, o=o, back=back, intact=intact):
-            if g is None: return   # of several outputs of one function, this one was not used
-            hooks = me()
-            if hooks is not None and hooks.live and (intact is None or intact()):
-                if _transformed(g):
-                    hooks.hidden.add(i)
-                    return
-                if type(g) is not Tensor or g.requires_grad: g = _detach(g)
-                hooks.f(i, call, o, g if back is None else back(g))
-        h = t.register_hook(got)
-        if t.is_leaf: self.leaves.append(h)
+class _TensorHook:
+    "Waits for the gradient of one tensor that module `i` returned"
+    __torch_unserializable__ = True   # a tensor that is saved loses it, and torch need not warn
+    def __init__(self, hooks, i, call, out, to_output=None, intact=None):
+        self.hooks = ref(hooks)
+        self.where = i,call,out
+        self.to_output = to_output   # from the gradient of the tensor that has the hook
+        self.intact = intact         # None: always
 
-OutputHooks._seen = _seen
+    def __call__(self, g):
+        hooks = self.hooks()
+        if g is None or hooks is None or not hooks.live: return   # None: of several outputs of one function, this one was not used
+        try: hooks.received(self, g)
+        except Exception as e: hooks.fail(self.where[0], e)
+
+class _UseHook:
+    "Notes that a parameter of module `i` got a gradient"
+    __torch_unserializable__ = True
+    def __init__(self, hooks, i):
+        self.hooks = ref(hooks)
+        self.i = i
+
+    def __call__(self, g):
+        hooks = self.hooks()
+        if hooks is not None and hooks.live and hooks.trains(): hooks.used.add(self.i)
+
+# %% ../nbs/02_capture.ipynb #eb46693f
+class _Iteration(_Watching):
+    "What hooks know of the iteration that is under way"
+    def start(self):
+        "A new iteration: `call` counts from 0 again"
+        self.calls = [0]*len(self.modules)
+        self.views = []   # (module index, is it unchanged?) of outputs that are views
+        self.tasks = {}   # number of a backward -> does it train?
+        self.broken.clear()
+        _take_off(self.leaves)
+
+    def changed(self)->list: # indices
+        "Modules whose output, a view, was changed in place since: its gradient cannot be had"
+        return sorted({i for i,intact in self.views if not intact()})
+
+    def remove(self):
+        "Take all hooks off. Hooks on tensors of a graph that is still alive do nothing from now on"
+        self.live = False
+        _take_off(self.handles)
+        _take_off(self.leaves)
+
+    def fail(self, i, e):
+        "A hook of ours raised `e`: nothing of module `i` is recorded in this iteration"
+        self.failed.setdefault(i, e)
+        self.broken.add(i)
+        if self.drop: self.drop(i)
+
+# %% ../nbs/02_capture.ipynb #8fc2b73e
+def _of_torch_itself(t):
+    "Is it a stand-in that torch computes with while it looks at a model (export, fake tensors)?"
+    return type(t).__module__.startswith('torch._subclasses')
+
+class _Listening(_Iteration):
+    "What hooks do"
+    def seen(self, i, out):
+        "Module `i` returned `out`"
+        self.ran.add(i)
+        if i in self.broken: return
+        try:
+            found = tensors(out)
+            if not isinstance(out, Tensor) and i not in self.sealed and (kind := sealed(out)): self.sealed[i] = kind
+            call = self.calls[i]
+            for place,t in found: self.ask(i, call, place, t)
+        except Exception as e: self.fail(i, e)
+
+    def ask(self, i, call, place, t):
+        "Ask for the gradient of a tensor, one of module `i`'s"
+        if _transformed(t): self.hidden.add(i)
+        if _transformed(t) or _of_torch_itself(t): return
+        if t.is_meta: raise TypeError('a tensor on the meta device has no numbers')
+        if self.forward: self.forward(i, t if type(t) is Tensor else _detach(t))
+        if not t.requires_grad: return
+        self.calls[i] = call+1
+        to_output = intact = None
+        if t._is_view():
+            t,to_output,intact = _of_view(t, _fresh(self.modules[i]))
+            if intact: self.views.append((i, intact))
+        handle = t.register_hook(_TensorHook(self, i, call, place, to_output if self.shaped else None, intact))
+        if t.is_leaf: self.leaves.append(handle)
+
+# %% ../nbs/02_capture.ipynb #79fcb2bc
+class _Receiving(_Listening):
+    def received(self, hook, g):
+        "The gradient that a hook waited for"
+        i,call,place = hook.where
+        if i in self.broken or hook.intact is not None and not hook.intact(): return
+        if _transformed(g):
+            self.hidden.add(i)
+            return
+        if not self.trains():
+            self.aside.add(i)
+            return
+        self.got.add(i)
+        if type(g) is not Tensor or g.requires_grad: g = _detach(g)
+        if hook.to_output is not None: g = hook.to_output(g)
+        self.f(i, call, place, g)
+
+# %% ../nbs/02_capture.ipynb #67b0f2c2
+class OutputHooks(_Receiving):
+    "Calls `f(i, call, out, grad)` in backward for every tensor that module `i` returned in forward with a gradient to come"
+    def __init__(self,
+                 modules:list, # modules to hook
+                 f, # called with module index, number of the module's call since `start`, place of the tensor in the output, gradient
+                 forward=None, # called in forward with module index and each tensor of its output
+                 compiled=(), # ids of the modules that run inside `torch.compile`
+                 shaped=True, # must a gradient have the output's shape, or only its elements?
+                 params=None, # the parameters that are trained; None: those of `modules`
+                 lent=(), # ids of modules whose weights are used by another module that is called
+                 drop=None # called with the index of a module of which nothing since `start` is to stay
+                ):
+        super().__init__()
+        self.modules = list(modules)
+        self.f = f
+        self.forward = forward
+        self.shaped = shaped
+        self.drop = drop
+        self.params = [p for m in self.modules for p in m.parameters()] if params is None else list(params)
+        self.idle = {i for i,m in enumerate(self.modules) if id(m) not in lent and id(m) not in compiled}
+        self.live = True
+        self.handles,self.leaves = [],[]   # what is to be taken off: of modules, of parameters
+        self.start()
+        try: self.register(compiled)
+        except BaseException:
+            self.remove()
+            raise
+
+    def __enter__(self): return self
+    def __exit__(self, *args): self.remove()
+
+# %% ../nbs/02_capture.ipynb #362ce2dd
+def _installed(cls):
+    "Is it the class of an installed package, and nothing that its user can change?"
+    file = getattr(sys.modules.get(cls.__module__), '__file__', None) or ''
+    return cls.__module__.split('.')[0] in ('torch','fastai') or 'site-packages' in file or 'dist-packages' in file
+
+def _children(m):
+    "Its children, those in lists instead of the lists"
+    for c in m.children(): yield from [c] if _has_forward(c) else [c,*_children(c)]
+
+def lent_modules(model:nn.Module)->set: # ids
+    "Modules inside one of an installed library, which may use their weights as it likes"
+    return {id(c) for m in model.modules() if _has_forward(m) and not isinstance(m, nn.Sequential) and _installed(type(m)) for c in _children(m)}
 
 # %% ../nbs/02_capture.ipynb #6f08ff0d
+def _compiled_methods(m):
+    "Has the object or its class a method that `torch.compile` made?"
+    of_classes = (v for c in type(m).__mro__ if not c.__module__.startswith('torch.nn') for v in c.__dict__.values())
+    return any(inspect.isroutine(v) and hasattr(v, '_torchdynamo_orig_callable') for v in (*m.__dict__.values(), *of_classes))
+
 def compiled_modules(model:nn.Module)->set: # ids
     "The modules of `model` that run inside `torch.compile`"
     res = set()
     for m in model.modules():
-        ms = (m._orig_mod.modules() if _child(m)=='_orig_mod' else m.modules() if getattr(m, '_compiled_call_impl', None) is not None
-              else list(m.modules())[1:] if hasattr(m.__dict__.get('forward'), '_torchdynamo_orig_callable') else ())
-        res.update(id(o) for o in ms)
+        if _child(m)=='_orig_mod': inside = m._orig_mod.modules()
+        elif getattr(m, '_compiled_call_impl', None) is not None: inside = m.modules()
+        elif _compiled_methods(m): inside = list(m.modules())[1:]
+        else: inside = ()
+        res.update(id(o) for o in inside)
     return res
 
 # %% ../nbs/02_capture.ipynb #1eab5081
 def _nonzero(g):
     "Does a gradient, or this process's part of it, hold anything? fastai leaves zeros after `freeze`"
     if hasattr(g, 'to_local'): g = g.to_local()
-    return bool((g if g.layout==torch.strided else g._values()).any())
+    if g.layout is torch.sparse_coo: g = g._values()
+    elif g.layout is not torch.strided: g = g.values()
+    return g.is_nested or bool(g.any())
 
 def silent(hooks:OutputHooks,
            modules:list, # those that have the hooks
            compiled:set # ids of those that run compiled
           )->list: # indices
     "The compiled modules that took part in backward and whose hook did not run"
-    left = compiled - {id(c) for i in hooks.ran for c in (modules[i],*modules[i].children())}
+    ran = {i for i in hooks.ran if id(modules[i]) in compiled}
+    left = compiled - {id(c) for i in ran for c in (modules[i],*modules[i].children())}
     def used(m):
         ps = list(m.parameters(recurse=False)) or list(m.parameters())
-        return any(_nonzero(g) for _,_,g in param_grads(ps)) if ps else not hooks.ran   # a ReLU says nothing of itself
+        return any(_nonzero(g) for _,_,g in param_grads(ps)) if ps else not ran   # a ReLU says nothing of itself
     return [i for i,m in enumerate(modules) if id(m) in left and used(m)]

@@ -157,6 +157,7 @@ class _Buffer:
         self.device,self.threshold,self.extra,self.norms_only = device,threshold,extra,norms_only
         self.octaves = _Octaves(device, hist=='all') if hist else None
         self.scale,self.keys,self.numel,self.absent,self.marks,self.gone = None,[],[],[],{},0   # marks: iteration -> rows at its end
+        self.failed = {}   # ('extra', name) -> what the user's function raised
         self.acc = self.zeros(rows)
 
     def row(self, key, numel, absent=0):
@@ -217,6 +218,21 @@ def fetch(self:_Buffer, count):
     for o in (self.keys,self.numel,self.absent): del o[:k]
     return res
 
+# %% ../nbs/01_engine.ipynb #9ae45209
+def apart_from_training(f, # function of a tensor
+                        g:Tensor # a gradient that training needs as it is
+                       )->Tensor: # 0-d
+    "`f` of a copy of `g`, with torch's random state put back where `f` drew from it"
+    state = torch.get_rng_state()
+    device_state = torch.cuda.get_rng_state(g.device) if g.is_cuda else None
+    try:
+        value = torch.as_tensor(f(g.clone()))
+        if value.numel()!=1: raise ValueError(f"one number is expected, got a tensor of shape {tuple(value.shape)}")
+        return value.detach().reshape(())
+    finally:
+        torch.set_rng_state(state)
+        if device_state is not None: torch.cuda.set_rng_state(device_state, g.device)
+
 # %% ../nbs/01_engine.ipynb #5261a116
 @patch
 def odd(self:_Buffer, key, g):
@@ -238,7 +254,12 @@ def extras(self:_Buffer, r, g):
     "The user's own statistics, of the gradient without AMP's scale"
     if not self.extra: return
     if self.scale is not None: g = (g if g.is_complex() else g.float())/self.scale
-    for j,f in enumerate(self.extra.values()): self.write(r, len(sums)+j, f(g))
+    for j,(name,f) in enumerate(self.extra.items()):
+        try: value = apart_from_training(f, g)
+        except Exception as e:   # the user's function: its column has no number, and training goes on
+            self.failed['extra', name] = e
+            value = torch.tensor(math.nan)
+        self.write(r, len(sums)+j, value)
 
 # %% ../nbs/01_engine.ipynb #cdf1c0ba
 def _wide(g): return torch.float64 if g.dtype==torch.float64 else torch.float32
@@ -650,6 +671,25 @@ def sum_pool(self:HostBuffer):
     if self.octaves:
         for k,i,j,scale in zip(r, at, at[1:], scales): self.octaves.put(k, x[i:j], scale)
 
+# %% ../nbs/01_engine.ipynb #215026b7
+def is_plain(t): return t.layout is torch.strided and not t.is_nested
+
+def _nested(t):
+    "The elements of all parts of a nested tensor"
+    has_gaps = t.layout is not torch.jagged or getattr(t, 'lengths', lambda: None)() is not None
+    if not has_gaps: return t.values()
+    parts = [part.reshape(-1) for part in t.unbind()]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=t.dtype, device=t.device)
+
+def stored(t:Tensor # of a layout other than strided, or nested
+          )->tuple: # a strided tensor, number of zeros that are not in it
+    "The elements that are there"
+    if t.is_nested: return _nested(t),0
+    if t.layout is torch.sparse_coo: values = t.coalesce().values()
+    elif t.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc): values = t.values()
+    else: values = t.to_dense()
+    return values,t.numel()-values.numel()
+
 # %% ../nbs/01_engine.ipynb #f66a8276
 class Engine:
     "Statistics of gradients on any number of devices"
@@ -661,25 +701,53 @@ class Engine:
                  by_rows=None # take the path without a look at any number; None: on all devices but the CPU
                 ):
         self.threshold,self.extra,self.norms_only,self.hist,self.by_rows,self.buffers,self.scale,self.iterations = threshold,extra or {},norms_only,hist,by_rows,{},None,0
+        self.failed = {}   # key of a parameter, or ('extra', name) -> why it could not be read
 
     def buffer(self, device):
         "The buffer of a device; backward runs one thread per device, each has its own"
         if device not in self.buffers:
             rows = device.type!='cpu' if self.by_rows is None else self.by_rows
             self.buffers[device] = (DeviceBuffer if rows else HostBuffer)(device, self.threshold, self.extra, self.norms_only, self.hist)
+            self.buffers[device].failed = self.failed
         return self.buffers[device]
 
-    def put(self, key, g):
-        "One gradient, read or copied at once"
-        b = self.buffers.get(g.device) or self.buffer(g.device)
-        scale = self.scale(g.device) if self.scale else None
-        if scale is not b.scale:
-            b.apart()   # what waits has the old one
-            b.scale = scale
-        if g.layout==torch.strided: return b.odd(key, g) if g.is_complex() else b.put(key, g)
-        if g.layout==torch.jagged: return self.put(key, g.values())
-        v = g.coalesce().values()
-        return b.odd(key, v) if g.is_complex() else b.put(key, v, g.numel()-v.numel())
+# %% ../nbs/01_engine.ipynb #a22cae59
+@patch
+def put(self:Engine, key, g):
+    "One gradient, read or copied at once. Where that fails, nothing of it stays"
+    if type(g) is not Tensor and hasattr(g, 'to_local'): raise TypeError("it is spread over several processes")
+    b = self.buffers.get(g.device) or self.buffer(g.device)
+    scale = self.scale(g.device) if self.scale else None
+    if scale is not b.scale:
+        b.apart()   # what waits has the old one
+        b.scale = scale
+    before = b.gone+len(b.keys)
+    try:
+        values,absent = (g,0) if is_plain(g) else stored(g)
+        return b.odd(key, values) if g.is_complex() else b.put(key, values, absent)
+    except Exception:
+        b.cut(before)
+        raise
+
+# %% ../nbs/01_engine.ipynb #6a34cfc0
+def _places(t):
+    "A sparse tensor as COO: values and where they stand"
+    return (t if t.layout is torch.sparse_coo else t.to_sparse()).coalesce()
+
+def product(g, w # one of them sparse, nested or complex
+           )->Tensor: # 0-d, double precision
+    "The sum of g·w, conjugate g where complex"
+    sparse_g,sparse_w = (t.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc) for t in (g,w))
+    wide = torch.complex128 if g.is_complex() else torch.float64
+    if sparse_g and sparse_w: return (_places(g).to(wide).conj()*_places(w).to(wide)).coalesce().values().sum().real
+    if sparse_g:
+        g = _places(g)
+        g,w = g.values(),w[tuple(g.indices())]
+    elif sparse_w:
+        w = _places(w)
+        g,w = g[tuple(w.indices())],w.values()
+    else: g,w = (t if is_plain(t) else stored(t)[0] for t in (g,w))
+    return (g.to(wide).conj()*w.to(wide)).sum().real
 
 # %% ../nbs/01_engine.ipynb #f614e4fb
 @patch
@@ -689,28 +757,43 @@ def put_all(self:Engine, keys, gs, ws=None):
     groups = {}
     for k,g,w in zip(keys, gs, ws or gs):
         if type(g) is not Tensor and hasattr(g, 'to_local'): groups.setdefault((g.device_mesh,g.placements,_wide(g)), []).append((k,g,w))
-        elif g.layout!=torch.strided or g.is_complex(): self._odd(k, g, w if ws else None)
+        elif _goes_alone(g) or _goes_alone(w): self._alone(k, g, w if ws else None)
         else: groups.setdefault((g.device,_wide(g)), []).append((k,g,w))
     for where,o in groups.items():
         keys,gs,wl = zip(*o)
         if len(where)==2: self.buffer(where[0]).put_all(keys, gs, wl if ws else None)
         else: self._shards(keys, gs, wl if ws else None)
 
+# %% ../nbs/01_engine.ipynb #57d7fe52
+_ordinary = {Tensor,Parameter}
+def _goes_alone(t):
+    "Is it one that no fast path reads: sparse, nested, complex, without memory, or wrapped by a subclass?"
+    if not is_plain(t) or t.is_complex(): return True
+    return type(t) not in _ordinary and hasattr(type(t), '__tensor_flatten__')
+
+@patch
+def _alone(self:Engine, k, g, w):
+    "A gradient that may have no numbers for us: then it has no row, and `failed` says why"
+    mark = self.mark()
+    try: self._odd(k, g, w)
+    except Exception as e:
+        self.failed[k] = e
+        self.rewind(mark)
+
+# %% ../nbs/01_engine.ipynb #099e28b7
 @patch
 @np.errstate(all='ignore')
 def _odd(self:Engine, k, g, w):
-    "A sparse or complex gradient"
+    "A sparse, nested or complex gradient"
     scale,self.scale = self.scale,None
-    r = self.put(k, g)
-    self.scale = scale
+    try: r = self.put(k, g)
+    finally: self.scale = scale
     if w is None: return
     b = self.buffer(g.device)
     b.reduce()
-    if g.layout!=torch.strided: g,at = g.coalesce().values(),w[tuple(g.coalesce().indices())]
-    else: at = w
-    b.write(r, W_SQ, w.abs().double().square().sum())
-    wide = torch.complex128 if g.is_complex() else torch.float64
-    b.write(r, DOT, (g.to(wide).conj()*at.to(wide)).real.sum())
+    weights = w if is_plain(w) else stored(w)[0]
+    b.write(r, W_SQ, weights.abs().double().square().sum())
+    b.write(r, DOT, product(g, w))
 
 # %% ../nbs/01_engine.ipynb #d3966236
 @patch
@@ -743,12 +826,14 @@ def _shards(self:Engine, keys, gs, ws):
 @patch
 def witness(self:Engine, t:Tensor # floating point
            ): # number, or 0-d tensor on its device: finite where all elements are
-    "0 or NaN from the kernel; elsewhere the sum, which can overflow where finite elements are huge"
+    "0 from the kernel, else the sum: NaN where an element is, infinite where one is or where finite elements are huge"
+    if not is_plain(t): t = stored(t.detach())[0]
     k = (self.buffers.get(t.device) or self.buffer(t.device)).kernel
     if k and t.dtype is torch.float32 and t.layout is torch.strided and _own(t):
         if not t.is_contiguous(): t = flat(t.detach())
-        return 0. if k.finite(t.data_ptr(), t.numel()) else math.nan
-    return t.detach().sum(dtype=torch.float32 if t.itemsize<4 else None)
+        if k.finite(t.data_ptr(), t.numel()): return 0.
+    t = t.detach()
+    return (t.float() if t.itemsize<2 else t).sum(dtype=torch.float32 if t.itemsize<4 else None)   # torch has no sum of 8 bits
 
 # %% ../nbs/01_engine.ipynb #3ed57704
 @patch
@@ -796,6 +881,17 @@ def settle(self:Engine, n):
 def rewind(self:Engine, mark):
     "Forget what was put since `mark` or since the last iteration was closed"
     for d,b in self.buffers.items(): b.cut(mark.get(d, 0))
+
+# %% ../nbs/01_engine.ipynb #37158a1c
+GONE = -2   # key of a row that does not count
+
+@patch
+def drop(self:Engine, keys, mark):
+    "What was put under one of `keys` since `mark` does not count"
+    for device,b in self.buffers.items():
+        start = max(mark.get(device, 0)-b.gone, b.closed())
+        for r in range(start, len(b.keys)):
+            if b.keys[r] in keys: b.keys[r] = GONE
 
 # %% ../nbs/01_engine.ipynb #831ec52c
 @patch
