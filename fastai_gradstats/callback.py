@@ -164,9 +164,9 @@ def before_train(self:_GradCallback):
         st.phase = int('lr_finder' in self.learn.__dict__)
         if st.phase: st.count[1] = [0,0]   # lr_find counts for itself
     st.params = self._params()
-    if fresh: self._record.facts.append(_facts(self.learn, st))
+    if fresh: self._record.add_facts(_facts(self.learn, st))
     st.keys,st.look = {},True
-    st.live,st.quiet,st.before,st.first = True,rank_distrib()!=0 and not self.show,None,len(self._record._steps.parts)   # a column that is watched is the same in all processes
+    st.live,st.quiet,st.before,st.first = True,rank_distrib()!=0 and not self.show,None,len(self._record._steps)   # a column that is watched is the same in all processes
     if not st.quiet: self._open()
     self._start()
 
@@ -194,6 +194,9 @@ def _folder(cb, v):
 @patch
 def _open(self:_GradCallback):
     st = self._state
+    store = self._record._rows if 'tensors' in self._tables else self._record._params
+    for kind,named in (('output', st.__dict__.get('modules')), ('param', st.params)):
+        if named: store.network(kind, list(named))   # as it is now
     if self.folder is None or st.stream is not None or rank_distrib(): return
     st.stream = Stream(self._record, self.folder, self._tables, rank_distrib())
     st.stream.attempt(st.stream.facts)   # claims the folder
@@ -503,10 +506,16 @@ def _put(self:GradStatsCallback, at):
 @_whole()
 def _flush(self:GradStatsCallback):
     "What lies in the buffers goes to the record: the one place that waits for the device"
+    with Engine.lock: self._to_record()
+
+@patch
+def _to_record(self:GradStatsCallback):
     st,rows = self._state,self._record._rows
-    if not st.its: return
-    n,keys,numel,s,h = st.engine.fetch()
-    (its,orders),st.its = zip(*st.its),[]
+    noted = list(st.its)   # an iteration that training has closed, but not noted yet, is for the next time
+    if not noted: return
+    n,keys,numel,s,h = st.engine.fetch(len(noted))
+    del st.its[:len(noted)]
+    its,orders = zip(*noted)
     its = np.array(its).T
     at,tensor = np.repeat(np.arange(len(n)), n),keys>=0
     for i,k in zip(at[~tensor], s[~tensor,MAX].astype(int)):
@@ -698,8 +707,8 @@ def after_epoch(self:GradNormCallback):
     st,first = self._state,self._state.__dict__.pop('first', None)
     if not self.show or first is None or (r := self.learn.__dict__.get('recorder')) is None: return
     self._flush()
-    parts = self._record._steps.parts[first:]
-    v = np.concatenate([p['norm'][~p['skipped'].astype(bool)] for p in parts]) if parts else np.empty(0)
+    steps = self._record._steps.since(first)
+    v = steps['norm'][~steps['skipped']] if steps else np.empty(0)
     missing,at = r.metric_names.index('grad_norm')-len(r.log),1 if r.cancel_train else len(r.log)   # of a training or validation that was cancelled
     if missing>0: r.log = r.log[:at]+[math.nan]*missing+r.log[at:]
     r.log.append(float(v.mean()) if len(v) else math.nan)
@@ -732,10 +741,16 @@ def _close(self:GradNormCallback):
 @_whole()
 def _flush(self:GradNormCallback):
     "What lies in the buffers goes to the record"
+    with Engine.lock: self._to_record()
+
+@patch
+def _to_record(self:GradNormCallback):
     st = self._state
-    if not st.its: return
-    (n,keys,_,s,_),its = st.engine.fetch(),list(zip(*st.its))
-    st.its = []
+    noted = list(st.its)   # a step that training has closed, but not noted yet, is for the next time
+    if not noted: return
+    n,keys,_,s,_ = st.engine.fetch(len(noted))
+    del st.its[:len(noted)]
+    its = list(zip(*noted))
     at = np.repeat(np.arange(len(n)), n)
     def total(rows, col): return np.bincount(at[rows], s[rows,col], minlength=len(n))
     par,clipped = keys>=0,keys==CLIPPED
