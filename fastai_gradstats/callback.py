@@ -508,12 +508,16 @@ def _flush(self:GradStatsCallback):
     "What lies in the buffers goes to the record: the one place that waits for the device"
     with Engine.lock: self._to_record()
 
+def _fetch(engine, n):
+    "The first `n` closed iterations, nearly always all of them"
+    return engine.fetch() if engine.iterations==n else engine.fetch(n)
+
 @patch
 def _to_record(self:GradStatsCallback):
     st,rows = self._state,self._record._rows
     noted = list(st.its)   # an iteration that training has closed, but not noted yet, is for the next time
     if not noted: return
-    n,keys,numel,s,h = st.engine.fetch(len(noted))
+    n,keys,numel,s,h = _fetch(st.engine, len(noted))
     del st.its[:len(noted)]
     its,orders = zip(*noted)
     its = np.array(its).T
@@ -748,7 +752,7 @@ def _to_record(self:GradNormCallback):
     st = self._state
     noted = list(st.its)   # a step that training has closed, but not noted yet, is for the next time
     if not noted: return
-    n,keys,_,s,_ = st.engine.fetch(len(noted))
+    n,keys,_,s,_ = _fetch(st.engine, len(noted))
     del st.its[:len(noted)]
     its = list(zip(*noted))
     at = np.repeat(np.arange(len(n)), n)

@@ -499,6 +499,11 @@ class Steps:
         "Columns of the rows from number `n` on"
         with lock: return {c:v[n:self.table.n].copy() for c,v in self.table.values.items()}
 
+    @property
+    def parts(self):
+        "All rows as one part"
+        return [self.since(0)] if len(self) else []
+
     def norms(self):
         "Of phase 'fit'"
         with lock: return self.of_fit.values['norm'][:self.of_fit.n] if self.of_fit.n else np.empty(0)
