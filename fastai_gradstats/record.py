@@ -432,7 +432,7 @@ def _stored(table, o):
     if not isinstance(o, pd.DataFrame) and hasattr(o, 'to_pandas'): o = o.to_pandas()   # of Polars, or Arrow
     if not isinstance(o, pd.DataFrame): raise TypeError(f"{table}: a frame is accepted, got {type(o).__name__}")
     if table=='params': o = _params_frame(o)
-    return _in_time(conform(o, table))
+    return _in_time(_handed(conform(o, table)))
 
 def _of_stores(rows, steps, params, hist=None, threshold=1., breaks=(), facts=()):
     "A record of stores and frames that are right already"
@@ -785,7 +785,7 @@ def by(self:GradRecord,
     "Gradient and weight norms per step, and `dot`, the sum of gradient times weight; over several parameters norms combine as the root of the sum of squares"
     if what not in ('param','module','group'): raise ValueError(f"what: accepted are 'param', 'module' and 'group', got {what!r}")
     if not len(self._params) and (len(self.df) or len(self.steps)): raise ValueError("no norms by parameter recorded: GradNormCallback() records them")
-    return self._by(what, phase)
+    return _handed(self._by(what, phase))
 
 @patch
 def _by(self:GradRecord, what, phase):
