@@ -108,7 +108,7 @@ class Rows:
                 self.ordered += 1
         return i
 
-# %% ../nbs/03_record.ipynb #3b437845
+# %% ../nbs/03_record.ipynb #f63a4b3f
 @patch
 def order(self:Rows):
     "Position of each key in network order"
@@ -124,6 +124,7 @@ def join(self:Rows):
     "Short epochs: many small parts into few"
     while len(self.parts)>1 and len(self.parts[-2])<=len(self.parts[-1])<200: self.parts[-2:] = [Part.cat(self.parts[-2:])]
 
+# %% ../nbs/03_record.ipynb #3b437845
 @patch
 def append(self:Rows,
            where, # (5, iterations) of `fit, phase (0 or 1), epoch, iteration, step`
