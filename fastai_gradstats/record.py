@@ -306,6 +306,7 @@ def frame(self:Rows, parts=None):
     d = self.data(ifnone(parts, self.parts), names)
     return pd.DataFrame(d|{c:category(d[c], n) for c,n in names.items()}, copy=False)
 
+# %% ../nbs/03_record.ipynb #e477e645
 @patch
 def hist_frame(self:Rows, parts=None):
     "A row per tensor and octave, of all iterations or those of `parts`"
@@ -475,6 +476,7 @@ def _step_data(cols):
     names = step_columns+[c for c in update_columns if c in cols]
     return {c:np.asarray(cols[c]).astype(types.get(c, np.float64)) for c in names}
 
+# %% ../nbs/03_record.ipynb #73ed4736
 class Steps:
     "A row per optimizer step, appended in bulk; never thinned"
     def __init__(self): self.table,self.of_fit,self.skipped,self.sink = Table(),Table(),set(),None
@@ -1009,6 +1011,7 @@ def write(self:Stream,
         for s in self.stores.values(): s.sink = None
         warn(f"folder: gave up writing to {self.folder}, {self.limit:,} rows wait. Later rows are in memory only: `record.save(another_folder)` writes what it keeps")
 
+# %% ../nbs/03_record.ipynb #6ccb7357
 def _send(stream, t, s, over):
     "Write one store's iterations whose step is over; the others go on waiting"
     sink = s.sink
