@@ -103,7 +103,7 @@ class _State(SimpleNamespace):
         self.all_compiled,self.infinite,self.infinite_there = False,set(),None
         self.order,self.witnesses,self.with_weights = [],[],False
         self.around,self.acts_before,self.acts_after,self.step_guard,self.unwatched = None,[],False,None,None
-        self.bs,self.old_weights,self.start_norms,self.first_part = 0,None,None,None
+        self.bs,self.old_weights,self.start_norms,self.first_step = 0,None,None,None
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
 
@@ -184,7 +184,7 @@ class _GradCallback(Callback):
         st.batch = None
         if st.hooks: st.hooks.live = False
         try:
-            st.engine.settle(len(st.its))
+            with Engine.lock: st.engine.settle(len(st.its))
             st.engine.rewind(st.done)
         except Exception:   # what waits there cannot be summed, and would fail again
             st.live = False
@@ -285,7 +285,7 @@ def _guard_of(learn):
 @patch
 def before_epoch(self:_GradCallback):
     if self._state.inner: return
-    self._state.first_part = None   # of an epoch that was interrupted
+    self._state.first_step = None   # of an epoch that was interrupted
     g = _guard_of(self.learn)
     if g is None: g = self.learn._do_epoch_train = _Guard(self.learn)
     if self not in g.watchers: g.watchers.append(self)
@@ -397,7 +397,7 @@ def _note_facts(self:_GradCallback, lazy=False):
     st = self._state
     if not st.facts_due or not lazy and any(map(is_lazy, st.params.values())): return
     st.facts_due = False
-    self._record.facts.append(_facts(self.learn, st))
+    self._record.add_facts(_facts(self.learn, st))
     if st.stream is not None: st.stream.attempt(st.stream.facts)
 
 # %% ../nbs/04_callback.ipynb #37bb1d7f
@@ -414,7 +414,7 @@ def before_train(self:_GradCallback):
     st.look = True
     st.quiet = _rank()!=0 and not self.show   # a column that is watched is the same in all processes
     st.old_weights = st.start_norms = st.around = None
-    st.first_part = len(self._record._steps.parts)
+    st.first_step = len(self._record._steps)
     if not st.quiet: self._open()
     self._note_facts()
     self._start()
@@ -444,7 +444,7 @@ def _stop(self:_GradCallback):
     "Training of an epoch is over, in whatever way"
     st = self._state
     if not st.live: return
-    st.engine.settle(len(st.its))
+    with Engine.lock: st.engine.settle(len(st.its))
     self._close()
     self._discard()
     st.live = False
@@ -467,6 +467,9 @@ def _folder(cb, v):
 @patch
 def _open(self:_GradCallback):
     st = self._state
+    store = self._record._rows if 'tensors' in self._tables else self._record._params
+    for kind,named in (('output', st.modules), ('param', st.params)):
+        if named: store.network(kind, list(named))   # as it is now
     if self.folder is None or st.stream is not None or _rank(): return
     st.stream = Stream(self._record, self.folder, self._tables, _rank())
     st.stream.attempt(st.stream.facts)   # claims the folder
@@ -1099,10 +1102,20 @@ def _say_changed(self:_GradCallback, early, norm):
 @_whole()
 def _flush(self:GradStatsCallback):
     "What lies in the buffers goes to the record: the one place that waits for the device"
+    with Engine.lock: self._to_record()
+
+def _fetch(engine, n):
+    "The first `n` closed iterations, nearly always all of them"
+    return engine.fetch() if engine.iterations==n else engine.fetch(n)
+
+@patch
+def _to_record(self:GradStatsCallback):
     st,rows = self._state,self._record._rows
-    if not st.its: return
-    n,keys,numel,s,h = st.engine.fetch()
-    (its,orders),st.its = zip(*st.its),[]
+    noted = list(st.its)   # an iteration that training has closed, but not noted yet, is for the next time
+    if not noted: return
+    n,keys,numel,s,h = _fetch(st.engine, len(noted))
+    del st.its[:len(noted)]
+    its,orders = zip(*noted)
     its = np.array(its).T
     at,tensor = np.repeat(np.arange(len(n)), n),keys>=0
     forward = keys==FORWARD
@@ -1353,11 +1366,11 @@ def after_epoch(self:GradNormCallback):
     _GradCallback.after_epoch(self)
     st = self._state
     if st.inner: return
-    first_part,st.first_part = st.first_part,None
-    if not self.show or first_part is None or (r := self.learn.__dict__.get('recorder')) is None: return
+    first_step,st.first_step = st.first_step,None
+    if not self.show or first_step is None or (r := self.learn.__dict__.get('recorder')) is None: return
     self._flush()
-    parts = self._record._steps.parts[first_part:]
-    v = np.concatenate([p['norm'][~p['skipped'].astype(bool)] for p in parts]) if parts else np.empty(0)
+    steps = self._record._steps.since(first_step)
+    v = steps['norm'][~steps['skipped']] if steps else np.empty(0)
     missing,at = r.metric_names.index('grad_norm')-len(r.log),1 if r.cancel_train else len(r.log)   # of a training or validation that was cancelled
     if missing>0: r.log = r.log[:at]+[math.nan]*missing+r.log[at:]
     r.log.append(float(v.mean()) if len(v) else math.nan)
@@ -1386,10 +1399,16 @@ DRIFTED = 3e-6   # relative; weights that were moved and put back differ by roun
 @_whole()
 def _flush(self:GradNormCallback):
     "What lies in the buffers goes to the record"
+    with Engine.lock: self._to_record()
+
+@patch
+def _to_record(self:GradNormCallback):
     st = self._state
-    if not st.its: return
-    (n,keys,_,s,_),its = st.engine.fetch(),list(zip(*st.its))
-    st.its = []
+    noted = list(st.its)   # a step that training has closed, but not noted yet, is for the next time
+    if not noted: return
+    n,keys,_,s,_ = _fetch(st.engine, len(noted))
+    del st.its[:len(noted)]
+    its = list(zip(*noted))
     at = np.repeat(np.arange(len(n)), n)
     def total(rows, col): return np.bincount(at[rows], s[rows,col], minlength=len(n))
     def norm_of(rows): return _norms_of(rows, at, s, len(n))

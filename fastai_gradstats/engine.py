@@ -11,12 +11,13 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/engine.html.md"""
 __all__ = ['Engine']
 
 # %% ../nbs/01_engine.ipynb #52b03ed0
-import math, numpy as np, torch
-from functools import cache, lru_cache, partial
+import math, os, numpy as np, torch
+from functools import cache, lru_cache, partial, wraps
 from itertools import accumulate
 from operator import add
 from random import Random
 from struct import Struct
+from threading import RLock
 from warnings import warn
 from torch import Tensor
 from torch.nn import Parameter
@@ -70,7 +71,9 @@ class _Plan:
         return [buf.view(-1)[s*W:s*W+math.prod(shape)].view(shape) for s,shape in zip(self.start, shapes)]
 
 # %% ../nbs/01_engine.ipynb #41570002
-SAMPLE,DROP = 2**12,255   # elements of a tensor that are counted; exponent of what is not finite, and of zeros here
+SAMPLE = 2**12   # elements of a tensor that are counted
+LOWEST,COLUMNS = -149,278   # the octave of float32's smallest number; columns of a row of counts
+DROP = COLUMNS-1   # the column of zeros and of what is not finite
 
 @lru_cache(2**12)
 def _stride(n):
@@ -79,18 +82,43 @@ def _stride(n):
     while s>1 and math.gcd(s, 210)>1: s += 1
     return s
 
+# %% ../nbs/01_engine.ipynb #3ef14d66
+def _columns(x:Tensor # float32, one dimension without gaps
+            )->Tensor: # int32
+    "The column of each number's octave"
+    bits = x.view(torch.int32) & 0x7fffffff
+    exponent = bits >> 23
+    of_subnormal = (bits.float().view(torch.int32)>>23) - 127   # such a number is its bits times 2**LOWEST
+    columns = torch.where(exponent>0, exponent-127-LOWEST, of_subnormal)
+    return columns.masked_fill_((bits==0) | (exponent==255), DROP)
+
+def _of_double(x, scale):
+    "The power of two below each float64: rounded to float32, a number just below one would be in the next octave"
+    x = (x if scale is None else x/scale).abs()
+    return (x.view(torch.int64) & 0x7ff0_0000_0000_0000).view(torch.float64)
+
+def octaves(h:np.ndarray # (rows, COLUMNS)
+           )->tuple: # octaves in each row, these octaves (floor of log2 |g|), elements in each
+    "What is not 0"
+    r,column = np.nonzero(h[:,:DROP])
+    n = h[r,column]
+    if not len(n) or n.max()<2**31: n = n.astype(np.int32)
+    return np.bincount(r, minlength=len(h)),(column+LOWEST).astype(np.int16),n
+
 # %% ../nbs/01_engine.ipynb #41570004
 class _Octaves:
     "Elements per octave of |g|, for the rows of a buffer"
     def __init__(self, device, every):
         self.every,self.rng,self.waiting,self.used = every,Random(0),[],0   # its own generator: training draws from others
-        self.scratch,self.acc = torch.zeros(64*SAMPLE, dtype=torch.float32, device=device),torch.zeros(2**10, 256, dtype=torch.int32, device=device)
+        self.scratch = torch.zeros(64*SAMPLE, dtype=torch.float32, device=device)
+        self.acc = torch.zeros(2**10, COLUMNS, dtype=torch.int64, device=device)
         self.counts = self.acc.numpy() if self.acc.is_cpu else None   # the same memory
 
     def put(self, r, x, scale=None):
         "Copy a sample of `x`, the gradient of row `r` in one dimension"
         (start,stride),size = self.sample(len(x)),len(self.scratch)
         x = x[start::stride]
+        if isinstance(x, Tensor) and x.dtype==torch.float64: x,scale = _of_double(x, scale),None
         for i in range(0, len(x), size):
             o = x[i:i+size]
             if self.used+len(o)>size: self.reduce()
@@ -106,12 +134,6 @@ class _Octaves:
         self.reduce()
         self.reach(n)
         return self.acc[:n].cpu().numpy().copy()
-
-def octaves(h:np.ndarray # (rows, 256) counts by exponent bits
-           )->tuple: # octaves in each row, these octaves (floor of log2 |g|), elements in each
-    "What is not 0"
-    r,e = np.nonzero(h[:,:DROP])
-    return np.bincount(r, minlength=len(h)),(e-127).astype(np.int8),h[r,e]
 
 # %% ../nbs/01_engine.ipynb #41570005
 @patch
@@ -133,13 +155,13 @@ def reduce(self:_Octaves):
     if not self.waiting: return
     x,(r,n,stride),self.waiting,self.used = self.scratch[:self.used],zip(*self.waiting),[],0
     self.reach(max(r)+1)
-    e,k = (x.view(torch.int32)>>23).bitwise_and_(255).masked_fill_(x==0, DROP),256*len(r)
-    if x.device.type=='cpu': c = torch.from_numpy(np.bincount(np.repeat(np.arange(0, k, 256), n)+e.numpy(), minlength=k))
+    e,k = _columns(x),COLUMNS*len(r)
+    if x.device.type=='cpu': c = torch.from_numpy(np.bincount(np.repeat(np.arange(0, k, COLUMNS), n)+e.numpy(), minlength=k))
     else:
-        e += torch.arange(0, k, 256, device=x.device).repeat_interleave(torch.tensor(n, device=x.device), output_size=len(x))
+        e += torch.arange(0, k, COLUMNS, device=x.device).repeat_interleave(torch.tensor(n, device=x.device), output_size=len(x))
         c = torch.zeros(k, dtype=torch.int64, device=x.device).index_add_(0, e, torch.ones_like(e, dtype=torch.int64))
     r,stride = (torch.tensor(o, device=x.device) for o in (r,stride))
-    self.acc.index_add_(0, r, (c.view(-1,256)*stride[:,None]).int())
+    self.acc.index_add_(0, r, c.view(-1,COLUMNS)*stride[:,None])
 
 @patch
 def cut(self:_Octaves, a, n, to=None):
@@ -152,7 +174,7 @@ def cut(self:_Octaves, a, n, to=None):
 # %% ../nbs/01_engine.ipynb #417bc14a
 class _Buffer:
     "What both kinds of buffer share: a row of sums per tensor, its key and size, and marks where an iteration ended"
-    kernel = None
+    kernel,last = None,0   # rows of the iteration that was closed last
     def __init__(self, device, threshold, extra, norms_only=False, hist=False, rows=2**13):
         self.device,self.threshold,self.extra,self.norms_only = device,threshold,extra,norms_only
         self.octaves = _Octaves(device, hist=='all') if hist else None
@@ -198,23 +220,32 @@ def closed(self:_Buffer): return next(reversed(self.marks.values()), 0)
 def close(self:_Buffer, i):
     "Iteration `i` is over"
     self.apart()
+    self.last = len(self.keys)-self.closed()
     self.marks[i] = len(self.keys)
+
+@patch
+def full(self:_Buffer):
+    "Might the next iteration be more than is kept?"
+    return len(self.keys)+self.last > (HIST_ROWS if self.octaves else ROWS)
 
 # %% ../nbs/01_engine.ipynb #4d97fe78
 @patch
 def fetch(self:_Buffer, count):
-    "Rows per iteration, keys, sizes, sums and counts per octave of the `count` closed iterations; only what came after them stays"
+    "Rows per iteration, keys, sizes, sums and counts per octave of the first `count` closed iterations; only what came after them stays"
     self.reduce()
-    k,n,rows = self.closed(),len(self.keys),np.zeros(count, np.int64)
-    rows[list(self.marks)] = np.diff(list(self.marks.values()), prepend=0)
+    ends = {i:r for i,r in self.marks.items() if i<count}
+    later = {i:r for i,r in self.marks.items() if i>=count}
+    k,n,rows = next(reversed(ends.values()), 0),len(self.keys),np.zeros(count, np.int64)
+    rows[list(ends)] = np.diff(list(ends.values()), prepend=0)
     s = self.host(k)
     s[:,ZEROS] += self.absent[:k]
-    h = self.octaves.host(k) if self.octaves else np.zeros((0,256), np.int32)
+    h = self.octaves.host(k) if self.octaves else np.zeros((0,COLUMNS), np.int64)
     res = rows,np.array(self.keys[:k], np.int64),np.array(self.numel[:k], np.int64),s,h
     if self.octaves: self.octaves.cut(k, n, to=0)
     self.acc[:n-k] = self.copy(k, n)   # may overlap
     self.acc[n-k:n] = 0
-    self.marks,self.gone = {},self.gone+k
+    self.marks = {i-count:r-k for i,r in later.items()}
+    self.gone += k
     for o in (self.keys,self.numel,self.absent): del o[:k]
     return res
 
@@ -671,6 +702,14 @@ def sum_pool(self:HostBuffer):
     if self.octaves:
         for k,i,j,scale in zip(r, at, at[1:], scales): self.octaves.put(k, x[i:j], scale)
 
+# %% ../nbs/01_engine.ipynb #6168f484
+def _locked(f):
+    "A method of `Engine` that no other thread's overlaps"
+    @wraps(f)
+    def locked(self, *args, **kwargs):
+        with self.lock: return f(self, *args, **kwargs)
+    return locked
+
 # %% ../nbs/01_engine.ipynb #215026b7
 def is_plain(t): return t.layout is torch.strided and not t.is_nested
 
@@ -693,6 +732,7 @@ def stored(t:Tensor # of a layout other than strided, or nested
 # %% ../nbs/01_engine.ipynb #f66a8276
 class Engine:
     "Statistics of gradients on any number of devices"
+    lock = RLock()   # of all engines: one takes rows from another, and with a lock each, two threads could wait for each other
     def __init__(self,
                  threshold=1., # what `above` counts from
                  extra=None, # name -> f(gradient) -> 0-d tensor
@@ -705,14 +745,20 @@ class Engine:
 
     def buffer(self, device):
         "The buffer of a device; backward runs one thread per device, each has its own"
-        if device not in self.buffers:
-            rows = device.type!='cpu' if self.by_rows is None else self.by_rows
-            self.buffers[device] = (DeviceBuffer if rows else HostBuffer)(device, self.threshold, self.extra, self.norms_only, self.hist)
-            self.buffers[device].failed = self.failed
-        return self.buffers[device]
+        with self.lock:
+            if device not in self.buffers:
+                rows = device.type!='cpu' if self.by_rows is None else self.by_rows
+                self.buffers[device] = (DeviceBuffer if rows else HostBuffer)(device, self.threshold, self.extra, self.norms_only, self.hist)
+                self.buffers[device].failed = self.failed
+            return self.buffers[device]
+
+# %% ../nbs/01_engine.ipynb #c3f26156
+def _new_lock(): Engine.lock = RLock()
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_new_lock)
 
 # %% ../nbs/01_engine.ipynb #a22cae59
 @patch
+@_locked
 def put(self:Engine, key, g):
     "One gradient, read or copied at once. Where that fails, nothing of it stays"
     if type(g) is not Tensor and hasattr(g, 'to_local'): raise TypeError("it is spread over several processes")
@@ -751,6 +797,7 @@ def product(g, w # one of them sparse, nested or complex
 
 # %% ../nbs/01_engine.ipynb #f614e4fb
 @patch
+@_locked
 @torch.no_grad()   # instead of `detach`, an operation for each
 def put_all(self:Engine, keys, gs, ws=None):
     "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w"
@@ -835,15 +882,23 @@ def witness(self:Engine, t:Tensor # floating point
     t = t.detach()
     return (t.float() if t.itemsize<2 else t).sum(dtype=torch.float32 if t.itemsize<4 else None)   # torch has no sum of 8 bits
 
+# %% ../nbs/01_engine.ipynb #f8ed6286
+ITERATIONS,FEW = 500,2**12   # so many are fetched at a time inside an epoch, and fewer rows than that never are
+ROWS,HIST_ROWS = 2**19,2**15   # of a buffer, without and with counts per octave: it grows no further than for one more iteration
+
 # %% ../nbs/01_engine.ipynb #3ed57704
 @patch
+@_locked
 def close(self:Engine):
     "An iteration is over; True where it is time to fetch"
-    for b in list(self.buffers.values()): b.close(self.iterations)
+    buffers = list(self.buffers.values())
+    for b in buffers: b.close(self.iterations)
     self.iterations += 1
-    return any(len(b.keys)*2>len(b.acc) for b in self.buffers.values())
+    many = self.iterations>=ITERATIONS and any(len(b.keys)>=FEW for b in buffers)
+    return many or any(b.full() for b in buffers)
 
 @patch
+@_locked
 def value(self:Engine, key, v:Tensor # 0-d
          ):
     "A row that holds a number, in the column of the maximum"
@@ -852,6 +907,7 @@ def value(self:Engine, key, v:Tensor # 0-d
     b.write(b.row(key, 1), MAX, v.detach())
 
 @patch
+@_locked
 def take(self:Engine, other, mark, keys):
     "The rows that `other` got since `mark`, under the names `keys`, once they are summed: two readers share one read"
     for d,b in other.buffers.items():
@@ -862,6 +918,7 @@ def take(self:Engine, other, mark, keys):
 
 # %% ../nbs/01_engine.ipynb #3ed57705
 @patch
+@_locked
 def mark(self:Engine):
     "Where each buffer stands"
     return {d:b.gone+len(b.keys) for d,b in self.buffers.items()}
@@ -872,12 +929,14 @@ def since(self:Engine, mark):
     return any(n>mark.get(d, 0) for d,n in self.mark().items())
 
 @patch
+@_locked
 def settle(self:Engine, n):
-    "Only the first `n` iterations are closed: an interrupt came before the caller noted the next one"
+    "At most the first `n` iterations are closed: an interrupt came before the caller noted the next one"
     for b in self.buffers.values(): b.marks = {i:r for i,r in b.marks.items() if i<n}
-    self.iterations = n
+    self.iterations = min(self.iterations, n)   # fewer where another thread has fetched meanwhile
 
 @patch
+@_locked
 def rewind(self:Engine, mark):
     "Forget what was put since `mark` or since the last iteration was closed"
     for d,b in self.buffers.items(): b.cut(mark.get(d, 0))
@@ -886,6 +945,7 @@ def rewind(self:Engine, mark):
 GONE = -2   # key of a row that does not count
 
 @patch
+@_locked
 def drop(self:Engine, keys, mark):
     "What was put under one of `keys` since `mark` does not count"
     for device,b in self.buffers.items():
@@ -895,6 +955,7 @@ def drop(self:Engine, keys, mark):
 
 # %% ../nbs/01_engine.ipynb #831ec52c
 @patch
+@_locked
 def rename(self:Engine, start, end, key):
     "What was put between the marks `start` and `end` gets another key"
     for d,b in self.buffers.items():
@@ -904,11 +965,15 @@ def rename(self:Engine, start, end, key):
 
 # %% ../nbs/01_engine.ipynb #3ed57706
 @patch
-def fetch(self:Engine):
-    "All closed iterations: rows per iteration, keys, sizes, sums and counts per octave, in the order in which they came (device by device inside an iteration)"
-    res = [b.fetch(self.iterations) for b in self.buffers.values()]
-    self.iterations = 0
-    if not res: return np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros((0,len(sums)+len(self.extra))),np.zeros((0,256), np.int32)
+@_locked
+def fetch(self:Engine,
+          count=None # iterations, from the first that was not fetched yet; None: all that are closed
+         ):
+    "Closed iterations: rows per iteration, keys, sizes, sums and counts per octave, in the order in which they came (device by device inside an iteration)"
+    if count is None: count = self.iterations
+    res = [b.fetch(count) for b in self.buffers.values()]
+    self.iterations -= count
+    if not res: return np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros((0,len(sums)+len(self.extra))),np.zeros((0,COLUMNS), np.int64)
     if len(res)==1: return res[0]
     ns,*rest = zip(*res)
     o = np.argsort(np.concatenate([np.repeat(np.arange(len(n)), n) for n in ns]), kind='stable')

@@ -10,7 +10,8 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/files.html.md"""
 __all__ = []
 
 # %% ../nbs/02a_files.ipynb #b11b2a84
-import json,os,re,time
+import json,os,re,time,zlib
+from io import BytesIO
 from pathlib import Path
 from warnings import warn
 import numpy as np, pandas as pd
@@ -43,36 +44,137 @@ def empty(table):
     "A frame with the table's columns and no row"
     return pd.DataFrame({c:category([], fixed.get(c, [])) if (t := dtype(table, c))=='category' else np.empty(0, t) for c in schema[table]})
 
+# %% ../nbs/02a_files.ipynb #8317aa29
+def is_category(s): return isinstance(s.dtype, pd.CategoricalDtype)
+
+def _refuse(c, what): raise ValueError(f"column {c!r} {what}")
+
+def _to_names(c, s, names=None):
+    "Text as a category; `names` are the only ones, in their order"
+    if s.isna().any(): _refuse(c, f"has {s.isna().sum()} missing values, expected a name in each row")
+    if is_category(s): codes,found = s.cat.codes.to_numpy(),s.cat.categories.tolist()
+    else:
+        codes,found = pd.factorize(s.to_numpy(object))
+        found = found.tolist()
+    found = [o if isinstance(o, str) else str(o) for o in found]
+    if len(set(found))<len(found): _refuse(c, "has names that are one as text")
+    if names is None: return category(codes, found)
+    wrong = sorted({found[i] for i in np.unique(codes)}-set(names))
+    if wrong: _refuse(c, f"has {', '.join(map(repr, wrong))}; accepted are {', '.join(map(repr, names))}")
+    place = np.array([names.index(o) if o in names else -1 for o in found], np.int8)
+    return category(place[codes], names)
+
+def _as_category(c, s):
+    "As it is, where it can be written"
+    if not is_category(s): return _to_names(c, s, fixed.get(c))
+    found = s.cat.categories.tolist()
+    ok = found==fixed[c] if c in fixed else all(isinstance(o, str) for o in found)
+    return s if ok and not s.hasnans else _to_names(c, s, fixed.get(c))
+
+# %% ../nbs/02a_files.ipynb #d6d4e3d3
+_truth = {'True':True, 'true':True, 'False':False, 'false':False}
+
+def _to_bool(c, s):
+    if s.isna().any(): _refuse(c, f"has {s.isna().sum()} missing values, expected True or False in each row")
+    v = s.to_numpy(object)
+    v = [_truth.get(o, o) if isinstance(o, str) else o for o in v]
+    if not all(o in (0,1) for o in v): _refuse(c, f"is {s.dtype}, expected True or False")
+    return np.array(v, bool)
+
+def _to_number(c, s, dtype):
+    "Numbers of this type; whole ones only where nothing is lost"
+    dtype = np.dtype(dtype)
+    try: v = pd.to_numeric(s)
+    except (ValueError, TypeError): _refuse(c, f"is {s.dtype}, expected numbers ({dtype})")
+    if not pd.api.types.is_numeric_dtype(v.dtype) or pd.api.types.is_complex_dtype(v.dtype): _refuse(c, f"is {s.dtype}, expected numbers ({dtype})")
+    if dtype.kind=='f':
+        with np.errstate(over='ignore'): return v.to_numpy(np.float64, na_value=np.nan).astype(dtype)
+    if v.isna().any(): _refuse(c, f"has {v.isna().sum()} missing values, expected whole numbers")
+    limits,v = np.iinfo(dtype),v.to_numpy()
+    if len(v) and not (limits.min<=v.min() and v.max()<=limits.max): _refuse(c, f"goes from {v.min()} to {v.max()}, beyond {dtype}")
+    whole = v.astype(dtype)
+    if not (whole==v).all(): _refuse(c, f"is {s.dtype}, expected whole numbers")
+    return whole
+
+# %% ../nbs/02a_files.ipynb #392fe130
+_plain = ('bool','int32','int64','float32','float64')   # of columns beside a table's own
+
+def _type_of(s):
+    "The type in which a column beside the table's own is kept"
+    t = s.dtype
+    if is_category(s) or pd.api.types.is_string_dtype(t): return 'category'
+    if t==object: return _type_of(o) if (o := s.infer_objects()).dtype!=object else 'category'
+    if pd.api.types.is_bool_dtype(t): return 'bool'
+    if pd.api.types.is_float_dtype(t): return 'float32' if str(t).lower() in ('float16','float32') else 'float64'
+    if pd.api.types.is_integer_dtype(t): return 'float64' if s.isna().any() else 'int64'
+    _refuse(s.name, f"is {t}; accepted are numbers, True and False, text and categories")
+
+def conform(df, table):
+    "A copy of the frame with its columns in the types of `table`"
+    names = list(df)
+    if odd := [c for c in names if not isinstance(c, str) or names.count(c)>1]: raise ValueError(f"names of columns are strings, each once; got {odd[0]!r}")
+    if missing := [c for c in schema[table] if c not in names]: raise ValueError(f"no column {', '.join(map(repr, missing))}; rows of {table!r} have {', '.join(schema[table])}")
+    new = {}
+    for c in names:
+        s,want = df[c],dtype(table, c)
+        if str(s.dtype)==want!='category' or not want and str(s.dtype) in _plain: continue
+        want = want or _type_of(s)
+        if want=='category': v = _as_category(c, s)
+        else: v = _to_bool(c, s) if want=='bool' else _to_number(c, s, want)
+        if v is not s: new[c] = v
+    return df.reset_index(drop=True).assign(**new)
+
 # %% ../nbs/02a_files.ipynb #9d4f3ce8
 def need_parquet(what):
     "Parquet is at hand, or an error with the line to type"
     try: import pyarrow.parquet
     except ImportError as e: raise ImportError(f"{what} needs pyarrow: pip install 'fastai-gradstats[parquet]'") from e
 
-# %% ../nbs/02a_files.ipynb #78717066
-def is_category(s): return isinstance(s.dtype, pd.CategoricalDtype)
+# %% ../nbs/02a_files.ipynb #0c61a289
+class BadPart(ValueError): pass
+class Damaged(BadPart): pass
 
+BLANK = dict(crc32='0'*8)   # the place of the checksum in a file's JSON
+_before = b'"crc32": "'     # quotes in a name are escaped there, so nothing else reads like it
+
+def crc32(b): return f'{zlib.crc32(b):08x}'
+
+def seal(b):
+    "`b` with its checksum in its place"
+    at = b.rindex(_before)+len(_before)
+    return b[:at]+crc32(b).encode()+b[at+8:]
+
+def check_seal(fn, b):
+    "The bytes are those that were written"
+    at = b.rfind(_before)
+    if at<0: return   # written before there were checksums
+    at += len(_before)
+    if b[at:at+8]!=crc32(b[:at]+b'0'*8+b[at+8:]).encode(): raise Damaged(f"{fn}: damaged (its checksum says so)")
+
+# %% ../nbs/02a_files.ipynb #78717066
 def _parquet(df, meta):
     "Bytes of a Parquet file. A NaN stays a NaN and is no null"
     import pyarrow as pa, pyarrow.parquet as pq
     cols = dict(df.items())
     def col(s):
         if not is_category(s): return pa.array(s.to_numpy(), from_pandas=False)
-        return pa.DictionaryArray.from_arrays(pa.array(s.cat.codes.to_numpy()), pa.array(s.cat.categories.tolist(), pa.string()))
+        codes = s.cat.codes.to_numpy().astype(np.int32)   # in every part, however many names: others read all parts as one table
+        return pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(s.cat.categories.tolist(), pa.string()))
     t = pa.table({c:col(s) for c,s in cols.items()}).replace_schema_metadata({'fastai_gradstats':json.dumps(meta)})
     out = pa.BufferOutputStream()
-    pq.write_table(t, out, compression='zstd', use_dictionary=[c for c,s in cols.items() if is_category(s) or s.dtype in (np.int32,bool)])
-    return out.getvalue()
+    dictionaries = [c for c,s in cols.items() if is_category(s) or s.dtype in (np.int32,bool)]
+    pq.write_table(t, out, compression='zstd', use_dictionary=dictionaries, write_page_checksum=True)
+    return seal(out.getvalue().to_pybytes())
 
 def _csv(df, meta): return df.to_csv(index=False).encode()
 writers = dict(parquet=_parquet, csv=_csv)
 
 # %% ../nbs/02a_files.ipynb #d9d2e4bd
-def describe(table, df, threshold=1.):
+def describe(table, df, threshold=1., **more):
     "Metadata of a part"
-    return dict(format=FORMAT, table=table, threshold=threshold, units={c:u.partition(' ')[2] for c,u in schema[table].items()},
+    return dict(format=FORMAT, **BLANK, table=table, threshold=threshold, units={c:u.partition(' ')[2] for c,u in schema[table].items()},
                 names={c:s.cat.categories.tolist() for c,s in df.items() if is_category(s)},
-                types={c:str(s.dtype) for c,s in df.items() if c not in schema[table] and not is_category(s)})
+                types={c:str(s.dtype) for c,s in df.items() if c not in schema[table] and not is_category(s)}, **more)
 
 def _put(fn, b):
     "Write the bytes `b`: all, or none"
@@ -85,11 +187,19 @@ def _put(fn, b):
         except OSError: pass   # the error that matters is on its way
         raise
 
-def write_part(path, table, df, number=0, rank=0, threshold=1., format='parquet'):
-    "Write `df` as part `number` of `table`: complete, or not at all"
+def encode(table, df, threshold=1., format='parquet', **more):
+    "A part's bytes"
+    return writers[format](df, describe(table, df, threshold, **more))
+
+def put_part(path, table, b, number=0, rank=0, format='parquet'):
+    "Write the bytes of part `number` of `table`: complete, or not at all"
     fn = Path(path)/f'{table}-{rank}-{number:06}.{format}'
-    _put(fn, writers[format](df, describe(table, df, threshold)))
+    _put(fn, b)
     return fn
+
+def write_part(path, table, df, number=0, rank=0, threshold=1., format='parquet', **more):
+    "Write `df` as such a part"
+    return put_part(path, table, encode(table, df, threshold, format, **more), number, rank, format)
 
 # %% ../nbs/02a_files.ipynb #1004c292
 MARK = 'gradstats.json'
@@ -118,7 +228,9 @@ def check_free(folder, tables):
     return p
 
 # %% ../nbs/02a_files.ipynb #27ddbf85
-def _json(**info): return json.dumps(info, indent=1).encode()
+def _json(format, run=None, **info):
+    "Bytes of `gradstats.json`"
+    return seal(json.dumps(dict(format=format, run=run, **info|BLANK), indent=1).encode())
 
 def claim(p, tables, **info):
     "Take the folder for this process, or say who has it; returns what `check_mine` knows it by"
@@ -141,10 +253,7 @@ def check_mine(p, run):
     with open(p/MARK, 'rb') as f:
         if run.encode() not in f.read(100): raise FileExistsError(f"{p/MARK} is not what this run wrote")
 
-
 # %% ../nbs/02a_files.ipynb #9b972642
-class BadPart(ValueError): pass
-
 def _check(fn, table, types):
     "The columns of a part, by name and type, are the table's"
     for c in schema[table]:
@@ -165,21 +274,27 @@ def _read_parquet(fn, table, mark):
     "Columns and metadata of a part; of a category its codes and names"
     import pyarrow as pa, pyarrow.parquet as pq
     try:
-        with pq.ParquetFile(fn) as f:
+        b = fn.read_bytes()
+        with pq.ParquetFile(pa.BufferReader(b), page_checksum_verification=True) as f:
             meta = json.loads((f.schema_arrow.metadata or {}).get(b'fastai_gradstats', b'null'))
             _check_format(fn, meta)
+            check_seal(fn, b)
             def name(t): return ('category' if pa.types.is_string(t.value_type) else str(t)) if pa.types.is_dictionary(t) else _arrow.get(str(t), str(t))
             _check(fn, table, {c.name:name(c.type) for c in f.schema_arrow})
+            _check_facts(fn, {table:meta.get('facts', [])})
             t = f.read(use_threads=f.metadata.num_rows>100_000)
     except (pa.ArrowException, OSError, ValueError) as e:
         if isinstance(e, (BadPart,FileNotFoundError,PermissionError)): raise
         raise BadPart(f"{fn}: damaged, or no Parquet file ({e})") from e
-    cols = {c:t[c].combine_chunks() for c in t.column_names}
-    for c,a in cols.items():
-        dic = pa.types.is_dictionary(a.type)
-        if nulls := a.null_count + (a.dictionary.null_count if dic else 0): raise BadPart(f"{fn}: column {c!r} has {nulls} nulls, expected none")
-        cols[c] = (a.indices.to_numpy(),a.dictionary.to_pylist()) if dic else a.to_numpy(zero_copy_only=False)
-    return cols,meta
+    return {c:_column(fn, c, t[c].combine_chunks()) for c in t.column_names},meta
+
+def _column(fn, c, a):
+    "An Arrow array as numpy, or as codes and names; nothing is missing in it"
+    import pyarrow as pa
+    is_names = pa.types.is_dictionary(a.type)
+    nulls = a.null_count + (a.dictionary.null_count if is_names else 0)
+    if nulls: raise BadPart(f"{fn}: column {c!r} has {nulls} nulls, expected none")
+    return (a.indices.to_numpy(),a.dictionary.to_pylist()) if is_names else a.to_numpy(zero_copy_only=False)
 
 # %% ../nbs/02a_files.ipynb #cd3ea896
 _exact = {} if tuple(map(int, pd.__version__.split('.')[:2]))>=(3,1) else dict(float_precision='round_trip')   # pandas 3.1 reads exactly
@@ -187,11 +302,13 @@ def _read_csv(fn, table, mark):
     "Columns and metadata of a part, as `_read_parquet`; the metadata lie in the folder's `gradstats.json`"
     meta = mark.get('parts', {}).get(table) or describe(table, empty(table))|dict(format=mark.get('format'))
     _check_format(fn, meta)
-    try: head = list(pd.read_csv(fn, nrows=0))
+    b = fn.read_bytes()
+    if meta.get('csv_crc32', crc := crc32(b))!=crc: raise BadPart(f"{fn}: other bytes than were written: damaged, or edited. `GradRecord(pd.read_csv(...))` takes an edited file as it is")
+    try: head = list(pd.read_csv(BytesIO(b), nrows=0))
     except ValueError as e: raise BadPart(f"{fn}: damaged, or no CSV file ({e})") from e
     kinds = {c:dtype(table, c) or ('category' if c in meta['names'] else meta.get('types', {}).get(c, 'float64')) for c in head}
     _check(fn, table, kinds)
-    try: df = pd.read_csv(fn, dtype={c:str if t=='category' else t for c,t in kinds.items()}, keep_default_na=False,
+    try: df = pd.read_csv(BytesIO(b), dtype={c:str if t=='category' else t for c,t in kinds.items()}, keep_default_na=False,
                           na_values={c:[''] for c,t in kinds.items() if t.startswith('float')}, **_exact)
     except ValueError as e: raise BadPart(f"{fn}: columns of other types than expected ({e}); expected {kinds}") from e
     def col(s, t):
@@ -235,16 +352,18 @@ def _listed(path):
     return parts,gaps
 
 def _mark(path):
-    try: s = (path/MARK).read_text(encoding='utf-8')
+    try: b = (path/MARK).read_bytes()
     except FileNotFoundError: return None
-    try: mark = json.loads(s or '{}')   # empty: claimed a moment ago
-    except ValueError as e: raise BadPart(f"{path/MARK}: damaged ({e})") from e
-    if mark!={}: _check_format(path/MARK, mark)
+    if not b: return {}   # claimed a moment ago
+    try: mark = json.loads(b.decode('utf-8'))
+    except ValueError as e: raise Damaged(f"{path/MARK}: damaged ({e})") from e
+    _check_format(path/MARK, mark)
+    check_seal(path/MARK, b)
     return mark
 
 # %% ../nbs/02a_files.ipynb #6ffd6def
 def write_facts(path, table, facts):
-    "Replace what `gradstats.json` says of the fits that one callback saw"
+    "Put into `gradstats.json` what one callback knows of fits"
     mark = _mark(path)
     if mark is None: raise FileNotFoundError(f"{path/MARK} is gone")
     _put(path/MARK, _json(**mark|dict(facts=mark.get('facts', {})|{table:facts})))
@@ -261,27 +380,47 @@ def pick_facts(facts):
     return next((f for f in facts if any(o['params'] for o in f)), next(filter(None, facts), []))
 
 # %% ../nbs/02a_files.ipynb #b5b27220
+class _Reading:
+    "Reads one file after another; with `errors='skip'` it goes on after one that is bad"
+    def __init__(self, skip): self.skip,self.bad = skip,[]
+
+    def attempt(self, f, *args):
+        try: return f(*args)
+        except (BadPart,OSError) as e:
+            if not self.skip: raise type(e)(f"{e}. `errors='skip'` (of the command: `--skip`) loads the rest") if isinstance(e, BadPart) else e
+            self.bad.append(e)
+
+    def mark(self, path):
+        "`gradstats.json`. Where it is damaged, CSV parts are read by the types of their table"
+        mark = self.attempt(_mark, path)
+        if mark is None: return dict(format=FORMAT) if any(isinstance(e, Damaged) for e in self.bad) else None
+        mark['facts'] = self.attempt(_check_facts, path/MARK, mark.get('facts', {})) or {}
+        return mark
+
+    def table(self, table, files, mark):
+        "Frame and metadata of a table; facts of its parts join those of `mark`"
+        got = [r for *_,f in files if (r := self.attempt(readers[f.suffix[1:]], f, table, mark))]
+        later = [o for _,m in got for o in m.get('facts', [])]
+        if later: mark.setdefault('facts', {}).setdefault(table, []).extend(later)
+        return _join(table, [d for d,_ in got], [m for _,m in got]),got[-1][1] if got else {}
+
+# %% ../nbs/02a_files.ipynb #da8f4a9f
+def _missing(g): raise BadPart(f"{g}: missing, although later parts are there")
+
 def read_folder(folder, errors='raise'):
     "{table: frame}, {table: metadata} and what `gradstats.json` says of a folder"
     if errors not in ('raise','skip'): raise ValueError(f"errors: accepted are 'raise' and 'skip', got {errors!r}")
-    path,frames,metas,bad = Path(folder).expanduser(),{},{},[]
+    path,frames,metas,reading = Path(folder).expanduser(),{},{},_Reading(errors=='skip')
     if not path.exists(): raise FileNotFoundError(f"{path}: no such folder")
     if not path.is_dir(): raise ValueError(f"{path} is a file, expected a folder with a record")
-    def attempt(f, *args):
-        try: return f(*args)
-        except (BadPart,OSError) as e:
-            if errors=='raise': raise type(e)(f"{e}. `errors='skip'` (of the command: `--skip`) loads the rest") if isinstance(e, BadPart) else e
-            bad.append(str(e))
-    (parts,gaps),mark = _listed(path),attempt(_mark, path)
+    parts,gaps = _listed(path)
+    mark,bad = reading.mark(path),reading.bad
     if not parts and mark is None and not bad:
         raise ValueError(f"{path}: no record; expected are files like tensors-0-000000.parquet, found {', '.join(sorted(f.name for f in path.iterdir())[:5]) or 'nothing'}")
-    if mark: mark['facts'] = attempt(_check_facts, path/MARK, mark.get('facts', {})) or {}
-    def missing(g): raise BadPart(f"{g}: missing, although later parts are there")
-    for g in gaps: attempt(missing, g)
+    mark = mark or {}
+    for g in gaps: reading.attempt(_missing, g)
     if any(f.suffix=='.parquet' for v in parts.values() for *_,f in v): need_parquet(f"reading {path}")
-    for t,v in parts.items():
-        got = [r for *_,f in v if (r := attempt(readers[f.suffix[1:]], f, t, mark or {}))]
-        frames[t],metas[t] = _join(t, [d for d,_ in got], [m for _,m in got]),got[-1][1] if got else {}
-    if bad and not any(len(f) for f in frames.values()): raise BadPart(f"{path}: nothing could be read: {'; '.join(bad)}")
-    if bad: warn(f"{path}: {len(bad)} parts left out: {'; '.join(bad)}")
-    return {t:frames.get(t, empty(t)) for t in schema},metas,mark or {}
+    for t,files in parts.items(): frames[t],metas[t] = reading.table(t, files, mark)
+    if bad and not any(len(f) for f in frames.values()): raise BadPart(f"{path}: nothing could be read: {'; '.join(map(str, bad))}")
+    if bad: warn(f"{path}: {len(bad)} parts left out: {'; '.join(map(str, bad))}")
+    return {t:frames.get(t, empty(t)) for t in schema},metas,mark

@@ -182,14 +182,21 @@ def finite(at, n): # as in `read`
     return top<INF
 
 # %% ../nbs/00a_kernel.ipynb #ce1ea095
-@entry('void(i8,i8,i8,i8,f8,i4[:,::1],i8)')
+SMALLEST,DROP = i32(1<<23),i32(277)   # bits of the smallest normal number; the last column
+
+@jit
+def column(b): # bits of a magnitude
+    "Where a number of this octave is counted"
+    if b==0 or b>=INF: return DROP
+    if b<SMALLEST: return i32((f32(b).view(i32)>>23) - 127)
+    return i32((b>>23) + 22)
+
+@entry('void(i8,i8,i8,i8,f8,i8[:,::1],i8)')
 def count_octaves(at, n, # as in `read`
                   start, step, # of the elements that are counted
                   scale, # that the gradient is divided by
-                  acc, r # (rows, 256) int32, and the row that is added to
+                  acc, r # (rows, 278) int64, and the row that is added to
                  ):
     "Count elements per octave"
     x,row,scale = floats(at, n),acc[r],f32(scale)
-    for i in range(start, n, step):
-        b = magnitude(f32(x[i]/scale).view(i32))
-        row[b>>23 if b else 255] += step
+    for i in range(start, n, step): row[column(magnitude(f32(x[i]/scale).view(i32)))] += step

@@ -12,14 +12,17 @@ __all__ = ['GradRecord', 'NonFinite', 'Clip', 'as_record', 'compare']
 # %% ../nbs/03_record.ipynb #ae9c6816
 import os
 from collections import namedtuple
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
+from copy import copy
+from threading import RLock
 from time import monotonic
 from warnings import warn
 from importlib import import_module
 import numpy as np, pandas as pd
 from fastcore.basics import patch, ifnone
 from fastcore.foundation import L
-from .files import category, check_free, check_mine, claim, describe, empty, need_parquet, pick_facts, read_folder, schema, write_facts, write_part
+from .files import (BLANK, category, check_free, check_mine, claim, conform, crc32, describe, empty, encode, is_category, need_parquet, pick_facts,
+                                    put_part, read_folder, schema, write_facts, write_part)
 
 # %% ../nbs/03_record.ipynb #2a7311ed
 phases = ['fit','lr_find']
@@ -30,6 +33,15 @@ counts = ['numel','zeros','nonfinite','above']
 columns = where + ['kind','name','out','call','numel'] + floats + ['zeros','nonfinite','above','skipped']
 update_columns = ['update_norm','update_ratio']   # where GradNormCallback measured them
 step_columns = where + ['lr','loss','bs','norm','clip_coef','clipped_norm','weight_norm','nonfinite','skipped']
+
+# %% ../nbs/03_record.ipynb #b0167481
+lock,reading = RLock(),RLock()
+
+def _new_locks():
+    global lock,reading
+    lock,reading = RLock(),RLock()
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_new_locks)
 
 # %% ../nbs/03_record.ipynb #73ede3a3
 def _pick(n, idx):
@@ -74,48 +86,88 @@ class Rows:
                 ):
         self.floats,self.counts,self.keep = list(floats),list(counts),keep
         self.keys,self.ids,self.ranks,self.parts = [],{},[],[]
+        self.networks = {}   # kind -> name -> place
         self.window,self.seen,self.skipped = 1,[0,0],set()
         self.sink,self.breaks = None,[]   # what streams to files; (fit, phase, iteration, after, before) where the forward pass met a NaN or inf
+        self.version,self.ordered,self.thinned = 0,0,0   # how often something was added, keys or their order changed, iterations were dropped
 
     def __len__(self): return sum(map(len, self.parts))
 
     def key(self, kind, place, name, out=0, call=0):
         "The number that stands for this tensor; `place` is its module's or parameter's place in the network"
         k = kind,name,out,call
-        if k not in self.ids:
-            self.ids[k] = len(self.keys)
-            self.keys.append(k)
-            self.ranks.append((kinds.index(kind), place, call, out))
-        return self.ids[k]
+        rank = kinds.index(kind),self.networks.get(kind, {}).get(name, place),call,out
+        with lock:
+            if k not in self.ids:
+                self.ids[k] = len(self.keys)
+                self.keys.append(k)
+                self.ranks.append(None)
+            i = self.ids[k]
+            if self.ranks[i]!=rank:
+                self.ranks[i] = rank
+                self.ordered += 1
+        return i
 
-# %% ../nbs/03_record.ipynb #3b437845
+# %% ../nbs/03_record.ipynb #f63a4b3f
 @patch
 def order(self:Rows):
     "Position of each key in network order"
-    if len(getattr(self, '_order', ()))!=len(self.keys):
-        self._order = np.empty(len(self.keys), np.int64)
-        self._order[sorted(range(len(self.keys)), key=lambda k: (self.ranks[k],k))] = np.arange(len(self.keys))
-    return self._order
+    stamp,res = getattr(self, '_order', (None,None))
+    if stamp!=self.ordered:
+        res = np.empty(len(self.keys), np.int64)
+        res[sorted(range(len(self.keys)), key=lambda k: (self.ranks[k],k))] = np.arange(len(self.keys))
+        self._order = self.ordered,res
+    return res
 
+@patch
+def join(self:Rows):
+    "Short epochs: many small parts into few"
+    while len(self.parts)>1 and len(self.parts[-2])<=len(self.parts[-1])<200: self.parts[-2:] = [Part.cat(self.parts[-2:])]
+
+# %% ../nbs/03_record.ipynb #3b437845
 @patch
 def append(self:Rows,
            where, # (5, iterations) of `fit, phase (0 or 1), epoch, iteration, step`
            n, # (iterations,) rows of each
            keys, # (rows,)
            floats, # (len(self.floats), rows) float32
-           counts, # (len(self.counts), rows) uint32
+           counts, # (len(self.counts), rows) uint32, or int64 where one is larger
            hist=None # see `Part`
           ):
     "Add iterations; inside each, rows are put in network order"
     part = Part(where, n, np.asarray(keys), floats, counts, hist=hist)
     if not len(part): return
-    o = np.lexsort((self.order()[part.keys], np.repeat(np.arange(len(part)), part.n)))
-    part.keys,part.floats,part.counts,part.hist = part.keys[o],floats[:,o],counts[:,o],_pick_hist(hist, o)
-    self.parts.append(part)
-    if self.sink is not None: self.sink.append(part)   # before anything is thinned
-    if self.keep is not None: self._thin()
-    if self.window==1:   # short epochs: many small parts into few
-        while len(self.parts)>1 and len(self.parts[-2])<=len(self.parts[-1])<200: self.parts[-2:] = [Part.cat(self.parts[-2:])]
+    with lock:
+        o = np.lexsort((self.order()[part.keys], np.repeat(np.arange(len(part)), part.n)))
+        part.keys,part.floats,part.counts,part.hist = part.keys[o],floats[:,o],counts[:,o],_pick_hist(hist, o)
+        self.version += 1
+        self.parts.append(part)
+        if self.sink is not None: self.sink.append(part)   # before anything is thinned
+        if self.keep is not None: self._thin()
+        if self.window==1: self.join()
+
+# %% ../nbs/03_record.ipynb #8b2ba41e
+def _merge_names(known, names):
+    "`names` in their order; after each the known ones that followed it and are no longer there"
+    there,last,followers = set(names),None,{}
+    for n in known:
+        if n in there: last = n
+        else: followers.setdefault(last, []).append(n)
+    return followers.get(None, []) + [o for n in names for o in (n, *followers.get(n, []))]
+
+@patch
+def network(self:Rows, kind, names):
+    "`names` of modules or parameters, as they follow each other in the network that is trained from now on"
+    with lock:
+        of_kind = [i for i,k in enumerate(self.keys) if k[0]==kind]
+        known = list(dict.fromkeys(self.keys[i][1] for i in sorted(of_kind, key=self.ranks.__getitem__)))
+        place = {n:i for i,n in enumerate(_merge_names(known, names))}
+        if place==self.networks.get(kind): return
+        self.networks[kind] = place
+        for i in of_kind:
+            k,_,call,out = self.ranks[i]
+            self.ranks[i] = k,place[self.keys[i][1]],call,out
+        self.ordered += 1
 
 # %% ../nbs/03_record.ipynb #8dc791ae
 @patch
@@ -144,17 +196,28 @@ def _thin(self:Rows):
         i = np.flatnonzero(new.where[1]==ph)
         new.window[i] = (self.seen[ph]+np.arange(len(i)))//self.window
         self.seen[ph] += len(i)
-    if self.window>1: new = Part.cat(self.parts[-1:]+[new]).worst(norm); self.parts[-1:] = []
+    if self.window>1:
+        new = Part.cat(self.parts[-1:]+[new]).worst(norm)
+        self.parts[-1:] = []
     self.parts.append(new)
     while len(self)>self.keep:
         self.window *= 2
         p = Part.cat(self.parts)
+        p = p.take(np.arange(len(p)))   # a copy: a reader may have this one
         p.window = p.window//2
         if self.window>2**40: p.where[1] = 0   # a single iteration of each phase left
         self.parts = [p.worst(norm)]
-    if len(self.parts[-1])>1000:   # the last iteration of each phase apart: the next part competes with it
-        p = self.parts.pop()
-        self.parts += [p.take(np.arange(len(p)-1)), p.take(np.array([len(p)-1]))]
+    if self.window>1: self._set_last_apart()
+
+@patch
+def _set_last_apart(self:Rows):
+    "The last iteration is a part of its own: the next part competes with it, and however long the record is, that costs the same"
+    self.thinned += 1
+    p = self.parts.pop()
+    if len(p)>1:
+        self.parts.append(p.take(np.arange(len(p)-1)))
+        self.join()
+    self.parts.append(p.take(np.array([len(p)-1])))
 
 # %% ../nbs/03_record.ipynb #9fb393ab
 @patch
@@ -194,24 +257,56 @@ class _Columns:
     def per_row(self, what, i, dtype): return self(lambda p, e, out: np.copyto(out, getattr(p, what)[i], casting='unsafe'), dtype)
 
 
+# %% ../nbs/03_record.ipynb #47dc52bc
+@patch
+def still(self:Rows):
+    "The rows as they are now; what is appended later is not in them"
+    with lock:
+        res = copy(self)
+        res.keys,res.ids,res.ranks,res.parts = list(self.keys),dict(self.ids),list(self.ranks),list(self.parts)
+        res.networks,res.seen,res.skipped,res.breaks = dict(self.networks),list(self.seen),set(self.skipped),list(self.breaks)
+        res.sink = None
+    return res
+
+@patch
+def since(self:Rows, n):
+    "Parts from iteration number `n` on"
+    res,rest = [],len(self)-n
+    for p in reversed(self.parts):
+        if rest<=0: break
+        res.append(p if len(p)<=rest else p.take(np.arange(len(p)-rest, len(p))))
+        rest -= len(p)
+    return res[::-1]
+
 # %% ../nbs/03_record.ipynb #89715469
 @patch
-def frame(self:Rows, parts=None):
-    "All rows, or those of `parts`, tidy"
-    col = _Columns(ifnone(parts, self.parts))
+def categories(self:Rows):
+    "Names behind the codes of `data`"
+    by_rank = sorted(range(len(self.keys)), key=self.ranks.__getitem__)
+    return dict(phase=phases, kind=kinds, name=list(dict.fromkeys(self.keys[i][1] for i in by_rank)))
+
+@patch
+def data(self:Rows, parts, names):
+    "The columns of all rows of `parts`; of a category its codes"
+    col = _Columns(parts)
     d = {c:col.per_iteration(lambda p: p.where[i], np.int8 if c=='phase' else np.int32) for i,c in enumerate(where)}
-    d['phase'] = category(d['phase'], phases)
     kind,name,out,call = zip(*self.keys) if self.keys else ((),)*4
-    by_rank = sorted(range(len(name)), key=self.ranks.__getitem__)
-    names = list(dict.fromkeys(name[i] for i in by_rank))
-    at = {n:i for i,n in enumerate(names)}
-    d['kind'] = category(col.per_key(category([kinds.index(k) for k in kind], kinds).codes), kinds)
-    d['name'] = category(col.per_key(category([at[n] for n in name], names).codes), names)
+    at = {n:i for i,n in enumerate(names['name'])}
+    d['kind'] = col.per_key(category([kinds.index(k) for k in kind], kinds).codes)
+    d['name'] = col.per_key(category([at[n] for n in name], names['name']).codes)
     d['out'],d['call'] = (col.per_key(np.array(o, np.int32)) for o in (out,call))
     d |= {c:col.per_row('counts', i, np.int64) for i,c in enumerate(self.counts)} | {c:col.per_row('floats', i, np.float32) for i,c in enumerate(self.floats)}
     d['skipped'] = col.per_iteration(self.is_skipped, bool)
-    return pd.DataFrame({c:d[c] for c in columns if c in d}|d, copy=False)   # a user's own statistics come last
+    return {c:d[c] for c in columns if c in d}|d   # a user's own statistics come last
 
+@patch
+def frame(self:Rows, parts=None):
+    "All rows, or those of `parts`, tidy"
+    names = self.categories()
+    d = self.data(ifnone(parts, self.parts), names)
+    return pd.DataFrame(d|{c:category(d[c], n) for c,n in names.items()}, copy=False)
+
+# %% ../nbs/03_record.ipynb #e477e645
 @patch
 def hist_frame(self:Rows, parts=None):
     "A row per tensor and octave, of all iterations or those of `parts`"
@@ -221,6 +316,74 @@ def hist_frame(self:Rows, parts=None):
     d = self.frame(parts)[where+['kind','name','out','call']]
     return d.take(np.repeat(np.arange(len(d)), n)).reset_index(drop=True).assign(octave=octave.astype(np.int32), count=count.astype(np.int64))
 
+# %% ../nbs/03_record.ipynb #0872836b
+class Table:
+    "Columns that grow at their end"
+    def __init__(self): self.n,self.room,self.values,self.root = 0,0,{},None
+
+    def extend(self, new:dict # name -> array
+              ):
+        "Add rows. Where some have a column that others lack, it is NaN there"
+        n = self.n+len(next(iter(new.values())))
+        if n>self.room or new.keys()-self.values.keys(): self.make_room(n, new)
+        for c,v in self.values.items(): v[self.n:n] = new.get(c, np.nan)
+        self.n = n
+
+    def make_room(self, n, new):
+        "Room for `n` rows at least: as many at first, then twice as many as there were"
+        old = self.values
+        self.room = max(n, 2*self.room)
+        self.values = {c:np.zeros(self.room, v.dtype) for c,v in (new|old).items()}
+        if self.n:
+            for c,v in self.values.items(): v[:self.n] = old[c][:self.n] if c in old else np.nan
+        self.root = None
+
+    def frame(self, names:dict # category -> its names
+             ):
+        "A view on the rows; `root` stands for the record as one of those who share them"
+        if self.root is None: self.root = pd.DataFrame(self.values, copy=False)
+        codes = {c:category(self.values[c][:self.n].copy(), n) for c,n in names.items()}
+        return self.root.iloc[:self.n].assign(**codes)
+
+    def still(self):
+        "A copy"
+        res = Table()
+        if self.values: res.extend({c:v[:self.n] for c,v in self.values.items()})
+        return res
+
+# %% ../nbs/03_record.ipynb #537601c6
+class _Growing:
+    "The frame of `Rows`, of which only what is new is made"
+    def __init__(self): self.stamp,self.version = None,None
+
+    def frame(self, rows):
+        now = rows.still()
+        stamp = now.ordered,now.thinned,len(now.skipped)
+        if stamp!=self.stamp: self.stamp,self.table,self.iterations,self.names = stamp,Table(),0,now.categories()
+        elif now.version==self.version: return self.made
+        self.table.extend(now.data(now.since(self.iterations), self.names))
+        self.version,self.iterations = now.version,len(now)
+        self.made = self.table.frame(self.names)
+        return self.made
+
+class _Hist:
+    "The frame of histograms, made again after something was added"
+    def __init__(self): self.stamp = None
+
+    def frame(self, rows):
+        stamp = rows.version,rows.ordered,len(rows.skipped)
+        if stamp!=self.stamp: self.stamp,self.made = stamp,rows.still().hist_frame()
+        return self.made
+
+# %% ../nbs/03_record.ipynb #2f8fbd0d
+def _guards():
+    "Does pandas copy on write?"
+    return int(pd.__version__.split('.')[0])>=3 or pd.get_option('mode.copy_on_write') is True
+
+def _handed(df):
+    "A copy for a reader, who may change it"
+    if not _guards(): return df.copy()
+    return df.assign(**{c:s.array.copy() for c,s in df.items() if is_category(s)})
 
 # %% ../nbs/03_record.ipynb #0e9c2f6b
 class GradRecord:
@@ -234,57 +397,154 @@ class GradRecord:
                  facts=None, # per fit what rows cannot say: a list of dicts, see `GradStatsCallback`
                  hist=None # elements per octave: a frame; None: those in `rows`
                 ):
-        self._rows,self._steps,self._params,self.threshold = ifnone(rows, Rows(floats, counts)),ifnone(steps, Steps()),ifnone(params, _param_rows()),threshold
-        self._cache,self._breaks,self.facts,self._hist = {},list(breaks),ifnone(facts, []),hist
+        self._rows = _stored('tensors', rows) if rows is not None else Rows(floats, counts)
+        self._steps = _stored('steps', steps) if steps is not None else Steps()
+        self._params = _stored('params', params) if params is not None else _param_rows()
+        self._hist = _stored('hist', hist) if hist is not None else None
+        self._cache,self.threshold,self._breaks,self._facts = {},threshold,list(breaks),_copied(facts or [])
 
     def _frame(self, what):
-        "A frame from its store, built again only after something was added"
+        "The frame of a store. It may be the record's own, so readers get copies of it"
         o = getattr(self, what)
-        if o is None: return self._rows.hist_frame() if isinstance(self._rows, Rows) else empty('hist')
         if isinstance(o, pd.DataFrame): return o
-        stamp = len(o.parts), sum(map(id, o.parts)), len(o.skipped)
-        if self._cache.get(what, (None,))[0]!=stamp: self._cache[what] = stamp,o.frame()
-        return self._cache[what][1]
+        if isinstance(o, Steps): return o.frame()
+        if o is None and not isinstance(self._rows, Rows): return empty('hist')
+        with reading:
+            if what not in self._cache: self._cache[what] = _Growing() if o is not None else _Hist()
+            return self._cache[what].frame(o if o is not None else self._rows)
 
-    def __getstate__(self): return {**self.__dict__, '_cache':{}}
+    def __getstate__(self):
+        now = self.still()
+        return {**self.__dict__, '_cache':{}, '_rows':now._rows, '_steps':now._steps, '_params':now._params, '_breaks':now._breaks, '_facts':now._facts}
+
+# %% ../nbs/03_record.ipynb #6ad5ce13
+def _in_time(df):
+    "The rows of each run and phase in the order of training; the same frame where they are"
+    group = [df[c].cat.codes.to_numpy().astype(np.int64) for c in ('run','phase') if c in df]
+    group = sum(g*2**k for k,g in enumerate(group[::-1]))
+    time = df['fit'].to_numpy(np.int64)<<32 | df['iteration'].to_numpy(np.int64)
+    if all((np.diff(time[group==g])>=0).all() for g in np.unique(group)): return df
+    inside = [c for c in ('step','kind','name','call','out','group','octave') if c in df]   # as rows follow each other in an iteration
+    keys = [df[c].cat.codes if is_category(df[c]) else df[c] for c in inside[::-1]]
+    return df.iloc[np.lexsort((*keys, time, group))].reset_index(drop=True)
+
+def _stored(table, o):
+    "What a record keeps of what it is given"
+    if isinstance(o, (Rows,Steps)): return o
+    if not isinstance(o, pd.DataFrame) and hasattr(o, 'to_pandas'): o = o.to_pandas()   # of Polars, or Arrow
+    if not isinstance(o, pd.DataFrame): raise TypeError(f"{table}: a frame is accepted, got {type(o).__name__}")
+    if table=='params': o = _params_frame(o)
+    return _in_time(_handed(conform(o, table)))
+
+def _of_stores(rows, steps, params, hist=None, threshold=1., breaks=(), facts=()):
+    "A record of stores and frames that are right already"
+    res = GradRecord(threshold=threshold, breaks=breaks, facts=facts)
+    res._rows,res._steps,res._params,res._hist = rows,steps,params,hist
+    return res
+
+# %% ../nbs/03_record.ipynb #d3dd3920
+def _copied(facts):
+    "A copy of facts; fits with the same parameters share one list of them"
+    lists = {id(f['params']):[type(p)(p) for p in f['params']] for f in facts}
+    return [{**f, 'params':lists[id(f['params'])]} for f in facts]
+
+@patch
+def add_facts(self:GradRecord, new:dict):
+    "What is known of a fit that begins"
+    with lock:
+        if self._facts and self._facts[-1]['params']==new['params']: new = {**new, 'params':self._facts[-1]['params']}
+        self._facts.append(new)
+
+@patch
+def facts_since(self:GradRecord, n):
+    "Facts of all fits but the first `n` on record"
+    with lock: return _copied(self._facts[n:])
+
+@patch
+def still(self:GradRecord):
+    "The record as it is now: what training adds later is not in it"
+    with lock:
+        rows,steps,params = (o.still() if isinstance(o, (Rows,Steps)) else o for o in (self._rows,self._steps,self._params))
+        return _of_stores(rows, steps, params, self._hist, self.threshold, self._breaks, self._facts)
 
 # %% ../nbs/03_record.ipynb #d884b54b
 def _param_rows(keep=10_000, updates=False): return Rows(['norm','weight_norm','dot']+updates*update_columns, keep=keep)
 
+def _step_data(cols):
+    "Columns of steps in their types, `phase` as codes"
+    types = dict.fromkeys(where, np.int32)|dict(phase=np.int8, bs=np.int64, nonfinite=np.int64, skipped=bool)
+    names = step_columns+[c for c in update_columns if c in cols]
+    return {c:np.asarray(cols[c]).astype(types.get(c, np.float64)) for c in names}
+
+# %% ../nbs/03_record.ipynb #73ed4736
 class Steps:
     "A row per optimizer step, appended in bulk; never thinned"
-    def __init__(self): self.parts,self.skipped,self.sink = [],set(),None
-    def __len__(self): return sum(len(p['step']) for p in self.parts)
+    def __init__(self): self.table,self.of_fit,self.skipped,self.sink = Table(),Table(),set(),None
+    def __len__(self): return self.table.n
+
     def append(self, **cols):
-        self.parts.append({k:np.asarray(v) for k,v in cols.items()})
-        if self.sink is not None: self.sink.append(self.parts[-1])
+        d = _step_data(cols)
+        with lock:
+            self.table.extend(d)
+            self.of_fit.extend(dict(norm=d['norm'][d['phase']==0]))
+            if self.sink is not None: self.sink.append(d)
+
     def frame(self, parts=None):
-        parts = ifnone(parts, self.parts)
-        d = {c:np.concatenate([p[c] for p in parts]) if parts else np.empty(0) for c in step_columns+[c for c in update_columns if parts and c in parts[0]]}
-        for c in d: d[c] = d[c].astype(np.int64 if c in ('bs','nonfinite') else np.int32 if c in where else bool if c=='skipped' else np.float64)
-        d['phase'] = category(d['phase'], phases)
-        return pd.DataFrame(d, copy=False)
+        "All rows, or those of `parts`"
+        with lock:
+            t = self.table
+            if parts is not None or not t.n:
+                t = Table()
+                for p in parts or [_step_data(dict.fromkeys(step_columns, []))]: t.extend(p)
+            return t.frame(dict(phase=phases))
+
+    def since(self, n):
+        "Columns of the rows from number `n` on"
+        with lock: return {c:v[n:self.table.n].copy() for c,v in self.table.values.items()}
+
+    @property
+    def parts(self):
+        "All rows as one part"
+        return [self.since(0)] if len(self) else []
+
+    def norms(self):
+        "Of phase 'fit'"
+        with lock: return self.of_fit.values['norm'][:self.of_fit.n] if self.of_fit.n else np.empty(0)
+
+# %% ../nbs/03_record.ipynb #22d2c2ec
+@patch
+def still(self:Steps):
+    "The steps as they are now"
+    with lock:
+        res = Steps()
+        res.table,res.of_fit,res.skipped = self.table.still(),self.of_fit.still(),set(self.skipped)
+    return res
 
 # %% ../nbs/03_record.ipynb #4626eaa5
 @patch(as_prop=True)
 def df(self:GradRecord)->pd.DataFrame:
     "One row per iteration and tensor, all phases"
-    return self._frame('_rows')
+    return _handed(self._frame('_rows'))
 
 @patch(as_prop=True)
 def steps(self:GradRecord)->pd.DataFrame:
     "One row per optimizer step, all phases"
-    return self._frame('_steps')
+    return _handed(self._frame('_steps'))
 
 @patch(as_prop=True)
 def hist_df(self:GradRecord)->pd.DataFrame:
     "Elements of a gradient per octave: `count` of them have 2**octave <= |g| < 2**(octave+1); zeros and what is not finite are in `df`. Of large tensors an unbiased estimate from a sample, unless `hist='all'`"
-    return self._frame('_hist')
+    return _handed(self._frame('_hist'))
 
 @patch(as_prop=True)
-def breaks(self:GradRecord):
+def breaks(self:GradRecord)->list:
     "(fit, phase, iteration, after, before) where a forward pass met a NaN or inf"
-    return getattr(self._rows, 'breaks', self._breaks)
+    with lock: return list(getattr(self._rows, 'breaks', self._breaks))
+
+@patch(as_prop=True)
+def facts(self:GradRecord)->list:
+    "Per fit what rows cannot say: the watched parameters as (name, requires_grad, dimensions), is fp16 in use, and with a scaler?"
+    with lock: return _copied(self._facts)
 
 # %% ../nbs/03_record.ipynb #6ee3162a
 _many = list,tuple,set,L,range,np.ndarray,pd.Index,pd.Series
@@ -308,13 +568,14 @@ def select(self:GradRecord,
             ok = df[c].isin(v if isinstance(v, _many) else [v])
             if not ok.all(): df = df[ok]
         return df.reset_index(drop=True)
-    return GradRecord(keep(self.df), keep(self.steps), keep(self._frame('_params')), self.threshold, self.breaks, self.facts, keep(self.hist_df))
+    frames = [keep(self._frame(o)) for o in ('_rows','_steps','_params','_hist')]
+    return _of_stores(*frames, self.threshold, self.breaks, self.facts)
 
 # %% ../nbs/03_record.ipynb #9516c349
 @patch
 def default_kind(self:GradRecord):
     "Outputs where they were recorded, else parameters"
-    return 'output' if (self.df['kind']=='output').any() else 'param'
+    return 'output' if (self._frame('_rows')['kind']=='output').any() else 'param'
 
 # %% ../nbs/03_record.ipynb #c7aed75d
 class _Iterations(Sequence):
@@ -331,30 +592,55 @@ class _Iterations(Sequence):
     def __add__(self, o): return [*self]+o
     def __repr__(self): return repr([*self])
 
+# %% ../nbs/03_record.ipynb #cfdaeac1
+class _Floats(MutableSequence):
+    "Numbers of an array as floats; a list of its own once somebody changes it"
+    def __init__(self, v): self.v = v
+    def own(self):
+        if not isinstance(self.v, list): self.v = self.v.tolist()
+        return self.v
+    def __len__(self): return len(self.v)
+    def __getitem__(self, i):
+        if isinstance(i, slice): return [*self.v[i]] if isinstance(self.v, list) else self.v[i].tolist()
+        return float(self.v[i])
+    def __setitem__(self, i, o): self.own()[i] = o
+    def __delitem__(self, i): del self.own()[i]
+    def insert(self, i, o): self.own().insert(i, o)
+    def __iter__(self): return iter(self[:])
+    def __add__(self, o): return self[:]+o
+    def __mul__(self, n): return self[:]*n
+    def __eq__(self, o): return self[:]==(o[:] if isinstance(o, _Floats) else o)
+    def __repr__(self): return repr(self[:])
+
 # %% ../nbs/03_record.ipynb #07c06e61
 @patch
 def __len__(self:GradRecord)->int:
     "Recorded iterations of phase 'fit' (of a record without tensors: steps)"
-    df = self.df if len(self.df) else self.steps
+    df = self._frame('_rows')
+    if not len(df): df = self._frame('_steps')
     return df.loc[df['phase']=='fit','iteration'].nunique()
 
 @patch(as_prop=True)
 def stats(self:GradRecord)->L:
     "`L` (per iteration of phase 'fit') of `L` (per tensor) of dicts; an iteration's are made when it is looked at"
     res = L()
-    res.items = _Iterations(self.select(phase='fit').df)
+    res.items = _Iterations(self.select(phase='fit')._frame('_rows'))
     return res
 
 @patch(as_prop=True)
 def names(self:GradRecord)->L:
     "Names of modules and parameters, in network order"
-    c = self.df['name'].cat
+    c = self._frame('_rows')['name'].cat
     return L(c.categories[np.bincount(c.codes, minlength=len(c.categories))>0].tolist())
 
 @patch(as_prop=True)
 def norms(self:GradRecord)->L:
     "The gradient's L2 norm before clipping, a float per step of phase 'fit'"
-    return L(self.steps.loc[self.steps['phase']=='fit','norm'].tolist())
+    if isinstance(self._steps, Steps): norms = self._steps.norms()
+    else: norms = self._steps.loc[self._steps['phase']=='fit','norm'].to_numpy()
+    res = L()
+    res.items = _Floats(norms)
+    return res
 
 # %% ../nbs/03_record.ipynb #e8d78a17
 def _numeric(d): return [c for c in d if c not in where and pd.api.types.is_numeric_dtype(d[c]) and d[c].dtype!=bool]
@@ -502,7 +788,7 @@ def by(self:GradRecord,
     "Gradient and weight norms per step, and `dot`, the sum of gradient times weight; over several parameters norms combine as the root of the sum of squares"
     if what not in ('param','module','group'): raise ValueError(f"what: accepted are 'param', 'module' and 'group', got {what!r}")
     if not len(self._params) and (len(self.df) or len(self.steps)): raise ValueError("no norms by parameter recorded: GradNormCallback() records them")
-    return self._by(what, phase)
+    return _handed(self._by(what, phase))
 
 @patch
 def _by(self:GradRecord, what, phase):
@@ -576,6 +862,7 @@ def as_record(o # a Learner, callback, `GradRecord`, frame or folder
              )->GradRecord:
     "The record in `o`"
     if isinstance(o, GradRecord): return o
+    if not isinstance(o, pd.DataFrame) and hasattr(o, 'to_pandas'): o = o.to_pandas()   # of Polars, or Arrow
     if isinstance(o, pd.DataFrame):
         if not len(miss := [c for c in columns if c not in o]): return GradRecord(o)
         if all(c in o for c in step_columns): return GradRecord(steps=o)
@@ -593,7 +880,9 @@ def _merge(rs):
     "One record from the last that has tensors and the last that has steps"
     pick = lambda a: next((getattr(r,a) for r in reversed(rs) if len(getattr(r,a))), None)
     last = lambda a,d: next((getattr(r,a) for r in reversed(rs) if len(r._rows)), d)
-    return GradRecord(pick('_rows'), pick('_steps'), pick('_params'), last('threshold', 1.), last('breaks', ()), pick_facts([r.facts for r in sorted(rs[::-1], key=lambda r: not len(r._rows))]))
+    rows,steps,params = ifnone(pick('_rows'), Rows(floats, counts)),ifnone(pick('_steps'), Steps()),ifnone(pick('_params'), _param_rows())
+    facts = pick_facts([r.facts for r in sorted(rs[::-1], key=lambda r: not len(r._rows))])
+    return _of_stores(rows, steps, params, last('_hist', None), last('threshold', 1.), last('breaks', ()), facts)
 
 # %% ../nbs/03_record.ipynb #ce003301
 def _breaks_frame(breaks):
@@ -620,10 +909,15 @@ def save(self:GradRecord,
         if format=='parquet': raise
         format = 'csv'
     format,path = ifnone(format, 'parquet'),check_free(folder, schema)
-    dfs = dict(tensors=self.df, steps=self.steps, params=_params_frame(self._frame('_params')), breaks=_breaks_frame(self.breaks), hist=self.hist_df)
-    dfs = {t:d for t,d in dfs.items() if len(d)}
-    claim(path, schema, threshold=self.threshold, parts={t:describe(t, d, self.threshold) for t,d in dfs.items()}, facts={'tensors':self.facts} if self.facts else {})
-    for t,d in dfs.items(): write_part(path, t, d, threshold=self.threshold, format=format)
+    now = self.still()
+    dfs = dict(tensors=now._frame('_rows'), steps=now._frame('_steps'), params=_params_frame(now._frame('_params')), breaks=_breaks_frame(now.breaks), hist=now._frame('_hist'))
+    dfs = {t:conform(d, t) for t,d in dfs.items() if len(d)}
+    parts = {t:encode(t, d, self.threshold, format) for t,d in dfs.items()}   # all of them, before anything is written
+    about = {t:{k:v for k,v in describe(t, d, self.threshold).items() if k not in BLANK} for t,d in dfs.items()}
+    if format=='csv':
+        for t,b in parts.items(): about[t]['csv_crc32'] = crc32(b)
+    claim(path, schema, threshold=self.threshold, parts=about, facts={'tensors':now.facts} if now.facts else {})
+    for t,b in parts.items(): put_part(path, t, b, format=format)
     return path
 
 # %% ../nbs/03_record.ipynb #91078439
@@ -640,8 +934,9 @@ def load(cls:GradRecord,
         key = np.where(rows['phase']=='fit', -1, rows['fit']).astype(np.int64)<<32 | rows['step'].to_numpy(np.int64)
         rows = rows.assign(skipped=np.isin(key, np.unique(key[rows['skipped']])))
     threshold = next((m['threshold'] for m in (metas.get('tensors'), info) if m and 'threshold' in m), 1.)
-    return GradRecord(rows, d['steps'], d['params'], threshold, d['breaks'].astype(dict(phase=object, after=object, before=object)).itertuples(index=False, name=None),
-                      pick_facts([f for t in ('tensors','steps') if (f := info.get('facts', {}).get(t))]), d['hist'])
+    breaks = d['breaks'].astype(dict(phase=object, after=object, before=object)).itertuples(index=False, name=None)
+    facts = pick_facts([f for t in ('tensors','steps') if (f := info.get('facts', {}).get(t))])
+    return _of_stores(rows, d['steps'], d['params'], d['hist'], threshold, breaks, facts)
 
 # %% ../nbs/03_record.ipynb #c7ebf034
 class _Sink(list):
@@ -680,15 +975,20 @@ def attempt(self:Stream, f):
 
 @patch
 def facts(self:Stream):
-    "What is known of the fits so far, where it is new"
-    if (n := len(self.record.facts))>self.known: write_facts(self.folder, self.tables[0], self.record.facts)
-    self.known = n
+    "What is known of the first fit is in the folder's mark; what is known of later ones waits for the next part"
+    if not self.known and (new := self.record.facts):
+        write_facts(self.folder, self.tables[0], new)
+        self.known = len(new)
 
 @patch
 def part(self:Stream, **dfs):
     "The next part of tables that belong together. Where one fails, all are written again, with what came since"
-    for t,d in dfs.items(): write_part(self.folder, t, d, self.number[t], self.rank, self.record.threshold)
+    new = self.record.facts_since(self.known) if self.tables[0] in dfs else []
+    for t,d in dfs.items():
+        more = dict(facts=new) if new and t==self.tables[0] else {}
+        write_part(self.folder, t, d, self.number[t], self.rank, self.record.threshold, **more)
     for t in dfs: self.number[t] += 1
+    self.known += len(new)
 
 # %% ../nbs/03_record.ipynb #52029b57
 @patch
@@ -698,27 +998,34 @@ def write(self:Stream,
     "Write what waits"
     def f():
         self.facts()
-        if 'breaks' in self.tables and (b := self.record.breaks[self.broken:]):
-            self.part(breaks=_breaks_frame(b))
-            self.broken += len(b)
+        rows = self.stores.get('tensors')
+        if 'breaks' in self.tables and (new := rows.breaks[self.broken:]):
+            self.part(breaks=_breaks_frame(new))
+            self.broken += len(new)
         for t,s in self.stores.items():
             if s.sink: _send(self, t, s, over)
+        if over is None and self.record.facts_since(self.known):   # of a fit without a row
+            self.part(**{self.tables[0]:self.stores[self.tables[0]].frame([])})
     self.attempt(f)
     if len(self)>self.limit:
         for s in self.stores.values(): s.sink = None
         warn(f"folder: gave up writing to {self.folder}, {self.limit:,} rows wait. Later rows are in memory only: `record.save(another_folder)` writes what it keeps")
 
+# %% ../nbs/03_record.ipynb #6ccb7357
 def _send(stream, t, s, over):
     "Write one store's iterations whose step is over; the others go on waiting"
-    todo,rest = s.sink,[]
+    sink = s.sink
+    todo,rest = list(s.sink),[]   # another thread may add to it
+    waiting = len(todo)
     if t!='steps':
         p = Part.cat(todo)
         ok = np.ones(len(p), bool) if over is None else over(p.where)
         if not ok.any(): return
         todo,rest = ([p],[]) if ok.all() else ([p.take(np.flatnonzero(ok))],[p.take(np.flatnonzero(~ok))])
+    s = s if t=='steps' else s.still()
     df = s.frame(todo)
     stream.part(**{t:_params_frame(df) if t=='params' else df}, **dict(hist=s.hist_frame(todo)) if t=='tensors' and 'hist' in stream.tables else {})
-    s.sink[:] = rest
+    with lock: sink[:waiting] = rest
 
 # %% ../nbs/03_record.ipynb #728921da
 def compare(runs # name of a run -> whatever `as_record` takes
@@ -726,6 +1033,7 @@ def compare(runs # name of a run -> whatever `as_record` takes
     "One record of several runs"
     if not isinstance(runs, dict) or not runs: raise TypeError(f"compare: a dict of runs, name -> record, is accepted, got {type(runs).__name__ if not isinstance(runs, dict) else 'an empty one'}")
     rs,names = [as_record(r) for r in runs.values()],[str(k) for k in runs]
+    if twice := [n for n in names if names.count(n)>1]: raise ValueError(f"compare: names of runs differ as text, {twice[0]!r} is there twice")
     if any('run' in r.df or 'run' in r.steps for r in rs): raise ValueError("compare: single runs are accepted, one of these is a comparison already")
     if len(ts := {r.threshold for r in rs if len(r.df)})>1: warn(f"compare: `above` was counted from different thresholds: {sorted(ts)}")
     def cat(what):
@@ -736,7 +1044,8 @@ def compare(runs # name of a run -> whatever `as_record` takes
         dfs = [d.assign(run=category(np.full(len(d), i), names)) for i,d in enumerate(dfs)]
         full = [d for d in dfs if len(d)] or dfs[:1]
         return pd.concat(full, ignore_index=True)[['run', *dict.fromkeys(c for d in full for c in d if c!='run')]]
-    return GradRecord(cat('_rows'), cat('_steps'), cat('_params'), next((r.threshold for r in rs if len(r.df)), 1.), hist=cat('_hist'))
+    threshold = next((r.threshold for r in rs if len(r.df)), 1.)
+    return _of_stores(cat('_rows'), cat('_steps'), cat('_params'), cat('_hist'), threshold)
 
 # %% ../nbs/03_record.ipynb #d72692c8
 @patch

@@ -79,7 +79,7 @@ MAX,SUM_ABS,SUM_SQ,SUM,M2,Q,ZEROS,NONFINITE,ABOVE,W_SQ,DOT,SCALE = range(len(sum
 # %% ../nbs/00_stats.ipynb #58d65a90
 def finish(s:np.ndarray, # (rows, sums) float64
            numel:np.ndarray # (rows,) elements
-          )->tuple: # floats (5 + extra, rows) float32: max_abs, mean_abs, norm, mean, std, extra; counts (4, rows) uint32: numel, zeros, nonfinite, above
+          )->tuple: # floats (5 + extra, rows) float32: max_abs, mean_abs, norm, mean, std, extra; counts (4, rows) integers: numel, zeros, nonfinite, above
     "Statistics from sums"
     scale = np.where(s[:,SCALE]==0, 1, s[:,SCALE])
     with np.errstate(all='ignore'):
@@ -87,8 +87,10 @@ def finish(s:np.ndarray, # (rows, sums) float64
         mx = np.where(np.isnan(s[:,SUM_ABS]), np.nan, s[:,MAX])
         var = np.maximum(s[:,M2] + (s[:,Q]-s[:,SUM]**2/n), 0)/n
         f = np.stack([mx, s[:,SUM_ABS]/n, np.sqrt(s[:,SUM_SQ]), s[:,SUM]/n, np.sqrt(var)])/scale
-        return (np.concatenate([f, s[:,len(sums):].T]).astype(np.float32),
-                np.stack([n, s[:,ZEROS], s[:,NONFINITE], s[:,ABOVE]]).astype(np.uint32))
+        floats = np.concatenate([f, s[:,len(sums):].T]).astype(np.float32)
+    counts = np.stack([n, s[:,ZEROS], s[:,NONFINITE], s[:,ABOVE]])
+    huge = n.max(initial=0)>=2**32   # no count is larger than `numel`
+    return floats,counts.astype(np.int64 if huge else np.uint32)
 
 # %% ../nbs/00_stats.ipynb #3ce9b516
 @cache

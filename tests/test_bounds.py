@@ -5,7 +5,7 @@ import numpy as np,pytest,torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai_gradstats import GradNormCallback,GradStatsCallback,digits_learner,engine
-from fastai_gradstats.engine import DROP,SAMPLE,Engine,octaves
+from fastai_gradstats.engine import DROP,LOWEST,SAMPLE,Engine,octaves
 from fastai_gradstats.stats import SUM_SQ
 from fastai_gradstats.record import GradRecord,Rows,counts,floats
 from oracles import Spy,fit,paths
@@ -21,10 +21,10 @@ def of(g, hist='all', scale=None, **kw):
     return dict(zip(o.tolist(), c.tolist()))
 
 def want(g):
-    "The same by numpy: `frexp` gives 2**(e-1) <= |x| < 2**e; float32 numbers below 2**-126 are one octave"
-    x = np.abs(g.float().numpy().ravel())
-    x = x[np.isfinite(x)&(x>0)]
-    o,c = np.unique(np.maximum(np.frexp(x)[1]-1, -127), return_counts=True)
+    "The same by numpy in double precision: `frexp` gives 2**(e-1) <= |x| < 2**e; what float32 cannot hold is left out"
+    x = np.abs(g.double().numpy().ravel())
+    octave = np.frexp(x)[1]-1
+    o,c = np.unique(octave[np.isfinite(x) & (x>0) & (octave>=-149) & (octave<=127)], return_counts=True)
     return dict(zip(o.tolist(), c.tolist()))
 
 @paths
@@ -78,7 +78,7 @@ def test_sample_is_unbiased(shape):
     h = e.fetch()[4]
     h = h[:,:DROP]
     got,all_ = h.mean(0),np.zeros(DROP)
-    for o,c in want(x).items(): all_[o+127] = c
+    for o,c in want(x).items(): all_[o-LOWEST] = c
     sd = h.std(0, ddof=1)/np.sqrt(len(h))
     ok = all_>200
     assert ok.sum()>8 and (np.abs(got-all_)[ok]<5*sd[ok]+1e-9).all()
