@@ -29,7 +29,8 @@ def _devices(model):
     "kind of device -> numbers of those whose random numbers may be drawn: all GPUs in use, and where the model is"
     res = {'cuda': set(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else set()}
     for p in model.parameters():
-        if p.device.type not in ('cpu','meta'): res.setdefault(p.device.type, set()).add(p.device.index or 0)
+        kind = getattr(torch, p.device.type, None)   # torch.mps, torch.xpu, ...
+        if hasattr(kind, 'get_rng_state') and kind.is_available(): res.setdefault(p.device.type, set()).add(p.device.index or 0)
     return res
 
 @contextmanager
@@ -412,12 +413,18 @@ def _loss(learn, model, tensors, xb, yb):
 
 def _buffers(model): return {n:b.clone() for n,b in model.named_buffers()}
 
+def _grads(loss, ws):
+    "The gradient of each of `ws`, None where it takes no part, or where the model froze it in its forward pass"
+    asked = [w for w in ws if w.requires_grad]
+    res = iter(torch.autograd.grad(loss, asked, allow_unused=True) if asked else [])
+    return [next(res) if w.requires_grad else None for w in ws]
+
 def _at(learn, model, ws, xb, yb):
     "Loss and gradients (None where a weight takes no part) at the weights `ws`"
     ws = {n:w.detach().requires_grad_() for n,w in ws.items()}
     with _rng(model), torch.enable_grad():
         loss = _loss(learn, model, {**_buffers(model), **ws}, xb, yb)
-        return loss.item(),torch.autograd.grad(loss, list(ws.values()), allow_unused=True)
+        return loss.item(),_grads(loss, list(ws.values()))
 
 # %% ../nbs/08_probe.ipynb #29b4a72b
 def _chosen(model, params):
@@ -516,7 +523,7 @@ def _looped(learn, model, ws, rest, xb, yb, begin):
         ps = {n:w.clone().requires_grad_() for n,w in ws.items()}
         one = [_map(lambda t: t[i:i+1], o) for o in (xb,yb)]
         loss = _loss(learn, model, {**{n:b.clone() for n,b in rest.items()}, **ps}, *one)
-        grads = torch.autograd.grad(loss, list(ps.values()), allow_unused=True)
+        grads = _grads(loss, list(ps.values()))
         gs.append([torch.zeros_like(w) if g is None else g for w,g in zip(ps.values(), grads)])
     return [torch.stack(g) for g in zip(*gs)]
 
