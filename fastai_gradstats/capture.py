@@ -22,7 +22,7 @@ from torch import nn, Tensor
 from torch.utils.hooks import unserializable_hook
 
 # %% ../nbs/02_capture.ipynb #6a08ae87
-_inner = dict(DistributedDataParallel='module', DataParallel='module', OptimizedModule='_orig_mod',
+_inner = dict(DistributedDataParallel='module', DataParallel='module', AveragedModel='module', OptimizedModule='_orig_mod',
               FullyShardedDataParallel='_fsdp_wrapped_module', CheckpointWrapper='_checkpoint_wrapped_module')
 
 def _child(m:nn.Module # any module
@@ -34,7 +34,7 @@ def _child(m:nn.Module # any module
 def clean_name(model:nn.Module, # the module that `name` starts from
                name:str # as in `named_modules()` or `named_parameters()`
               )->str: # the same without the components that wrappers add
-    "`name` as it would be in the model without DDP, DataParallel, FSDP, `torch.compile` or checkpoint wrappers"
+    "`name` as it would be in the model without DDP, DataParallel, FSDP, `AveragedModel`, `torch.compile` or checkpoint wrappers"
     m,res = model,[]
     for o in name.split('.') if name else ():
         if o!=_child(m): res.append(o)

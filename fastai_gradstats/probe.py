@@ -10,7 +10,8 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/probe.html.md"""
 __all__ = ['grad_along_ray', 'per_sample_norms']
 
 # %% ../nbs/08_probe.ipynb #564affe5
-import array, io, itertools, random, re, sys, weakref
+import io, random, re, sys, weakref
+from array import array as number_array   # fastai exports an `array`
 from collections import OrderedDict, deque
 from contextlib import closing, contextmanager, ExitStack
 from copy import deepcopy
@@ -266,7 +267,7 @@ def _listed(o): return [o] if isinstance(o, str) else list(o)
 _fixed = (type(None),bool,int,float,complex,str,bytes,range,slice,type(...),ModuleType,CodeType,PurePath,re.Pattern,np.generic,np.dtype,torch.dtype,torch.device,torch.layout,weakref.ref)
 _inner = {MethodType: lambda o: [o.__self__, o.__func__], partial: lambda o: [o.func, o.args, o.keywords, o.__dict__], np.random.Generator: lambda o: [o.bit_generator],
           staticmethod: lambda o: [o.__func__], classmethod: lambda o: [o.__func__], property: lambda o: [o.fget, o.fset], tuple: list, frozenset: list}
-_keepers = {dict:_keep_dict, list:_keep_list, set:_keep_many, deque:_keep_many, bytearray:_keep_bytes, array.array:_keep_bytes, CellType:_keep_cell, type:_keep_class, torch.Generator:_keep_torch_generator,
+_keepers = {dict:_keep_dict, list:_keep_list, set:_keep_many, deque:_keep_many, bytearray:_keep_bytes, number_array:_keep_bytes, CellType:_keep_cell, type:_keep_class, torch.Generator:_keep_torch_generator,
             np.random.BitGenerator:_keep_bit_generator, np.random.RandomState:_keep_random_state, random.Random:_keep_random, io.IOBase:_keep_file, Tensor:_keep_tensor}
 
 def _keep(o, running, most):
