@@ -204,7 +204,7 @@ def _legend(ax, handles=None, size=9):
     "Above the axes, where it hides no data; none where it would only repeat the y axis's label"
     handles = sorted(_named(ax) if handles is None else handles, key=lambda h: h.get_gid()!='line')
     width,height,pt = *_pixels(ax),ax.figure.dpi/72
-    room = int((width/pt-29)/(size*.55))-2
+    room = int((width/pt-29)/(size*.55))-4   # characters; the … is one more
     texts = {h: _short(h.get_label(), max(room, 8)) if h.get_gid()=='line' else h.get_label() for h in handles}
     w = [_text_px(ax, texts[h], size)+29*pt for h in handles]
     handles,w = [h for h,o in zip(handles, w) if o<=width],[o for o in w if o<=width]   # a wider one would squeeze the axes

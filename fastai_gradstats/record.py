@@ -408,7 +408,7 @@ def top(self:GradRecord,
     d = self.select(phase=phase).df
     if stat not in (ok := _numeric(d)): raise ValueError(f"stat: accepted are {', '.join(ok)}, got {stat!r}")
     v = d[stat].fillna(np.inf)
-    if 0<n<len(v): v = v[v>=np.partition(v.to_numpy(), -n)[-n]]
+    if 0<n<len(v): v = v[v>=np.partition(v.to_numpy(), -int(n))[-int(n)]]   # a numpy integer may have no sign
     return d.loc[v.sort_values(ascending=False, kind='stable').index[:n]]
 
 # %% ../nbs/03_record.ipynb #e340bde6

@@ -57,7 +57,7 @@ def _heat_data(img, t, cols):
     lut = [round(255*c) for rgb in colormaps['viridis'](np.linspace(0, 1, 256))[:,:3] for c in rgb]
     d = dict(v=base64.b64encode(img.astype('<f4').tobytes()).decode(), rows=len(t), cols=img.shape[1], names=[f'{printed(l)} ({k})' for k,l in zip(t['kind'], t['label'])],
              min=lo, max=max(hi, lo+.1), lut=lut, **cols)
-    return json.dumps(d).replace('<', '\\u003c')   # no tag and no comment can begin in it
+    return json.dumps(d).replace('<', '\\u003c').replace('>', '\\u003e')   # no tag and no comment begins or ends in it
 
 def _kind_html(t):
     "The kinds' names at the right edge, a line between them"
