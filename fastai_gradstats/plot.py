@@ -39,6 +39,12 @@ def _log_label(stat, before='', after=''):
     if stat in labels: return f"$\\log_{{10}}$ {before}{labels[stat]}{after}",{}
     return f"log10 {before}{printed(stat)}{after}",as_text
 
+def _short(s, n=32):
+    "The right end of a name, from a dot on if there is one"
+    if len(s)<=n: return s
+    tail = s[-n:]
+    return '…'+tail[max(tail.find('.'), 0):]
+
 # %% ../nbs/05_plot.ipynb #a842ef39
 def _axes(ax, figsize, height=3.2):
     if ax is not None: return ax
@@ -295,12 +301,6 @@ def _tensors(d):
     return (np.cumsum(used)-1)[code], pd.DataFrame(dict(kind=[kinds[i] for i in k], label=pd.Series(label, dtype=object)))
 
 # %% ../nbs/05_plot.ipynb #ebdd8aaa
-def _short(s, n=32):
-    "The right end of a name, from a dot on if there is one"
-    if len(s)<=n: return s
-    tail = s[-n:]
-    return '…'+tail[max(tail.find('.'), 0):]
-
 def _groups(t, slots, n=32):
     "Where groups of consecutive tensors start, and their labels of `n` characters: the deepest grouping that has room"
     parts = [l.split('.') for l in t['label']]

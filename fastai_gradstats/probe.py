@@ -140,6 +140,7 @@ def _keep_many(o):
         add(o, was)
     return put,was
 
+# %% ../nbs/08_probe.ipynb #c0de0012
 def _keep_bytes(o):
     was = o[:]
     def put(again):
