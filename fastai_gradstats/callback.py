@@ -752,7 +752,7 @@ def _extra(v):
     v = v or {}
     if not isinstance(v, dict): raise TypeError(f"extra: a dict of functions is accepted, got {type(v).__name__}")
     for k,f in v.items():
-        if not isinstance(k, str) or k in columns: raise ValueError(f"extra: names are strings that are no column yet, got {k!r}")
+        if not isinstance(k, str) or k in (*columns,'run','octave'): raise ValueError(f"extra: names are strings that are no column yet, nor 'run' or 'octave', which mark comparisons and histograms, got {k!r}")
         if not callable(f): raise TypeError(f"extra: {k!r} is to be a function of a tensor, got {type(f).__name__}")
     return v
 

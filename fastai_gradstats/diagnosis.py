@@ -13,7 +13,7 @@ __all__ = ['Findings', 'diagnose']
 import inspect
 from textwrap import fill
 import numpy as np, pandas as pd
-from .record import GradRecord,_from,_gap,as_record
+from .record import GradRecord,_from,_gap,as_record,nothing_there
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60007
 _told = 'rule severity tensor iterations evidence try'.split()
@@ -49,6 +49,7 @@ class _Run:
         self.param,self.output = (s.df.loc[s.df['kind']==k, used] for k in ('param','output'))
         seen = {*s.df['fit'].unique(), *s.steps['fit'].unique()}
         self.facts = [f for f in rec.facts if f['fit'] in seen]
+        self.asked = [f for f in self.facts if any(req for _,req,_ in f['params'])]   # parameters were watched that ask for a gradient
         self.update = self.by[self.by['update_norm'].notna()] if 'update_norm' in self.by else self.by[:0]
         self.dim = {n:d for f in self.facts for n,_,d in f['params']}
         self.order = {n:i for i,n in enumerate(self.dim or rec.df['name'].astype('category').cat.categories)}
@@ -61,7 +62,7 @@ def _named(d, f):
 # %% ../nbs/06_diagnosis.ipynb #d1a6000a
 rules = []
 records = dict(steps='GradNormCallback()', by='GradNormCallback()', update='GradNormCallback(update_every=n)', param="GradStatsCallback(kind='both')",
-               output="GradStatsCallback(kind='both')", tensors='GradStatsCallback()', **{'tensors|steps':'GradStatsCallback() or GradNormCallback()'},
+               output="GradStatsCallback(kind='both')", tensors='GradStatsCallback()', **{'tensors|steps':'GradStatsCallback() or GradNormCallback()', 'steps|asked':"GradNormCallback() or GradStatsCallback(kind='both')"},
                facts='GradStatsCallback() during a fit (neither a frame nor a comparison holds it)')
 
 def rule(needs, meaning, do, source):
@@ -87,7 +88,9 @@ def non_finite(r):
     if d.any():
         n = GradRecord(r.tensors.assign(nonfinite=r.tensors['nonfinite'].where(d, 0)), breaks=r.rec.breaks).first_nonfinite(r.phase)
         early = r.steps[s&(r.steps['iteration']<n.iteration)&(r.steps['fit']==r.tensors.loc[d,'fit'].iloc[0])]
-        do = [f'look for a NaN or inf in the batch (the data) and in the weights of {n.before}: both give this place'] if n.after=='(input)' else []
+        do = []
+        if n.after=='(input)': do = [f'look for a NaN or inf in the batch (the data) and in the weights of {n.before}: both give this place']
+        if n.where=='after backward': do = ['look at the batches and records of the other ranks, and at callbacks and hooks that act after backward']
         yield 'error', n.before, its, repr(n) + (f"; in the steps from iteration {early['iteration'].iloc[0]} on" if len(early) else ''), *do
     elif s.any():
         first = r.steps[s].iloc[0]
@@ -140,6 +143,15 @@ def dead_units(r,
 def zero_norm(r):
     d = r.steps[(r.steps['norm']==0)&~r.steps['skipped']]
     if len(d): yield 'warning', '(all)', _span(d['iteration']), f'norm exactly 0 in {len(d)} of {len(r.steps)} steps'
+
+@rule('steps|asked', 'the optimizer finds nothing to use, and nothing of it could be looked at', 'zero_grad before the step, a detached loss, or an optimizer that steps inside backward (a hook on the parameters), which leaves nothing to record', 'docs.pytorch.org: register_post_accumulate_grad_hook')
+def no_gradient(r):
+    d = r.steps[~r.steps['skipped'].astype(bool)]
+    gone = d[nothing_there(d)]
+    if len(gone): yield 'warning' if 2*len(gone)>=len(d) else 'note', '(all)', _span(gone['iteration']), f'no gradient is left at the step, in {len(gone)} of {len(d)} steps'
+    for f in r.asked if not len(r.steps) else []:
+        out = r.tensors[(r.tensors['fit']==f['fit'])&(r.tensors['kind']=='output')&~r.tensors['skipped'].astype(bool)]
+        if len(out) and not (r.param['fit']==f['fit']).any(): yield 'warning', '(all)', _span(out['iteration']), f"no gradient is left at the step in fit {f['fit']}: outputs have gradients, none of {len(f['params'])} parameters has"
 
 @rule('facts param', 'these parameters ask for a gradient and no loss depends on them', 'use them in forward, or take them out', 'docs.pytorch.org: find_unused_parameters')
 def unused(r):

@@ -18,7 +18,7 @@ from matplotlib.colors import LogNorm,to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation,MaxNLocator
-from .record import as_record,kinds,phases
+from .record import as_record,kinds,nothing_there,phases
 
 # %% ../nbs/05_plot.ipynb #2f39a621
 colours = dict(output='#0072B2', param='#E69F00')
@@ -26,6 +26,24 @@ cycle = ['#0072B2','#E69F00','#009E73','#CC79A7','#56B4E9','#D55E00','#999999'] 
 red,grey,clip = '#E00000','0.5','#D55E00'
 labels = dict(max_abs='largest |gradient|', mean_abs='mean |gradient|', norm='gradient norm', mean='|mean gradient|', std='std of gradient')
 words = dict(output='outputs', param='parameters')
+
+# %% ../nbs/05_plot.ipynb #c0de0202
+as_text = dict(parse_math=False, usetex=False)
+
+def printed(name):
+    "A name in one line: what has no shape (line breaks, marks of direction, half a surrogate pair) is spelled out"
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(name))
+
+def _log_label(stat, before='', after=''):
+    "Text and keywords for an axis of log10 of a statistic; only our own names hold a formula"
+    if stat in labels: return f"$\\log_{{10}}$ {before}{labels[stat]}{after}",{}
+    return f"log10 {before}{printed(stat)}{after}",as_text
+
+def _short(s, n=32):
+    "The right end of a name, from a dot on if there is one"
+    if len(s)<=n: return s
+    tail = s[-n:]
+    return '…'+tail[max(tail.find('.'), 0):]
 
 # %% ../nbs/05_plot.ipynb #a842ef39
 def _axes(ax, figsize, height=3.2):
@@ -40,7 +58,7 @@ def _pixels(ax):
 
 def _say(ax, msg):
     "Write into the axes what they cannot show"
-    ax.text(.5, .6, msg, transform=ax.transAxes, ha='center', va='center', color=grey, gid='note')
+    ax.text(.5, .6, msg, transform=ax.transAxes, ha='center', va='center', color=grey, gid='note', **as_text)
 
 def _say_empty(ax, msg):
     _say(ax, msg)
@@ -100,13 +118,13 @@ def _worst(x, y, n):
     return np.sort(o[np.r_[True, np.diff(col[o])>0]])
 
 # %% ../nbs/05_plot.ipynb #9c32bb56
-def _line(ax, x, y, label, color, f=np.asarray, edge=0, marks=True, also=(), **kw):
-    "A line `f(y)` through what is finite; ticks for NaN at the top edge, for zeros at the bottom edge. Returns the indices drawn"
+def _line(ax, x, y, label, color, f=np.asarray, edge=0, marks=True, also=(), absent=False, **kw):
+    "A line `f(y)` through what is finite; ticks for NaN at the top edge (but where `absent`), for zeros at the bottom edge. Returns the indices drawn"
     n,pos,ok = _pixels(ax)[0]//2,x if x.dtype.kind=='i' else np.arange(len(x)),y>0
     i = _worst(pos, np.where(ok, y, -1), n)
     z = np.full(len(i), np.nan)
     z[ok[i]] = f(y[i][ok[i]].astype(np.float64))
-    bad = [(np.isnan(y), 1-.05*edge, 'v', red, 'not finite'), (y==0, .05*edge, '^', 'k', 'all zero')] if marks else []
+    bad = [(np.isnan(y)&~np.asarray(absent), 1-.05*edge, 'v', red, 'not finite'), (y==0, .05*edge, '^', 'k', 'all zero')] if marks else []
     said = ', '.join([f'{m.sum():,} {what}' for m,*_,what in bad if m.any()]+list(also))
     ax.plot(x[i], z, **dict(color=color, label=label+f' ({said})'*bool(said), lw=1.2, marker='.', ms=6 if len(i)<100 else 2, zorder=3, gid='line')|kw)
     for m,at,mk,c,what in bad:
@@ -142,10 +160,14 @@ def _text_px(ax, s, size=7):
     "About how many pixels wide a text is"
     return (len(s)+2)*size*.55*ax.figure.dpi/72
 
+def _run_name(r):
+    "A run's name as it is drawn, its right end where it is long"
+    return _short(printed(r), 40) or "''"
+
 def _mark_name(its, i):
     "What begins at iteration `i`: a run, a fit where there are several, else an epoch"
     r,several = its.iloc[i],its['seg'].nunique()>1
-    if 'run' in its and its['run'].nunique()>1 and (not i or its['run'].iloc[i-1]!=r['run']): return str(r['run'])
+    if 'run' in its and its['run'].nunique()>1 and (not i or its['run'].iloc[i-1]!=r['run']): return _run_name(r['run'])
     return f"epoch {r['epoch']}" if not several else 'lr_find' if r['phase']=='lr_find' else f"fit {r['fit']}"
 
 # %% ../nbs/05_plot.ipynb #1df9738f
@@ -164,7 +186,7 @@ def _marks(ax, its, color=grey):
     for i in named:
         px,s = (x[i]-a)/(b-a)*w,_mark_name(its, i)
         if px<end: continue
-        ax.text(x[i], 1.015, s, transform=ax.get_xaxis_transform(), fontsize=8, color=grey, va='bottom', gid='mark')
+        ax.text(x[i], 1.015, s, transform=ax.get_xaxis_transform(), fontsize=8, color=grey, va='bottom', gid='mark', **as_text)
         end = px+_text_px(ax, s, 8)
 
 # %% ../nbs/05_plot.ipynb #51cd1dec
@@ -179,11 +201,18 @@ def _x_axis(ax, its, at='iteration', point='point'):
     ax.set_xlabel(at + (', fits end to end' if (longest['x']!=longest[at]).any() else '') + (f" (each {point} the largest of about {per:,})" if per>1 else ''))
     _marks(ax, longest)
 
+def _named(ax):
+    "What a legend names: our lines, whatever they are called, and all else that has a label"
+    lines = [l for l in ax.lines if l.get_gid()=='line']
+    return lines + [h for h in ax.get_legend_handles_labels()[0] if h not in lines]
+
 def _legend(ax, handles=None, size=9):
     "Above the axes, where it hides no data; none where it would only repeat the y axis's label"
-    handles = sorted(ax.get_legend_handles_labels()[0] if handles is None else handles, key=lambda h: h.get_gid()!='line')
+    handles = sorted(_named(ax) if handles is None else handles, key=lambda h: h.get_gid()!='line')
     width,height,pt = *_pixels(ax),ax.figure.dpi/72
-    w = [_text_px(ax, h.get_label(), size)+29*pt for h in handles]
+    room = int((width/pt-29)/(size*.55))-4   # characters; the … is one more
+    texts = {h: _short(h.get_label(), max(room, 8)) if h.get_gid()=='line' else h.get_label() for h in handles}
+    w = [_text_px(ax, texts[h], size)+29*pt for h in handles]
     handles,w = [h for h,o in zip(handles, w) if o<=width],[o for o in w if o<=width]   # a wider one would squeeze the axes
     if not handles or len(handles)==1 and handles[0].get_label() in ax.get_ylabel(): return
     ncol = next((n for n in range(len(w), 1, -1) if sum(max(c) for c in np.array_split(w, n))<=width), 1)
@@ -191,7 +220,8 @@ def _legend(ax, handles=None, size=9):
     if len(w)>room>1: handles = handles[:room-1]+[Line2D([], [], ls='', label=f'and {len(w)-room+1} more')]
     kw = dict(frameon=False, fontsize=size, handlelength=1.4, columnspacing=1.4)
     above = any(t.get_gid()=='mark' for t in ax.texts) or ax.get_title('left')
-    ax.legend(handles=handles, loc='lower right', bbox_to_anchor=(1,1), borderaxespad=1.6 if above else .4, ncol=ncol, **kw)
+    legend = ax.legend(handles, ['.']*len(handles), loc='lower right', bbox_to_anchor=(1,1), borderaxespad=1.6 if above else .4, ncol=ncol, **kw)
+    for text,h in zip(legend.get_texts(), handles): text.set(text=texts.get(h, h.get_label()), **as_text)   # set here, since a legend leaves out labels with a leading underscore
 
 # %% ../nbs/05_plot.ipynb #6e9be938
 def _kinds(df, kind, phase):
@@ -215,11 +245,11 @@ def _runs(df):
 def _series(df, ks):
     "Of each line the rows, the label and the colour, one per run where there are several, else one per kind"
     if len(runs := _runs(df))<2: return [(dict(kind=k), words[k], colours[k]) for k in ks]
-    return [(dict(kind=ks[0], run=r), str(r), cycle[i%len(cycle)]) for i,r in enumerate(runs)]
+    return [(dict(kind=ks[0], run=r), _run_name(r), cycle[i%len(cycle)]) for i,r in enumerate(runs)]
 
 def _by_run(d, name):
     "Of each run its name, rows and colour; `name` where there are no runs"
-    return [(name if r is None else str(r), d if r is None else d[d['run']==r], cycle[i%len(cycle)]) for i,r in enumerate(_runs(d) or [None])]
+    return [(name if r is None else _run_name(r), d if r is None else d[d['run']==r], cycle[i%len(cycle)]) for i,r in enumerate(_runs(d) or [None])]
 
 # %% ../nbs/05_plot.ipynb #51d1c392
 def _reduce(df, stat, reduce='max', **want):
@@ -253,7 +283,8 @@ def plot_grad_log10(o, # a Learner, callback, `GradRecord` or frame
     for k in kinds if kind is None else []:
         if k not in ks: ax.plot([], [], ' ', label=f"no {words[k]}: kind='both' records them")
     _x_axis(ax, its)
-    ax.set_ylabel(f"$\\log_{{10}}$ {'mean of ' if reduce=='mean' else ''}{labels.get(stat, stat)}{', '+words[ks[0]] if len(_runs(df))>1 else ''}")
+    text,kw = _log_label(stat, 'mean of '*(reduce=='mean'), ', '+words[ks[0]] if len(_runs(df))>1 else '')
+    ax.set_ylabel(text, **kw)
     _legend(ax)
     return ax
 
@@ -270,12 +301,6 @@ def _tensors(d):
     return (np.cumsum(used)-1)[code], pd.DataFrame(dict(kind=[kinds[i] for i in k], label=pd.Series(label, dtype=object)))
 
 # %% ../nbs/05_plot.ipynb #ebdd8aaa
-def _short(s, n=32):
-    "The right end of a name, from a dot on if there is one"
-    if len(s)<=n: return s
-    tail = s[-n:]
-    return '…'+tail[max(tail.find('.'), 0):]
-
 def _groups(t, slots, n=32):
     "Where groups of consecutive tensors start, and their labels of `n` characters: the deepest grouping that has room"
     parts = [l.split('.') for l in t['label']]
@@ -299,7 +324,7 @@ def _name_ticks(ax, t, axis='y', size=7):
     "Names of tensors, or of stages, along an axis"
     px,n,a = size*1.3*ax.figure.dpi/72,len(t),getattr(ax, axis+'axis')
     start,mid,lab = _places(t, _pixels(ax)[axis=='y']/px, np.clip(int(_pixels(ax)[axis=='x']/px), 6, 32))
-    a.set_ticks(mid, lab, fontsize=size, **(dict(rotation=90) if axis=='x' else {}))
+    a.set_ticks(mid, [printed(s) for s in lab], fontsize=size, **as_text, **(dict(rotation=90) if axis=='x' else {}))
     if len(start)<n:
         ax.tick_params(axis=axis, which='major', length=0, pad=8)
         a.set_ticks(np.r_[start,n]-.5, minor=True)
@@ -334,8 +359,9 @@ def _grid(v, row, t, its, width, height):
     return img
 
 # %% ../nbs/05_plot.ipynb #c65e6426
-def _colorbar(ax, im, label, **kw):
-    ax.figure.colorbar(im, ax=ax, label=label, pad=.015 if ax.figure.get_layout_engine() else .06, fraction=.05, aspect=30, **kw)
+def _colorbar(ax, im, label, as_text=None, **kw):
+    bar = ax.figure.colorbar(im, ax=ax, pad=.015 if ax.figure.get_layout_engine() else .06, fraction=.05, aspect=30, **kw)
+    bar.set_label(label, **(as_text or {}))
 
 def _edge_marks(ax, cols, x0, x1, what='not finite'):
     "Ticks at the top edge over the image columns where `cols`, at the bottom edge for zeros; returns the legend's handles"
@@ -357,7 +383,7 @@ def _draw_grid(ax, img, n, x0, x1, label):
     ax.imshow(over, **kw)
     _edge_marks(ax, np.isnan(img).any(0), x0, x1)
     ax.set_ylim(n-.5, -.5)
-    if z.count(): _colorbar(ax, im, label, extend='min' if cut else 'neither')
+    if z.count(): _colorbar(ax, im, *label, extend='min' if cut else 'neither')
     return [Patch(fc=c, ec=grey, lw=.5, label=l) for m,c,l in marks if m.any()]
 
 # %% ../nbs/05_plot.ipynb #050e9d61
@@ -393,7 +419,7 @@ def _heatmap(rec, axes, stat='max_abs', kind=None, phase='fit'):
     ax = axes(min(max(1.2+.14*len(t), 2.4), 7.5))
     width,height = _pixels(ax)
     img = _grid(v, row, t, its, width//2, height)
-    handles = _draw_grid(ax, img, len(t), its['x'].min(), its['x'].max(), f"$\\log_{{10}}$ {labels.get(stat, stat)}")
+    handles = _draw_grid(ax, img, len(t), its['x'].min(), its['x'].max(), _log_label(stat))
     _name_ticks(ax, t)
     _blocks(ax, t)
     _x_axis(ax, [its], point='column')
@@ -411,13 +437,14 @@ def plot_grad_heatmap(o, # a Learner, callback, `GradRecord` or frame
 
 # %% ../nbs/05_plot.ipynb #2a21bfe8
 def _steps(rec, phase):
-    "Rows of GradNormCallback's frame, `norm` NaN where not finite"
+    "Rows of GradNormCallback's frame, `norm` NaN where not finite; where no parameter had a gradient it is `absent`"
     _check(rec.df, phase=phase)
     s = rec.steps if phase is None else rec.steps[rec.steps['phase']==phase]
-    return s.assign(norm=s['norm'].where(np.isfinite(s['norm'].astype(np.float64))))
+    return s.assign(norm=s['norm'].where(np.isfinite(s['norm'].astype(np.float64))), absent=nothing_there(s))
 
 def _none(rec, phase):
     if not len(rec.steps): return 'No norms recorded:\nGradNormCallback() records them'
+    if phase is None or (rec.steps['phase']==phase).any(): return 'No gradient was left at the step:\ndiagnose() says what that means'
     other = rec.steps['phase'].iloc[-1]
     return f"No norms of phase '{phase}' recorded:\nphase='{other}' draws those of {other}"
 
@@ -426,9 +453,11 @@ def _norm_lines(ax, s, label, color, edge):
     "Norm before clipping, and after it where it differs; returns the steps and their places on the axis"
     its = _iterations(s.reset_index(drop=True), np.arange(len(s)), 'step')
     x,y,clipped,skipped = its['x'].to_numpy(),s['norm'].to_numpy(np.float64),((s['clip_coef']<1)&s['norm'].notna()).to_numpy(),np.flatnonzero(s['skipped'])
-    also = [f'{n:,} {what}' for n,what in ((clipped.sum(),'clipped'),(len(skipped),'skipped')) if n]
-    i = _line(ax, x, y, label, color, edge=edge, also=also and [*also, f'of {len(s):,} steps'])
-    def mark(what, x, y, *args, **kw): ax.plot(x, y, *args, gid=what, label=None if any(l.get_label()==what for l in ax.lines) else what, **kw)
+    absent = s['absent'].to_numpy()
+    counted = (clipped.sum(),'clipped'),(len(skipped),'skipped'),((absent&~s['skipped'].to_numpy(bool)).sum(),'without a gradient')
+    also = [f'{n:,} {what}' for n,what in counted if n]
+    i = _line(ax, x, y, label, color, edge=edge, also=also and [*also, f'of {len(s):,} steps'], absent=absent)
+    def mark(what, x, y, *args, **kw): ax.plot(x, y, *args, gid=what, label=None if any(l.get_gid()==what for l in ax.lines) else what, **kw)
     if clipped.any():
         mark('clipped', x[j := i[clipped[i]]], y[j], '.', color=clip, ms=5, zorder=3.2)
         mark('after clipping', x[i], s['clipped_norm'].to_numpy()[i], color=color if edge else 'k', lw=1, ls='--', zorder=2.9)
@@ -442,7 +471,7 @@ def plot_grad_norm(o, # a Learner, callback, `GradRecord` or frame
     "Total gradient norm per step, before and after clipping; steps that were clipped, skipped or not finite are marked"
     rec = as_record(o)
     s,ax = _steps(rec, phase),_axes(ax, figsize)
-    if not len(s): return _say_empty(ax, _none(rec, phase))
+    if s['absent'].all(): return _say_empty(ax, _none(rec, phase))
     runs = _by_run(s, 'gradient norm')
     its = [_norm_lines(ax, d, r, c, e) for e,(r,d,c) in enumerate(runs)]
     _finite(ax)
@@ -503,18 +532,18 @@ def plot_grad_lr(o, # a Learner, callback, `GradRecord` or frame
     "Gradient norm and loss against the learning rate of the last `lr_find`"
     rec = as_record(o)
     s,ax = _steps(rec, phase),_axes(ax, figsize)
-    if not len(s): return _say_empty(ax, _none(rec, phase))
+    if s['absent'].all(): return _say_empty(ax, _none(rec, phase))
     right,runs = ax.twinx(),_by_run(s, 'gradient norm')
     for r,d,c in runs:
         d = d[d['fit']==d['fit'].max()]
-        _line(ax, d['lr'].to_numpy(), d['norm'].to_numpy(np.float64), r, c)
+        _line(ax, d['lr'].to_numpy(), d['norm'].to_numpy(np.float64), r, c, absent=d['absent'].to_numpy())
         c,label = (c,f'{r}: loss') if len(runs)>1 else (clip,'loss')
-        right.plot(d['lr'], d['loss'].where(np.isfinite(d['loss'])), color=c, ls='--', lw=1.2, label=label)
+        right.plot(d['lr'], d['loss'].where(np.isfinite(d['loss'])), color=c, ls='--', lw=1.2, label=label, gid='loss')
     if (s['lr']>0).any(): ax.set_xscale('log')
     ax.set(xlabel='learning rate', ylabel='gradient norm (L2)')
     right.set_ylabel('loss (dashed)')
     _finite(ax)
-    _legend(ax, [*ax.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]])
+    _legend(ax, [*_named(ax), *right.lines])
     return ax
 
 # %% ../nbs/05_plot.ipynb #7ba85e66
@@ -555,13 +584,14 @@ def plot_grad_hist(o, # a Learner, callback or `GradRecord` with `hist=True`
     rec = as_record(o)
     (lo,h),ax = _octaves(rec, name, phase),_axes(ax, figsize, 3.6)
     if h is None: return _say_empty(ax, 'No histograms recorded:\nGradStatsCallback(hist=True) records them')
-    if not len(h): return _say_empty(ax, f"{name}: no finite gradient other than 0" + (f" in phase '{phase}'" if phase else ''))
+    if not len(h): return _say_empty(ax, f"{_short(printed(name))}: no finite gradient other than 0" + (f" in phase '{phase}'" if phase else ''))
     d,v,key = _rows(h, 'count')
     its,row = _iterations(d, key),d['octave'].to_numpy()-lo
     img = _grid(v, row, pd.DataFrame(dict(kind=[kinds[0]]*(row.max()+1))), its, _pixels(ax)[0]//2, row.max()+1)
     handles = _draw_octaves(ax, img, lo+1, its['x'].min(), its['x'].max())
     ax.set_ylabel('|gradient|')
-    ax.set_title(name, loc='left', fontsize=9, pad=16)
+    room = int(_pixels(ax)[0]/_text_px(ax, 'x', 9)*3)   # `_text_px` adds two characters
+    ax.set_title(_short(printed(name), max(room, 16)), loc='left', fontsize=9, pad=16, **as_text)
     _x_axis(ax, [its], point='column')
     _legend(ax, handles)
     return ax
@@ -578,7 +608,7 @@ def _beside(ax, texts):
     dy,last = 13*ax.figure.dpi/72/_pixels(ax)[1],-1
     for y,s,c in sorted(texts):
         last = max(y, last+dy)
-        ax.text(1.01, last, s, color=c, fontsize=8, va='center', transform=ax.transAxes, gid='slope')
+        ax.text(1.01, last, s, color=c, fontsize=8, va='center', transform=ax.transAxes, gid='slope', **as_text)
 
 # %% ../nbs/05_plot.ipynb #ec0c245e
 def plot_ray(frame, # of `grad_along_ray`: `scale` and the statistics there; `run` or `label` where there are several lines
@@ -595,12 +625,13 @@ def plot_ray(frame, # of `grad_along_ray`: `scale` and the statistics there; `ru
         d = d.sort_values('scale')
         x,y = d['scale'].to_numpy(np.float64),d[stat].abs().to_numpy(np.float64)
         y = np.where(np.isfinite(y), y, np.nan)
-        _line(ax, x, y, r or stat, c, edge=i)
-        ends.append((y[y>0][-1] if (y>0).any() else np.nan, f'{r} {_far_slope(x, y)}'.strip(), c))
+        _line(ax, x, y, r or printed(stat), c, edge=i)
+        ends.append((y[y>0][-1] if (y>0).any() else np.nan, f'{_short(r, 24)} {_far_slope(x, y)}'.strip(), c))
     ax.set_xscale('log')
     _finite(ax)
     top = lambda y: ax.transAxes.inverted().transform(ax.transData.transform((1, y)))[1] if y==y else 0
     _beside(ax, [(top(y), s, c) for y,s,c in ends])
-    ax.set(xlabel='scale of the weights', ylabel=dict(norm='gradient norm (L2)', max_abs='largest |gradient|').get(stat, stat))
+    ax.set_xlabel('scale of the weights')
+    ax.set_ylabel(dict(norm='gradient norm (L2)', max_abs='largest |gradient|').get(stat, printed(stat)), **as_text)
     _legend(ax)
     return ax

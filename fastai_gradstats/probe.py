@@ -1,6 +1,6 @@
 """Gradients away from the training path: along rays through weight space, and sample by sample
 
-A Learner comes in, a frame or series goes out, and the Learner is left as it was, bit for bit. Its weights are never written: `torch.func.functional_call` runs the model on other tensors in their place.
+A Learner comes in, a frame or series goes out, and the Learner is left as it was, bit for bit: the next `fit` is the one there would have been without the probe. Its weights are never written: `torch.func.functional_call` runs the model on other tensors in their place.
 
 Docs: https://fastai-gradstats.github.io/fastai-gradstats/probe.html.md"""
 
@@ -10,82 +10,423 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/probe.html.md"""
 __all__ = ['grad_along_ray', 'per_sample_norms']
 
 # %% ../nbs/08_probe.ipynb #564affe5
-import random, re
-from contextlib import contextmanager
-from copy import copy
+import io, random, re, sys, weakref
+from array import array as number_array   # fastai exports an `array`
+from collections import OrderedDict, deque
+from contextlib import closing, contextmanager, ExitStack
+from copy import deepcopy
 from difflib import get_close_matches
+from functools import partial
+from pathlib import PurePath
+from types import AsyncGeneratorType, CellType, CodeType, CoroutineType, FunctionType, GeneratorType, MethodType, ModuleType
+from warnings import warn
 import numpy as np, pandas as pd, torch
 from torch import nn, Tensor
 from torch.func import functional_call, grad_and_value, vmap
-from .stats import max_abs, norm
+from .stats import max_abs, norm, wide
 
 # %% ../nbs/08_probe.ipynb #13274bd2
+def _devices(model):
+    "kind of device -> numbers of those whose random numbers may be drawn: all GPUs in use, and where the model is"
+    res = {'cuda': set(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else set()}
+    for p in model.parameters():
+        kind = getattr(torch, p.device.type, None)   # torch.mps, torch.xpu, ...
+        if hasattr(kind, 'get_rng_state') and kind.is_available(): res.setdefault(p.device.type, set()).add(p.device.index or 0)
+    return res
+
 @contextmanager
 def _rng(model):
     "torch, numpy and Python draw after the block what they would have drawn before it"
-    py,npy = random.getstate(),np.random.get_state()
-    devs = {p.device for p in model.parameters() if p.device.type not in ('cpu','meta')}
-    with torch.random.fork_rng([d.index or 0 for d in devs], device_type=next((d.type for d in devs), 'cuda')):
+    py = random.getstate()
+    npy = np.random.get_state()
+    with ExitStack() as stack:
+        for kind,numbers in _devices(model).items():
+            stack.enter_context(torch.random.fork_rng(sorted(numbers), device_type=kind))
         try: yield
         finally:
             random.setstate(py)
             np.random.set_state(npy)
 
 # %% ../nbs/08_probe.ipynb #cc76913d
-def _content(o): return [(k,id(v)) for k,v in o.items()] if isinstance(o, dict) else list(map(id, o))
+def _bytes(storage): return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
+def _keep_storage(storage, most):
+    "The memory under tensors; more than `most` bytes are not copied"
+    if storage.device.type=='meta' or storage.nbytes()>most: return None,[]
+    was = _bytes(storage).clone()
+    def put(again):
+        if storage.nbytes()<len(was): storage.resize_(len(was))
+        now = _bytes(storage)[:len(was)]
+        if not torch.equal(now, was): now.copy_(was)
+    return put,[]
+
+def _memory(t):
+    "The tensors, or the storage, that a tensor is made of"
+    if hasattr(type(t), '__tensor_flatten__'): return [getattr(t, n) for n in t.__tensor_flatten__()[0]]
+    if t.layout==torch.sparse_coo: return [t._indices(), t._values()]
+    if t.layout in (torch.sparse_csr, torch.sparse_bsr): return [t.crow_indices(), t.col_indices(), t.values()]
+    if t.layout in (torch.sparse_csc, torch.sparse_bsc): return [t.ccol_indices(), t.row_indices(), t.values()]
+    if t.is_nested: return list(t.unbind())
+    return [t.untyped_storage()]
+
+# %% ../nbs/08_probe.ipynb #c0de0001
+def _place(t): return t.data_ptr(),t.dtype,t.shape,t.stride()
+
+def _keep_tensor(t):
+    "Where a tensor's values are, whether it requires a gradient, and its `.grad`"
+    plain = t.layout==torch.strided and not t.is_nested and not hasattr(type(t), '__tensor_flatten__')
+    leaf,needs = t.is_leaf,t.requires_grad
+    grad = t.grad if leaf else None
+    values = t.detach()
+    def put(again):
+        if leaf and not t.is_leaf: t.detach_()   # something with a gradient was added to it in place
+        if plain and _place(t)!=_place(values): t.data = values
+        if leaf and t.requires_grad!=needs: t.requires_grad_(needs)
+        if leaf and t.grad is not grad: t.grad = grad
+    return put,[*_memory(t), grad, getattr(t, '__dict__', None)]
+
+def _keep_array(a, most):
+    inner = [a.base, *(a.ravel().tolist() if a.dtype.hasobject else [])]
+    if not a.flags.writeable or a.nbytes>most: return None,inner
+    was = a.copy()
+    def put(again):
+        same = all(x is y for x,y in zip(a.ravel(), was.ravel())) if a.dtype.hasobject else a.tobytes()==was.tobytes()
+        if not same: a[...] = was
+    return put,inner
+
+# %% ../nbs/08_probe.ipynb #c0de0003
+def _is_iterator(o):
+    t = type(o)
+    return t.__module__ in ('builtins','itertools') and hasattr(t, '__next__') and not isinstance(o, (GeneratorType, CoroutineType, AsyncGeneratorType, io.IOBase))
+
+def _copies(named):
+    "name -> copy, of the iterators that can be copied"
+    res = {}
+    for k,v in named:
+        if not _is_iterator(v): continue
+        try: res[k] = deepcopy(v)
+        except Exception: pass   # it is met again as what cannot be put back, and named
+    return res
+
+def _same(a, b): return len(a)==len(b) and all(x is y for x,y in zip(a, b))
+
+def _keep_dict(d):
+    was = list(dict.items(d))
+    spare = _copies(was)
+    kind = OrderedDict if isinstance(d, OrderedDict) else dict
+    def put(again):
+        want = [(k, deepcopy(spare[k]) if again and k in spare else v) for k,v in was]
+        if _same(list(dict.keys(d)), [k for k,_ in want]) and _same(list(dict.values(d)), [v for _,v in want]): return
+        kind.clear(d)
+        for k,v in want: kind.__setitem__(d, k, v)
+    return put,[o for k,v in was for o in (k,v) if k not in spare or o is not v]
+
+# %% ../nbs/08_probe.ipynb #c0de0004
+def _keep_list(o):
+    was = list(o)
+    spare = _copies(enumerate(was))
+    def put(again):
+        want = [deepcopy(spare[i]) if again and i in spare else v for i,v in enumerate(was)]
+        if not _same(list(o), want): list.__setitem__(o, slice(None), want)
+    return put,[v for i,v in enumerate(was) if i not in spare]
+
+def _keep_many(o):
+    "A set, or a deque"
+    was = list(o)
+    add = set.update if isinstance(o, set) else deque.extend
+    def put(again):
+        if _same(list(o), was): return
+        type(o).clear(o)
+        add(o, was)
+    return put,was
+
+# %% ../nbs/08_probe.ipynb #c0de0012
+def _keep_bytes(o):
+    was = o[:]
+    def put(again):
+        if o!=was: o[:] = was
+    return put,[]
+
+def _keep_cell(cell):
+    "A variable that a function shares with the one it was made in"
+    try: was = cell.cell_contents
+    except ValueError: return None,[]   # empty
+    box = [was]
+    put_box,inner = _keep_list(box)
+    def put(again):
+        put_box(again)
+        if cell.cell_contents is not box[0]: cell.cell_contents = box[0]
+    return put,inner
+
+# %% ../nbs/08_probe.ipynb #c0de0006
+def _keep_torch_generator(g):
+    was = g.get_state()
+    return (lambda again: g.set_state(was.clone())),[]
+
+def _keep_bit_generator(g):
+    was = deepcopy(g.state)
+    def put(again): g.state = deepcopy(was)
+    return put,[]
+
+def _keep_random_state(g):
+    was = g.get_state(legacy=False)
+    return (lambda again: g.set_state(was)),[]
+
+def _keep_random(g):
+    was = g.getstate()
+    return (lambda again: g.setstate(was)),[getattr(g, '__dict__', None)]
+
+def _keep_file(f):
+    if f.closed or not f.seekable(): return None,[]
+    was = f.tell()
+    return (lambda again: f.seek(was)),[getattr(f, '__dict__', None)]
+
+# %% ../nbs/08_probe.ipynb #c0de0008
+def _is_library(module):
+    "Is it the name of a module that was installed, or of Python's own?"
+    top = str(module).partition('.')[0]
+    path = getattr(sys.modules.get(module), '__file__', None) or ''
+    return top in sys.stdlib_module_names or top==__package__ or 'site-packages' in path or 'dist-packages' in path
+
+def _codes(code):
+    "The code of functions defined in a function, at any depth"
+    for o in code.co_consts:
+        if isinstance(o, CodeType): yield from (o, *_codes(o))
+
+def _running():
+    "The code of functions that were defined in a function that is running now"
+    frame,res = sys._getframe(1),set()
+    while frame is not None:
+        if frame.f_code.co_name!='<module>': res.update(_codes(frame.f_code))
+        frame = frame.f_back
+    return res
+
+def _keep_function(f, running):
+    cells = f.__closure__ or ()
+    inner = [f.__defaults__, f.__kwdefaults__, f.__dict__]
+    put = None
+    if f.__code__ in running: inner += [o for c in cells for o in _keep_cell(c)[1]]
+    else: inner += cells
+    if not _is_library(f.__module__):
+        put,named = _keep_globals(f)
+        inner += named
+    return put,inner
+
+# %% ../nbs/08_probe.ipynb #c0de0009
+def _keep_names(was, names, get, write, remove):
+    "Put back what stands under `names`, where `was` has what stood there"
+    def put(again):
+        for n in names:
+            now = get(n)
+            if n in was and now is not was[n]: write(n, was[n])
+            if n not in was and now is not None: remove(n)
+    return put,list(was.values())
+
+def _keep_globals(f):
+    "The global variables that a function names"
+    names = {n for c in (f.__code__, *_codes(f.__code__)) for n in c.co_names}
+    g = f.__globals__
+    was = {n:g[n] for n in names if n in g and not isinstance(g[n], ModuleType)}
+    names = [n for n in names if not isinstance(g.get(n), ModuleType)]
+    return _keep_names(was, names, g.get, g.__setitem__, g.pop)
+
+def _keep_class(c):
+    "What a user's class holds itself"
+    if _is_library(c.__module__): return None,[]
+    own = lambda: {k:v for k,v in vars(c).items() if not (k.startswith('__') or k=='_abc_impl')}
+    was = own()
+    def put(again):
+        now = own()
+        for k in was.keys()|now.keys():
+            if k not in was: delattr(c, k)
+            elif now.get(k) is not was[k]: setattr(c, k, was[k])
+    return put,[*was.values(), *c.__bases__]
+
+# %% ../nbs/08_probe.ipynb #c0de000a
+_watchers = ('fastai_gradstats','wandb','tensorboard','matplotlib','IPython','ipykernel','fastprogress','tqdm','PIL','pandas')
+_state = ('builtins','types','collections','functools','argparse')   # modules of Python whose objects may hold a user's state
+
+def _attributes(o):
+    try: d = object.__getattribute__(o, '__dict__')
+    except AttributeError: return None
+    return d if type(d) is dict else None
+
+def _keep_object(o):
+    "Any other object: its attributes. Not of those that only watch, nor of Python's own threads, queues and locks"
+    top = type(o).__module__.partition('.')[0]
+    stays = top in _watchers or top in sys.stdlib_module_names and top not in _state
+    if stays and not isinstance(o, nn.Module): return None,[]
+    slots = [n for c in type(o).__mro__ for n in _listed(vars(c).get('__slots__', ())) if not n.startswith('__')]
+    was = {n:getattr(o, n) for n in slots if hasattr(o, n)}
+    put,inner = _keep_names(was, slots, lambda n: getattr(o, n, None), partial(object.__setattr__, o), partial(object.__delattr__, o))
+    if isinstance(o, nn.Module): inner += [*o.parameters(recurse=False), *o.buffers(recurse=False)]   # of TorchScript they are no attributes
+    return put if slots else None,[type(o), _attributes(o), *inner]
+
+def _listed(o): return [o] if isinstance(o, str) else list(o)
+
+# %% ../nbs/08_probe.ipynb #c0de000b
+_fixed = (type(None),bool,int,float,complex,str,bytes,range,slice,type(...),ModuleType,CodeType,PurePath,re.Pattern,np.generic,np.dtype,torch.dtype,torch.device,torch.layout,weakref.ref)
+_inner = {MethodType: lambda o: [o.__self__, o.__func__], partial: lambda o: [o.func, o.args, o.keywords, o.__dict__], np.random.Generator: lambda o: [o.bit_generator],
+          staticmethod: lambda o: [o.__func__], classmethod: lambda o: [o.__func__], property: lambda o: [o.fget, o.fset], tuple: list, frozenset: list}
+_keepers = {dict:_keep_dict, list:_keep_list, set:_keep_many, deque:_keep_many, bytearray:_keep_bytes, number_array:_keep_bytes, CellType:_keep_cell, type:_keep_class, torch.Generator:_keep_torch_generator,
+            np.random.BitGenerator:_keep_bit_generator, np.random.RandomState:_keep_random_state, random.Random:_keep_random, io.IOBase:_keep_file, Tensor:_keep_tensor}
+
+def _keep(o, running, most):
+    "How to put one thing back, and what is inside it"
+    if isinstance(o, FunctionType): return _keep_function(o, running)
+    if isinstance(o, np.ndarray): return _keep_array(o, most)
+    if isinstance(o, torch.UntypedStorage): return _keep_storage(o, most)
+    for kind,inner in _inner.items():
+        if isinstance(o, kind): return None,inner(o)
+    for kind,keeper in _keepers.items():
+        if not isinstance(o, kind): continue
+        put,inner = keeper(o)
+        return put,[*inner, *([type(o), _attributes(o)] if isinstance(o, (dict,list,set,deque)) and type(o) not in (dict,list,set,deque) else [])]
+    return _keep_object(o)
+
+# %% ../nbs/08_probe.ipynb #c0de000c
+def _is_lost(o): return _is_iterator(o) or isinstance(o, GeneratorType) and o.gi_frame is not None or isinstance(o, (CoroutineType, AsyncGeneratorType)) or isinstance(o, Tensor) and nn.parameter.is_lazy(o)
+
+class _Kept:
+    "Everything that can be reached from `roots`, as it is now"
+    def __init__(self, roots, most=np.inf, but=()):
+        self.seen = {id(o):o for o in but}   # holding them keeps their `id`s
+        self.puts = []
+        self.lost = []                       # what can be neither copied nor put back, and in what it is
+        running = _running()
+        todo = [(o, type(o).__name__) for o in roots]
+        while todo:
+            o,owner = todo.pop()
+            if id(o) in self.seen or isinstance(o, _fixed): continue
+            self.seen[id(o)] = o
+            if _is_lost(o):
+                self.lost.append(f'{type(o).__name__} in {owner}')
+                continue
+            put,inner = _keep(o, running, most)
+            if put is not None: self.puts.append(put)
+            owner = owner if type(o).__module__=='builtins' else type(o).__name__
+            todo += [(v, owner) for v in inner]
+
+    def put(self, again=False):
+        with torch.no_grad():
+            for f in self.puts: f(again)
+
+# %% ../nbs/08_probe.ipynb #c0de000f
 @contextmanager
-def _untouched(model):
-    "Every attribute of every module, and what is in those that are lists or dicts, as it was, however the block ends"
-    saved = [(vars(m), dict(vars(m)), {k:copy(v) for k,v in vars(m).items() if isinstance(v, (dict,list))}) for m in model.modules()]
+def _unwatched(model):
+    "Hooks of this package are off; all others run, since they may be part of the model (pruning, weight norm)"
+    held = [vars(m).get(n) for m in model.modules() for n in ('_forward_hooks','_forward_pre_hooks')]
+    held = [(hooks, list(hooks.items())) for hooks in held if hooks]
+    for hooks,was in held:
+        for k,h in was:
+            if str(getattr(h, '__module__', '')).partition('.')[0]==__package__: del hooks[k]
     try: yield
     finally:
-        for now,was,kept in saved:
-            now.update(was)
-            for k in now.keys()-was.keys(): del now[k]
-            for k,v in kept.items():
-                if _content(was[k])==_content(v): continue
-                was[k].clear()
-                (was[k].update if isinstance(was[k], dict) else was[k].extend)(v)
+        for hooks,was in held:
+            hooks.clear()
+            hooks.update(was)
+
+@contextmanager
+def _switches():
+    "PyTorch's own switches, which a forward pass may turn"
+    cudnn = torch.backends.cudnn
+    was = cudnn.enabled,cudnn.benchmark,cudnn.deterministic,torch.get_default_dtype()
+    try: yield
+    finally:
+        cudnn.enabled,cudnn.benchmark,cudnn.deterministic = was[:3]
+        torch.set_default_dtype(was[3])
+
+# %% ../nbs/08_probe.ipynb #c0de0010
+large = 2**28   # bytes; a larger tensor or array of the data set is taken to be only read
+
+@contextmanager
+def _as_it_was(learn, model, batch, set_modes):
+    "Gives a function that begins anew from the state before the probe, in the modes of the probe; afterwards all is as it was"
+    with _unwatched(model), _rng(model), _switches():
+        resetters = [c for c in learn.cbs if type(c).__name__=='ModelResetter']
+        state = _Kept([model, learn.loss_func, *resetters])
+        data = _Kept([learn.dls.train] if batch is None else [], large, but=state.seen.values())
+        lost = list(dict.fromkeys(state.lost+data.lost))
+        if lost: warn(f"{', '.join(lost)}: can be neither copied nor put back, so what it gives after this probe may differ from a run without; `batch=` leaves the data set alone", stacklevel=5)
+        def begin():
+            state.put(again=True)
+            model._compiled_call_impl = None
+            set_modes(model)
+        try:
+            data.put(again=True)   # copies of iterators stand in
+            begin()
+            yield begin
+        finally:
+            state.put()
+            data.put()
 
 # %% ../nbs/08_probe.ipynb #cbf9b661
 def _map(f, o):
     "`f` of the tensors in nested tuples, lists and dicts"
     if isinstance(o, Tensor): return f(o)
     if isinstance(o, dict): return {k:_map(f, v) for k,v in o.items()}
+    if hasattr(o, '_fields'): return type(o)(*(_map(f, v) for v in o))
     return type(o)(_map(f, v) for v in o) if isinstance(o, (tuple,list)) else o
+
+def _device(model):
+    "Where the model's values are: that of its first parameter that has any"
+    return next((p.device for p in model.parameters() if p.device.type!='meta'), torch.device('cpu'))
+
+def _alone(dl):
+    "A loader like `dl` that starts no processes"
+    if hasattr(dl, 'new'): return dl.new(num_workers=0)
+    if not isinstance(dl, torch.utils.data.DataLoader): return dl
+    res = object.__new__(type(dl))
+    res.__dict__.update(vars(dl), num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None)
+    return res
 
 def _batches(learn, batch=None):
     "(inputs, targets), on the model's device, of `batch` or of the training data"
-    dl,dev = learn.dls.train,next(learn.model.parameters()).device
-    for b in (dl.new(num_workers=0) if hasattr(dl, 'new') else dl) if batch is None else [batch]:
-        b = _map(lambda t: t.to(dev), tuple(b))
+    device = _device(learn.model)
+    for b in _alone(learn.dls.train) if batch is None else [batch]:
+        b = _map(lambda t: t.to(device), tuple(b))
         i = getattr(learn.dls, 'n_inp', max(len(b)-1, 1))
         yield b[:i],b[i:]
 
 # %% ../nbs/08_probe.ipynb #01a670ce
 def _bare(learn):
-    "The Learner's model, out of compile and data-parallel wrappers"
+    "The Learner's model, out of compile, data-parallel and averaging wrappers"
     if miss := [a for a in ('model','dls','loss_func') if not hasattr(learn, a)]: raise TypeError(f"learn: a Learner is accepted, got {type(learn).__name__}, which has no {miss[0]}")
     model = learn.model
-    while type(model).__name__ in ('OptimizedModule','DistributedDataParallel','DataParallel'): model = getattr(model, '_orig_mod', None) or model.module
+    while type(model).__name__ in ('OptimizedModule','DistributedDataParallel','DataParallel','AveragedModel'): model = getattr(model, '_orig_mod', None) or model.module
+    for n,t in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(t): raise ValueError(f"model: {n} has no shape before the model's first batch, so it has no gradient; give it one: learn.model(*xb)")
     return model
+
+def _scalar(loss):
+    "The mean of a loss per sample"
+    if not isinstance(loss, Tensor): raise TypeError(f"loss_func: a tensor is accepted, got {type(loss).__name__}")
+    if loss.device.type=='meta': raise ValueError("model: the loss is on device 'meta', which holds no values")
+    return loss.mean() if loss.ndim else loss
 
 def _loss(learn, model, tensors, xb, yb):
     "The loss with `tensors` in place of the parameters and buffers of these names"
     cbs = {type(c).__name__ for c in learn.cbs}
     if 'ModelResetter' in cbs: model.reset()
+    xb,yb = (_map(torch.clone, o) for o in (xb,yb))   # a model may change its input in place
     pred = functional_call(model, tensors, xb)
-    return learn.loss_func(pred[0] if 'RNNCallback' in cbs and isinstance(pred, (tuple,list)) else pred, *yb)
+    pred = pred[0] if 'RNNCallback' in cbs and isinstance(pred, (tuple,list)) else pred
+    return _scalar(learn.loss_func(pred, *yb))
 
 def _buffers(model): return {n:b.clone() for n,b in model.named_buffers()}
+
+def _grads(loss, ws):
+    "The gradient of each of `ws`, None where it takes no part, or where the model froze it in its forward pass"
+    asked = [w for w in ws if w.requires_grad]
+    res = iter(torch.autograd.grad(loss, asked, allow_unused=True) if asked else [])
+    return [next(res) if w.requires_grad else None for w in ws]
 
 def _at(learn, model, ws, xb, yb):
     "Loss and gradients (None where a weight takes no part) at the weights `ws`"
     ws = {n:w.detach().requires_grad_() for n,w in ws.items()}
     with _rng(model), torch.enable_grad():
         loss = _loss(learn, model, {**_buffers(model), **ws}, xb, yb)
-        return loss.item(),torch.autograd.grad(loss, list(ws.values()), allow_unused=True)
+        return loss.item(),_grads(loss, list(ws.values()))
 
 # %% ../nbs/08_probe.ipynb #29b4a72b
 def _chosen(model, params):
@@ -98,7 +439,14 @@ def _chosen(model, params):
             if n not in ps: raise ValueError(f"params: a regular expression or a list of names is accepted, no parameter is named {n!r}; names look like {', '.join(get_close_matches(str(n), ps, n=5, cutoff=.3) or list(ps)[:5])}")
         res = {n:ps[n] for n in params}
     if not res: raise ValueError("params: no parameter requires a gradient" if params is None else f"params: {params!r} matches no name; names look like {', '.join(list(ps)[:5])}")
-    return {n:p.detach() for n,p in res.items()}
+    return _with_values({n:p.detach() for n,p in res.items()})
+
+def _with_values(ws):
+    "Those not on device 'meta'"
+    res = {n:w for n,w in ws.items() if w.device.type!='meta'}
+    if not res: raise ValueError(f"params: {', '.join(list(ws)[:5])} are on device 'meta', which holds no values")
+    if miss := [n for n in ws if n not in res]: warn(f"left out, on device 'meta' and so without values: {', '.join(miss[:5])}" + (f' and {len(miss)-5} more' if len(miss)>5 else ''), stacklevel=4)
+    return res
 
 # %% ../nbs/08_probe.ipynb #99694904
 def _direction(direction, ws, grads):
@@ -143,78 +491,93 @@ def grad_along_ray(learn, # a Learner
                    direction=None, # None: w -> t*w. Else w -> w + t*d with d 'random', 'gradient' (uphill), or on the way to a second checkpoint: a state dict, or a list of tensors
                    batch=None # as of `dls.one_batch()`; None for one of the training data
                   )->pd.DataFrame: # `scale, loss, norm, max_abs, slope`, a row for each scale
-    "Loss and gradient as the weights move out. `slope` is the local power of t with which the gradient's norm grows, d log norm / d log |t|"
+    """Loss and gradient as the weights move out. `slope` is the local power of t with which the gradient's norm grows, d log norm / d log |t|.
+    Model, loss and training loader are left as they were, in all that Python can reach from them. A generator function that is running cannot be put back: a warning names it"""
     model,ts = _bare(learn),_scales(scales)
     ws = _chosen(model, params)
-    with _untouched(model), _rng(model):
-        model._compiled_call_impl = None
-        model.train()
-        xb,yb = next(_batches(learn, batch))
-        d = None if direction is None else _direction(direction, ws, lambda: _at(learn, model, ws, xb, yb)[1])
-        rows = []
+    rows = []
+    with _as_it_was(learn, model, batch, nn.Module.train) as begin:
+        with closing(_batches(learn, batch)) as batches: xb,yb = next(batches)
+        def at(ws):
+            begin()
+            return _at(learn, model, ws, xb, yb)
+        d = None if direction is None else _direction(direction, ws, lambda: at(ws)[1])
         for t in ts.tolist():
-            loss,gs = _at(learn, model, {n: w*t if d is None else w+t*d[n] for n,w in ws.items()}, xb, yb)
+            loss,gs = at({n: w*t if d is None else w+t*d[n] for n,w in ws.items()})
             gs = [g for g in gs if g is not None]
-            rows.append((t, loss, _total(norm, gs), float(np.max([max_abs(g).item() for g in gs]))))
+            rows.append((t, loss, _total(norm, gs), float(np.max([max_abs(g).item() for g in gs], initial=0))))
     df = pd.DataFrame(rows, columns=['scale','loss','norm','max_abs'])
     return df.assign(slope=_slope(ts, df['norm'].to_numpy()))
 
 # %% ../nbs/08_probe.ipynb #ed172273
 def _vmapped(learn, model, ws, rest, xb, yb):
-    "(losses, gradients with a leading axis of samples), all at once"
+    "Gradients with a leading axis of samples, all at once"
     plain = lambda t: t.as_subclass(Tensor)   # `vmap` does not know fastai's tensors
     f = lambda ws,x,y: _loss(learn, model, {**rest, **ws}, _map(lambda t: t[None], x), _map(lambda t: t[None], y))
-    gs,ls = vmap(grad_and_value(f), in_dims=(None,0,0), randomness='different')(ws, _map(plain, xb), _map(plain, yb))
-    return ls,list(gs.values())
+    gs,_ = vmap(grad_and_value(f), in_dims=(None,0,0), randomness='different')(ws, _map(plain, xb), _map(plain, yb))
+    return list(gs.values())
 
-def _looped(learn, model, ws, rest, xb, yb):
-    "The same, one after the other"
-    ls,gs = [],[]
+def _looped(learn, model, ws, rest, xb, yb, begin):
+    "The same, one after the other, each from the same state"
+    gs = []
     for i in range(_len(yb)):
+        begin()
         ps = {n:w.clone().requires_grad_() for n,w in ws.items()}
-        loss = _loss(learn, model, {**{n:b.clone() for n,b in rest.items()}, **ps}, *(_map(lambda t: t[i:i+1], o) for o in (xb,yb)))
-        ls.append(loss.detach())
-        gs.append([torch.zeros_like(w) if g is None else g for w,g in zip(ps.values(), torch.autograd.grad(loss, list(ps.values()), allow_unused=True))])
-    return torch.stack(ls),[torch.stack(g) for g in zip(*gs)]
+        one = [_map(lambda t: t[i:i+1], o) for o in (xb,yb)]
+        loss = _loss(learn, model, {**{n:b.clone() for n,b in rest.items()}, **ps}, *one)
+        grads = _grads(loss, list(ps.values()))
+        gs.append([torch.zeros_like(w) if g is None else g for w,g in zip(ps.values(), grads)])
+    return [torch.stack(g) for g in zip(*gs)]
 
 def _len(o): return len(o) if isinstance(o, Tensor) else _len(next(iter(o.values() if isinstance(o, dict) else o)))
 
 # %% ../nbs/08_probe.ipynb #04f846e4
-def _samples(learn, model, ws, n, batch, mem=2**25):
-    "Yields (how, losses, gradients) of `n` samples, as many at a time as `mem` numbers hold"
+def _samples(learn, model, ws, n, batch, begin, mem=2**25):
+    "Yields (how, gradients) of `n` samples, as many at a time as `mem` numbers hold"
     rest = {**{k:p.detach() for k,p in model.named_parameters() if k not in ws}, **_buffers(model)}
-    k,how,seen = max(1, mem//sum(w.numel() for w in ws.values())),'torch.func.vmap',0
-    for xb,yb in _batches(learn, batch):
-        todo = min(_len(yb), n-seen)
-        for i in range(0, todo, k):
-            part = [_map(lambda t: t[i:min(i+k, todo)], o) for o in (xb,yb)]
-            if not how.startswith('loop'):
-                try: res = _vmapped(learn, model, ws, rest, *part)
-                except Exception as e: how = f'loop, since vmap raised {type(e).__name__}: {e}'   # what is wrong in itself raises in the loop too
-            if how.startswith('loop'): res = _looped(learn, model, ws, rest, *part)
-            yield how,*res
-        seen += todo
-        if seen==n: return
+    k = max(1, mem//sum(w.numel() for w in ws.values()))
+    how,seen = 'torch.func.vmap',0
+    with closing(_batches(learn, batch)) as batches:
+        for xb,yb in batches:
+            todo = min(_len(yb), n-seen)
+            for i in range(0, todo, k):
+                part = [_map(lambda t: t[i:min(i+k, todo)], o) for o in (xb,yb)]
+                begin()
+                if not how.startswith('loop'):
+                    try: gs = _vmapped(learn, model, ws, rest, *part)
+                    except Exception as e: how = f'loop, since vmap raised {type(e).__name__}: {e}'   # what is wrong in itself raises in the loop too
+                if how.startswith('loop'): gs = _looped(learn, model, ws, rest, *part, begin)
+                yield how,gs
+            seen += todo
+            if seen==n: return
     raise ValueError(f"n: at most {seen} samples are there, got {n}")
 
 # %% ../nbs/08_probe.ipynb #7d9204b3
+def _alone_modes(model):
+    "Training, but for BatchNorm layers"
+    model.train()
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+
+def _squares(g):
+    "Sum of squares of each sample's gradient"
+    return wide(g).abs().reshape(len(g), -1).square().sum(1).cpu()
+
+# %% ../nbs/08_probe.ipynb #c0de0011
 def per_sample_norms(learn, # a Learner
                      n:int, # how many samples
                      params=None, # whose gradient: as in `grad_along_ray`
                      batch=None # as of `dls.one_batch()`; None for the training data
                     )->pd.Series: # the norm of each sample's gradient; `.attrs` has `how` they were computed and the `mean_norm`, the norm of their mean gradient
-    "Gradient norm of single samples, by `torch.func.vmap`, or by a loop where the model does not allow it"
-    if isinstance(n, bool) or not isinstance(n, int) or n<1: raise ValueError(f"n: a whole number from 1 up is accepted, got {n!r}")
-    model,norms,total = _bare(learn),[],0
+    "Gradient norm of single samples, by `torch.func.vmap`, or by a loop where the model does not allow it. The Learner is left as it was, as by `grad_along_ray`"
+    if isinstance(n, bool) or not isinstance(n, (int,np.integer)) or n<1: raise ValueError(f"n: a whole number from 1 up is accepted, got {n!r}")
+    n,model = int(n),_bare(learn)
     ws = _chosen(model, params)
-    with _untouched(model), _rng(model):
-        model._compiled_call_impl = None
-        model.train()
-        for m in model.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
-        for how,_,gs in _samples(learn, model, ws, n, batch):
-            norms += torch.stack([g.detach().double().flatten(1).square().sum(1) for g in gs]).sum(0).sqrt().tolist()
-            total = [g.detach().double().sum(0)+t for g,t in zip(gs, total or [0]*len(gs))]
+    norms,total = [],[0]*len(ws)
+    with _as_it_was(learn, model, batch, _alone_modes) as begin, closing(_samples(learn, model, ws, n, batch, begin)) as parts:
+        for how,gs in parts:
+            norms += torch.stack([_squares(g) for g in gs]).sum(0).sqrt().tolist()
+            total = [wide(g).sum(0)+t for g,t in zip(gs, total)]
     res = pd.Series(norms, name='norm', index=pd.RangeIndex(n, name='sample'))
     res.attrs = dict(how=how, mean_norm=_total(norm, [t/n for t in total]))
     return res

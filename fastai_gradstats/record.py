@@ -694,7 +694,7 @@ def top(self:GradRecord,
     d = self.select(phase=phase).df
     if stat not in (ok := _numeric(d)): raise ValueError(f"stat: accepted are {', '.join(ok)}, got {stat!r}")
     v = d[stat].fillna(np.inf)
-    if 0<n<len(v): v = v[v>=np.partition(v.to_numpy(), -n)[-n]]
+    if 0<n<len(v): v = v[v>=np.partition(v.to_numpy(), -int(n))[-int(n)]]   # a numpy integer may have no sign
     return d.loc[v.sort_values(ascending=False, kind='stable').index[:n]]
 
 # %% ../nbs/03_record.ipynb #e340bde6
@@ -706,7 +706,11 @@ class NonFinite(namedtuple('NonFinite', 'iteration after before')):
         self = super().__new__(cls, iteration, after, before)
         self.where,self.last = where,last   # `last`: the iteration on record before it, where that is not the one before
         return self
-    def __repr__(self): return f"not finite {_from(self.iteration, self.last)}: in {self.where} between {self.after} and {self.before}"
+    def __repr__(self):
+        at = f"not finite {_from(self.iteration, self.last)}: in"
+        if self.where!='after backward': return f"{at} {self.where} between {self.after} and {self.before}"
+        one = '' if self.before=='(parameters)' else f", or at how {self.before} is used in its module"
+        return f"{at} gradients of parameters; the recorded outputs of this process are finite in forward and backward: look at the other ranks, {'' if one else 'or '}at what acts after backward{one}"
 
 # %% ../nbs/03_record.ipynb #229b9347
 def _gap(d, it):
@@ -717,24 +721,48 @@ def _gap(d, it):
 
 def _module(name): return name.rpartition('.')[0] or '(model)'
 
+def _with_output(name, outputs):
+    "The nearest module around a parameter that has an output on record, or None"
+    while name:
+        name = name.rpartition('.')[0]
+        if (name or '(model)') in outputs: return name or '(model)'
+
 def _broke(d):
-    "The two modules between which the gradient broke, in the rows of one iteration"
-    out = d['kind']=='output'
-    d = d[out] if (d.loc[out,'nonfinite']>0).any() else d[~out].assign(name=d.loc[~out,'name'].map(_module))
+    "Between what it broke, and in which pass, in the rows of one iteration"
+    out,bad = d['kind']=='output',d['nonfinite']>0
+    if not (out&bad).any():
+        broken = list(dict.fromkeys(d.loc[bad,'name']))
+        outputs = set(d.loc[out,'name'])
+        modules = {_with_output(n, outputs) for n in broken}
+        if None not in modules: return '(outputs)', broken[0] if len(modules)==1 else '(parameters)', 'after backward'
+    d = d[out] if (out&bad).any() else d[~out].assign(name=d.loc[~out,'name'].map(_module))
     names,broke = list(dict.fromkeys(d['name'])),set(d.loc[d['nonfinite']>0,'name'])
     i = max(i for i,n in enumerate(names) if n in broke)
-    return names[i+1] if i+1<len(names) else '(loss)', names[i]
+    return names[i+1] if i+1<len(names) else '(loss)', names[i], 'backward'
 
 # %% ../nbs/03_record.ipynb #e20643c3
+@patch
+def _given_up(self:GradRecord, phase):
+    "Breaks of the forward pass in batches that somebody skipped because of it: they have no row. (fit, iteration, after, before), the first one first"
+    seen,fits = set(),set()
+    for d in (self.df,self.steps):
+        seen |= set(zip(d['fit'].tolist(), d['phase'].tolist(), d['iteration'].tolist()))
+        fits |= set(d['fit'].tolist())
+    return sorted((f, it, after, before) for f,ph,it,after,before in self.breaks
+                  if phase in (None,phases[ph]) and (f, phases[ph], it) not in seen and (f in fits or not fits))
+
 @patch
 def first_nonfinite(self:GradRecord,
                     phase='fit' # 'fit', 'lr_find' or None for all
                    ): # `NonFinite(iteration, after, before)`, or None where all gradients are finite
     """First iteration with a NaN or inf, and the two modules between which it broke: still finite at the output of `after`, no longer at that of `before`.
-    `where` is 'forward' or 'backward'. `after` is '(loss)' for a gradient that came from the loss so, '(input)' where the first output was not finite:
-    then it is in the batch or in the weights of `before`, which give the same pair. Where iterations were left out (`every`), it may have begun after the one before"""
+    `where` is 'forward', 'backward' or 'after backward'. `after` is '(loss)' for a gradient that came from the loss so, '(input)' where the first output was not finite:
+    then it is in the batch or in the weights of `before`, which give the same pair. 'after backward' is from '(outputs)', all finite in this process, to '(parameters)', or to
+    the first one where they are all of one module. Where iterations were left out (`every`), it may have begun after the one before"""
     d = self.select(phase=phase).df
     bad = d['nonfinite']>0
+    skipped = self._given_up(phase)
+    if skipped and (not bad.any() or skipped[0][:2]<tuple(d.loc[bad.idxmax(), ['fit','iteration']])): return NonFinite(*skipped[0][1:], 'forward')
     if not bad.any(): return None
     if 'run' in d: d = d[d['run']==d.loc[bad.idxmax(),'run']]
     fit,it = d.loc[bad.idxmax(), ['fit','iteration']]
@@ -742,7 +770,7 @@ def first_nonfinite(self:GradRecord,
     last = _gap(d, it)
     for f,_,i,after,before in self.breaks:
         if (f,i)==(fit,it): return NonFinite(int(it), after, before, 'forward', last)
-    return NonFinite(int(it), *_broke(d[d['iteration']==it]), 'backward', last)
+    return NonFinite(int(it), *_broke(d[d['iteration']==it]), last)
 
 # %% ../nbs/03_record.ipynb #ef576225
 def _largest(d, label, threshold):
@@ -756,22 +784,40 @@ def _largest(d, label, threshold):
     return s + (f"; not finite in {bad}" if bad else '') + '.'
 
 # %% ../nbs/03_record.ipynb #759cde45
+def nothing_there(steps):
+    "Steps at which no parameter had a gradient: the norm is NaN, and nothing that was not finite was counted"
+    return steps['norm'].isna()&(steps['nonfinite']==0)
+
+def _norms(s):
+    "A sentence on the norms of steps"
+    norm,skipped = s['norm'],s['skipped'].astype(bool)
+    gone = nothing_there(s)
+    ok = np.isfinite(norm)
+    bad = ~ok&~gone
+    if ok.any():
+        median,largest = norm[ok].quantile([.5,1])
+        of = f"{ok.sum()} {'finite ' if bad.any() else ''}of " if not ok.all() else ''
+        t = f"Gradient norm {median:.2g} (median of {of}{len(s)} steps), largest {largest:.2g}"
+    elif bad.any(): t = f"No finite gradient norm in {len(s)} steps"
+    elif skipped.all(): t = f"No gradient norm in {len(s)} steps"
+    else: t = f"No gradient was left at the step in {(gone&~skipped).sum()} of {len(s)} steps"
+    said = [(bad&~skipped, ', not finite in'), (gone&~skipped, ', no gradient left in')]
+    t += ''.join(f'{what} {m.sum()}' for m,what in said if m.any() and (ok|bad).any())
+    return t + (f'; {skipped.sum()} skipped' if skipped.any() else '') + '.'
+
 @patch
 def sentence(self:GradRecord,
              phase='fit' # 'fit', 'lr_find' or None for all
             )->str:
     "What the record says about the thread's question: how large the gradients were, and how often above the threshold"
-    d = self.select(phase=phase).df[['kind','iteration','name','max_abs','above','nonfinite']]
+    part = self.select(phase=phase)
+    d,s = part.df[['kind','iteration','name','max_abs','above','nonfinite']],part.steps
     res = [_largest(d[d['kind']==k], l, self.threshold) for k,l in (('output','output'),('param','parameter')) if (d['kind']==k).any()]
-    s = self.select(phase=phase).steps
-    if len(s):
-        ok = np.isfinite(s['norm'])
-        q,k = s.loc[ok,'norm'].quantile([.5,1]),(~ok&~s['skipped']).sum()
-        t = f"Gradient norm {q[.5]:.2g} (median of {f'{ok.sum()} finite of ' if not ok.all() else ''}{len(s)} steps), largest {q[1]:.2g}" if ok.any() else f"No finite gradient norm in {len(s)} steps"
-        res.append(t + (f", not finite in {k}" if k else '') + (f"; {n} skipped" if (n := s['skipped'].sum()) else '') + '.')
+    if len(s): res.append(_norms(s))
     other = self.df['phase'].nunique() or self.steps['phase'].nunique()
     return ' '.join(res) or (f"Nothing recorded in phase '{phase}'; other phases are left out unless asked for." if other else 'Nothing recorded yet.')
 
+# %% ../nbs/03_record.ipynb #c0de0101
 @patch
 def __repr__(self:GradRecord): return f"GradRecord: {len(self)} iterations, {len(self.df)} rows, {len(self.steps)} steps"
 
@@ -822,7 +868,8 @@ def suggest_clip(self:GradRecord,
     if not isinstance(q, (int,float,np.number)) or not 0<q<=1: raise ValueError(f"q: a number above 0, up to 1 is accepted, got {q!r}")
     s = self.select(phase=phase).steps
     if not len(s): raise ValueError("no norms recorded: GradNormCallback() records them")
-    n = s.loc[~s['skipped'].astype(bool),'norm']
+    n = s.loc[~s['skipped'].astype(bool)&~nothing_there(s),'norm']
+    if not len(n): raise ValueError(f"no gradient was left at the step in {len(s)} steps, so there is no norm: diagnose() says more")
     ok = n[np.isfinite(n)]
     if not len(ok): raise ValueError(f"none of the norms of {len(s)} steps is finite: a max_norm needs steps before the first NaN or inf, diagnose() says where that is")
     if (bad := len(n)-len(ok))>.1*len(n): warn(f"suggest_clip: {bad} of {len(n)} norms are not finite and were left out; clipping does not mend a NaN, diagnose() says where it came from", stacklevel=2)

@@ -10,7 +10,7 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/report.html.md"""
 __all__ = ['save_report']
 
 # %% ../nbs/07_report.ipynb #129e49d9
-import base64,json,sys
+import base64,json,re,sys
 import numpy as np, pandas as pd
 from html import escape
 from io import BytesIO,StringIO
@@ -19,7 +19,7 @@ from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
 from .record import GradRecord,as_record
 from .diagnosis import diagnose,runs
-from .plot import _begins,_cells,_columns,_grid,_heatmap,_kinds,_mark_name,_missing,_places,_tensors,plot_grad_flow,plot_grad_norm,words
+from .plot import _begins,_cells,_columns,_grid,_heatmap,_kinds,_mark_name,_missing,_places,_tensors,plot_grad_flow,plot_grad_norm,printed,words
 
 # %% ../nbs/07_report.ipynb #6c4580ef
 columns,most = 800,700_000   # columns, and values in all: 2.8 MB
@@ -40,7 +40,7 @@ def _heat(rec, stat, phase):
 def _labels(t, height):
     "Names beside the heatmap: (middle in percent, name)"
     _,mid,lab = _places(t, height/13, 30)
-    return [(100*(m+.5)/len(t), l) for m,l in zip(mid, lab)]
+    return [(100*(m+.5)/len(t), printed(l)) for m,l in zip(mid, lab)]
 
 def _above(names, width=770):
     "Names above the heatmap, as far as they have room: (left in percent, name)"
@@ -55,9 +55,9 @@ def _heat_data(img, t, cols):
     ok = np.log10(img[img>0], dtype=np.float64)
     lo,hi = (float(np.percentile(ok, 1)),float(ok.max())) if len(ok) else (-1.,0.)
     lut = [round(255*c) for rgb in colormaps['viridis'](np.linspace(0, 1, 256))[:,:3] for c in rgb]
-    d = dict(v=base64.b64encode(img.astype('<f4').tobytes()).decode(), rows=len(t), cols=img.shape[1], names=[f'{l} ({k})' for k,l in zip(t['kind'], t['label'])],
+    d = dict(v=base64.b64encode(img.astype('<f4').tobytes()).decode(), rows=len(t), cols=img.shape[1], names=[f'{printed(l)} ({k})' for k,l in zip(t['kind'], t['label'])],
              min=lo, max=max(hi, lo+.1), lut=lut, **cols)
-    return json.dumps(d).replace('</', '<\\/')
+    return json.dumps(d).replace('<', '\\u003c').replace('>', '\\u003e')   # no tag and no comment begins or ends in it
 
 def _kind_html(t):
     "The kinds' names at the right edge, a line between them"
@@ -91,8 +91,11 @@ def _svg(plot, rec, height, **kw):
         plot(rec, ax=fig.subplots(), **kw)
         fig.savefig(f, format='svg', transparent=True, metadata=dict(Date=None))
     s = f.getvalue()
-    s = s[s.index('<svg'):].replace('#000000', 'currentColor')
-    return s.replace('id="', f'id="{plot.__name__}-').replace('url(#', f'url(#{plot.__name__}-').replace('href="#', f'href="#{plot.__name__}-')
+    def tag(m):
+        res = m[0].replace('#000000', 'currentColor')
+        for before in ('id="', 'url(#', 'href="#'): res = res.replace(before, f'{before}{plot.__name__}-')
+        return res
+    return re.sub('<[^>]*>', tag, s[s.index('<svg'):])   # in tags only: what is between them is text, names among it
 
 # %% ../nbs/07_report.ipynb #281f4887
 def _tensor_table(rec, phase):
@@ -112,11 +115,11 @@ def _tensor_table(rec, phase):
 # %% ../nbs/07_report.ipynb #09168d50
 def _cell(v):
     "A table cell; numbers carry their value to sort by"
-    if isinstance(v, str): return f'<td>{escape(v)}'
+    if isinstance(v, str): return f'<td>{escape(printed(v))}'
     return f'<td class=n data-v="{v:.9g}">' + (f'{v:,}' if isinstance(v, (int,np.integer)) else f'{v:.3g}')
 
 def _table(df, cls=''):
-    heads = ''.join(f"<th{' class=n' if df[c].dtype.kind in 'iuf' else ''}>{escape(c)}" for c in df)
+    heads = ''.join(f"<th{' class=n' if df[c].dtype.kind in 'iuf' else ''}>{escape(printed(c))}" for c in df)
     rows = zip(df.get('severity', ['']*len(df)), df.astype(object).itertuples(index=False, name=None))
     body = ''.join(f'<tr class="{s.replace(" ", "-")}">' + ''.join(map(_cell, r)) for s,r in rows)
     return f'<div class=scroll><table class="{cls}"><thead><tr>{heads}</thead><tbody>{body}</tbody></table></div>'
@@ -131,7 +134,9 @@ def _findings_html(f):
 # %% ../nbs/07_report.ipynb #b7e00001
 def _sentences(rec, phase='fit', attr=''):
     "The sentence of each run"
-    one = lambda r: escape(rec.sentence(phase)) if r is None else f'<b>{escape(str(r))}</b>: {escape(rec.select(run=r).sentence(phase))}'
+    def one(r):
+        if r is None: return escape(printed(rec.sentence(phase)))
+        return f'<b>{escape(printed(r))}</b>: {escape(printed(rec.select(run=r).sentence(phase)))}'
     return ''.join(f'<p{attr}>{one(r)}</p>' for r in runs(rec))
 
 # %% ../nbs/07_report.ipynb #7bf61576
@@ -203,7 +208,7 @@ def save_report(o, # a Learner, callback, `GradRecord`, frame or folder
     "Write one HTML page: what the gradients were, findings, heatmap, norms, flow and a table of tensors"
     rec = as_record(o)
     table = _table(_tensor_table(rec, phase), 'sort') if _kinds(rec.df, None, phase) else f"<p class=none>{escape(_missing(rec.df, None, phase, len(rec.steps)))}</p>"
-    s = page.format(title=escape(title), css=css, sentence=_sentences(rec, phase, ' class=lead'), findings=_findings_html(diagnose(rec, phase)), heatmap=_heat_html(rec, 'max_abs', phase),
+    s = page.format(title=escape(printed(title)), css=css, sentence=_sentences(rec, phase, ' class=lead'), findings=_findings_html(diagnose(rec, phase)), heatmap=_heat_html(rec, 'max_abs', phase),
                     norm=_svg(plot_grad_norm, rec, 3.2, phase=phase), flow=_svg(plot_grad_flow, rec, 4.2, phase=phase), tensors=table, js=js+'\n'+sort_js)
     path = Path(path)
     path.write_text(s, encoding='utf-8')
@@ -216,7 +221,7 @@ def glance(rec):
     "HTML of a record: sentence, findings above 'note', heatmap"
     f = diagnose(rec)
     f = f[f['severity'].isin(['error','warning'])]
-    s = _sentences(rec) + ''.join(f"<p><b>{r['severity']}</b>: {escape(_finding(r))}</p>" for _,r in f.iterrows())
+    s = _sentences(rec) + ''.join(f"<p><b>{r['severity']}</b>: {escape(printed(_finding(r)))}</p>" for _,r in f.iterrows())
     if not _kinds(rec.df, None, 'fit'): return s
     ax,b = _heatmap(rec, lambda h: figure.Figure(figsize=(9,h), layout='constrained').subplots()),BytesIO()
     ax.figure.savefig(b, format='png', dpi=80)

@@ -15,53 +15,62 @@ import numpy as np, torch
 from torch import Tensor
 
 # %% ../nbs/00_stats.ipynb #12afa69a
-def _wide(g:Tensor # a gradient of any shape and dtype
+@cache
+def has_float64(device:torch.device)->bool:
+    "Does the device know double precision?"
+    if device.type in ('cpu','cuda','meta'): return True
+    try: torch.empty(0, dtype=torch.float64, device=device)
+    except (TypeError,RuntimeError,NotImplementedError): return False
+    return True
+
+def wide(g:Tensor # a gradient of any shape and dtype
          )->Tensor: # the same values in double precision, sparse zeros filled in
-    "`g` in float64 (complex128 where complex), dense"
+    "`g` in float64 (complex128 where complex), dense; on the CPU where its device has no float64"
     g = g.detach()
+    if not has_float64(g.device): g = g.cpu()
     if g.layout != torch.strided: g = g.to_dense()
     return g.to(torch.complex128 if g.is_complex() else torch.float64)
 
 # %% ../nbs/00_stats.ipynb #91c391b4
 def max_abs(g:Tensor)->Tensor:
     "Largest absolute value; NaN where any element is NaN, 0 for an empty tensor"
-    a = _wide(g).abs()
+    a = wide(g).abs()
     return a.max() if a.numel() else a.sum()
 
 # %% ../nbs/00_stats.ipynb #1362427b
 def mean_abs(g:Tensor)->Tensor:
     "Mean absolute value"
-    return _wide(g).abs().mean()
+    return wide(g).abs().mean()
 
 # %% ../nbs/00_stats.ipynb #c13ec070
 def norm(g:Tensor)->Tensor:
     "L2 norm: the root of the sum of squares"
-    g = _wide(g)
+    g = wide(g)
     return torch.linalg.vector_norm(g)
 
 # %% ../nbs/00_stats.ipynb #5c203c8e
 def mean(g:Tensor)->Tensor:
     "Signed mean (of a complex tensor: the real part of the mean)"
-    return _wide(g).mean().real
+    return wide(g).mean().real
 
 # %% ../nbs/00_stats.ipynb #056639ba
 def std(g:Tensor)->Tensor:
     "Population standard deviation (ddof=0), so that one element has 0, not NaN"
-    g = _wide(g)
+    g = wide(g)
     return (g-g.mean()).abs().square().mean().sqrt()
 
 # %% ../nbs/00_stats.ipynb #3c019a45
 def zeros(g:Tensor)->Tensor:
     "How many elements are exactly 0"
-    return (_wide(g)==0).sum()
+    return (wide(g)==0).sum()
 
 def nonfinite(g:Tensor)->Tensor:
     "How many elements are NaN or infinite"
-    return (~_wide(g).isfinite()).sum()
+    return (~wide(g).isfinite()).sum()
 
 def above(g:Tensor, threshold:float=1.)->Tensor:
     "How many elements have an absolute value greater than `threshold`; inf counts, NaN does not"
-    return (_wide(g).abs()>threshold).sum()
+    return (wide(g).abs()>threshold).sum()
 
 # %% ../nbs/00_stats.ipynb #c151538c
 statistics = dict(max_abs=max_abs, mean_abs=mean_abs, norm=norm, mean=mean, std=std, zeros=zeros, nonfinite=nonfinite, above=above)
@@ -105,7 +114,7 @@ def decade(x # a number or tensor
           )->Tensor: # same shape: floor(log10(|x|)); -inf for 0; inf and NaN pass through
     "The power of ten just below `|x|`, exact at every power of ten (`log10().floor()` is not) "
     x = torch.as_tensor(x, dtype=torch.float64 if isinstance(x, (int,float)) else None).detach().abs()
-    if not x.is_floating_point(): x = x.double()
+    if not x.is_floating_point(): x = wide(x)
     k0,p = _powers(x.dtype)
     d = torch.bucketize(x, p.to(x.device), right=True).to(x.dtype) + (k0-1)
     return torch.where(x.isfinite(), d, x).masked_fill(x==0, -torch.inf)
