@@ -66,6 +66,7 @@ class _Step:
         self.grads = []          # which gradients those were: (parameter, id, version)
         self.zeroed = False      # the optimizer cleared its gradients since
         self.skipped = False     # somebody cancelled it
+        self.stepping = False    # the optimizer is at it
         self.taken = False       # the optimizer stepped
 
 class _Batch:
@@ -133,7 +134,7 @@ class _Helper(Callback):
 class _GradCallback(Callback):
     "Counts iterations and steps and says when to read. Whatever goes wrong here is left out with a sentence, and training goes on"
     order,run_valid = MixedPrecision.order+.5,False   # after accumulation (6) and unscaling (10), before clipping (11)
-    _learn,_weights,folder,show = None,False,None,False   # does it need the weights beside the gradients?
+    _learn,_weights,folder,_shown = None,False,None,False   # does it need the weights beside the gradients?
 
 
     @property
@@ -160,6 +161,7 @@ class _GradCallback(Callback):
         return self
 
     def __call__(self, event):
+        if self.learn is None: return   # taken off in this event
         if self._state.batch is not None and not (self.run and self.run_train): self._guarded(event, self._close)   # switched off in mid-epoch
         if event=='before_fit': return super().__call__(event)   # a wrong argument is the user's to know
         if self.run and (event not in _inner or self.run_train and self.learn.training): self._guarded(event, _own(self, event))
@@ -240,6 +242,7 @@ def before_fit(self:_GradCallback):
         return
     st.inner = 0
     st.new_fit = True
+    st.said = set()
     if sender=='fit': self._check_fit()
 
 @patch
@@ -260,7 +263,8 @@ def _check_lasting(self:_GradCallback):
     changed = [k for k,v in self._lasting().items() if v!=self._built_with[k]]
     if not changed: return
     if len(self.record.df) or len(self.record.steps):
-        raise ValueError(f"{changed[0]}: cannot be changed after rows were recorded; `reset()` the callback first, or use a new one")
+        for k in changed: self._say(f"{type(self).__name__}: {k} stays {self._built_with[k]!r}, with which rows were recorded. `reset()` the callback to change it, or use a new one", k)
+        return
     self.reset()
     self._state.new_fit = True
 
@@ -412,7 +416,7 @@ def before_train(self:_GradCallback):
     st.watched = list(self.learn.model.parameters())
     st.keys = {}
     st.look = True
-    st.quiet = _rank()!=0 and not self.show   # a column that is watched is the same in all processes
+    st.quiet = _rank()!=0 and not self._shown   # a column that is watched is the same in all processes
     st.old_weights = st.start_norms = st.around = None
     st.first_step = len(self._record._steps)
     if not st.quiet: self._open()
@@ -426,7 +430,6 @@ def _count_fit(self:_GradCallback):
     st.owner = weakref.ref(self.learn)
     st.new_fit = False
     st.fit += 1
-    st.said = set()
     st.facts_due = True
     st.phase = int('lr_finder' in self.learn.__dict__)
     if st.phase: st.count[1] = [0,0]   # lr_find counts for itself
@@ -656,13 +659,21 @@ def after_step(self:_GradCallback):
 def _optimizer_steps(self:_GradCallback):
     "The optimizer is about to step"
     batch = self._state.batch
-    if batch is None: return
+    if batch is None or batch.step.stepping: return   # a class's `step` that calls its parent's
     if batch.step.taken: self._attempted()   # of a loop that steps twice in a batch and sends no `after_step`
+    batch.step.stepping = True
     if batch.step.read is None: self._read_late()
+    self._measure()
+
+@patch
+def _measure(self:_GradCallback): pass
 
 @patch
 def _optimizer_stepped(self:_GradCallback):
-    if (batch := self._state.batch) is not None: batch.step.taken = True
+    batch = self._state.batch
+    if batch is None: return
+    batch.step.stepping = False
+    batch.step.taken = True
 
 @patch
 def _optimizer_cleared(self:_GradCallback):
@@ -1164,7 +1175,7 @@ class GradNormCallback(_GradCallback):
                 ):
         self.every = _whole_number('every', every)
         self.update_every = _multiple(update_every, self.every)
-        self.show = self._shown = show
+        self.show = show
         self.folder = _folder(self, folder)
         self.reset()
 
@@ -1189,7 +1200,7 @@ def _params(self:GradNormCallback): return grad_params(self.learn.model)
 def _check_arguments(self:GradNormCallback):
     _whole_number('every', self.every)
     _multiple(self.update_every, self.every)
-    if self.show!=self._shown: raise ValueError("show: set it before the callback is added to a Learner")
+    if self.show!=self._shown: self._say(f"{type(self).__name__}: show stays {self._shown}: set it before the callback is added to a Learner", 'show')
 
 @patch
 def _start(self:GradNormCallback): pass
@@ -1203,11 +1214,10 @@ def _end(self:_GradCallback):
 
 # %% ../nbs/04_callback.ipynb #6054d2d1
 @patch
-def _optimizer_steps(self:GradNormCallback):
-    "Measure what the optimizer gets, where somebody may have changed it since"
-    _GradCallback._optimizer_steps(self)
-    st,batch = self._state,self._state.batch
-    if batch is None or batch.where.step%self.every: return
+def _measure(self:GradNormCallback):
+    "What the optimizer gets, where somebody may have changed it since"
+    st = self._state
+    if st.batch.where.step%self.every: return
     self._compare_weights()
     if not st.acts_after: return
     mark,gs = st.engine.mark(),self._optimized()
@@ -1295,7 +1305,7 @@ class _Weights:
         self.values = [p.detach().clone() for p in params]
 
 @patch
-def _measured(self:GradNormCallback, batch): return bool(self.update_every) and batch.where.step%self.update_every==0
+def _measured(self:GradNormCallback, batch): return bool(self._built_with['update_every'] and self.update_every) and batch.where.step%self.update_every==0
 
 def _norms(params): return torch.stack([n.to(params[0].device) for n in torch._foreach_norm([p.detach() for p in params])])
 
@@ -1357,7 +1367,8 @@ class _Shown(_Helper):
 @patch
 def _show(self:GradNormCallback, old, new):
     "Come and go with the callback"
-    if not self.show: return
+    if new is not None: self.__dict__['_shown'] = self.show
+    if not self._shown: return
     if old is not None: old.remove_cbs([c for c in old.cbs if isinstance(c, _Shown)])
     if new is not None: new.add_cb(_Shown())
 
@@ -1367,7 +1378,7 @@ def after_epoch(self:GradNormCallback):
     st = self._state
     if st.inner: return
     first_step,st.first_step = st.first_step,None
-    if not self.show or first_step is None or (r := self.learn.__dict__.get('recorder')) is None: return
+    if not self._shown or first_step is None or (r := self.learn.__dict__.get('recorder')) is None: return
     self._flush()
     steps = self._record._steps.since(first_step)
     v = steps['norm'][~steps['skipped']] if steps else np.empty(0)

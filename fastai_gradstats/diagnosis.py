@@ -96,6 +96,8 @@ def non_finite(r):
         first = r.steps[s].iloc[0]
         where,why = _broken(r, first)
         yield 'error', where, its, f"gradient not finite {_from(first['iteration'], _gap(r.steps[r.steps['fit']==first['fit']], first['iteration']))}, in {s.sum()} of {len(s)} steps{why}"
+    elif (n := r.rec.first_nonfinite(r.phase)) and n.where=='forward' and n.iteration not in {*r.steps['iteration'],*r.tensors['iteration']}:
+        yield 'warning', n.before, str(n.iteration), f'{n}; somebody skipped that batch'
 
 def _broken(r, step):
     "The parameter of a step that was not finite before its gradient was, or else whose gradient was, nearest the loss"
@@ -104,7 +106,7 @@ def _broken(r, step):
     if len(w): return str(w.iloc[0]),'; its weights were not finite before this step'
     return (str(g.iloc[-1]),f'; in {len(g)} of {len(d)} parameters') if 0<len(g)<len(d) else ('(all)','')
 
-@rule('steps', 'a gradient scaler skips a step whose gradient overflowed; some are how it finds its scale', 'nothing, if they are few', 'docs.pytorch.org/docs/stable/amp.html')
+@rule('steps', 'a gradient scaler skips a step whose gradient overflowed, and some are how it finds its scale; or a callback dropped it', 'nothing, if they are few', 'docs.pytorch.org/docs/stable/amp.html')
 def skipped(r,
             skip=.2 # share of steps above which skipping is a warning
            ):

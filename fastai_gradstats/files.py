@@ -303,11 +303,11 @@ def _read_csv(fn, table, mark):
     meta = mark.get('parts', {}).get(table) or describe(table, empty(table))|dict(format=mark.get('format'))
     _check_format(fn, meta)
     b = fn.read_bytes()
-    if meta.get('csv_crc32', crc := crc32(b))!=crc: raise BadPart(f"{fn}: other bytes than were written: damaged, or edited. `GradRecord(pd.read_csv(...))` takes an edited file as it is")
     try: head = list(pd.read_csv(BytesIO(b), nrows=0))
     except ValueError as e: raise BadPart(f"{fn}: damaged, or no CSV file ({e})") from e
     kinds = {c:dtype(table, c) or ('category' if c in meta['names'] else meta.get('types', {}).get(c, 'float64')) for c in head}
     _check(fn, table, kinds)
+    if meta.get('csv_crc32', crc := crc32(b))!=crc: raise BadPart(f"{fn}: other bytes than were written: damaged, or edited. `GradRecord(pd.read_csv(...))` takes an edited file as it is")
     try: df = pd.read_csv(BytesIO(b), dtype={c:str if t=='category' else t for c,t in kinds.items()}, keep_default_na=False,
                           na_values={c:[''] for c,t in kinds.items() if t.startswith('float')}, **_exact)
     except ValueError as e: raise BadPart(f"{fn}: columns of other types than expected ({e}); expected {kinds}") from e

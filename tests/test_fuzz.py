@@ -1374,7 +1374,7 @@ stats_options = dict(
     modules=[None,None,'head'])
 norm_options = dict(
     every=[1,1,2,3],
-    update_every=[None,1,2],
+    update_every=[None,6],   # a multiple of each `every`
     show=[False,False,True])
 changed = dict(   # what an argument is set to in mid-fit or between fits
     kind='both',
@@ -1383,7 +1383,7 @@ changed = dict(   # what an argument is set to in mid-fit or between fits
     keep=2,
     threshold=.5,
     extra=dict(n=numel),
-    update_every=1,
+    update_every=6,
     show=True,
     include=None)
 

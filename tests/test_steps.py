@@ -616,9 +616,9 @@ def test_lazy_layers(kind):
 
 # --- arguments
 
-@pytest.mark.parametrize('name,value', (('hist',True), ('threshold',.01), ('extra',{'k':lambda g: g.sum()})))
+@pytest.mark.parametrize('name,value', (('hist',True), ('threshold',.01), ('extra',{'k':lambda g: g.sum()}), ('keep',2)))
 def test_lasting_arguments(name, value):
-    "They may change while the record is empty; later an error names them"
+    "They may change while the record is empty; later they stay, with a word"
     learn = learner([GradStatsCallback()])
     setattr(learn.grad_stats, name, value)
     fit(learn)
@@ -626,9 +626,18 @@ def test_lasting_arguments(name, value):
     fit(want)
     assert learn.grad_stats.df.equals(want.grad_stats.df)
     setattr(learn.grad_stats, name, GradStatsCallback().__dict__[name])
-    with pytest.raises(ValueError, match=f'{name}:'): fit(learn)
-    setattr(learn.grad_stats, name, value)
+    with said() as messages: fit(learn)
+    assert len(messages)==1 and f'{name} stays' in messages[0]
+    fit(want)
+    assert list(learn.grad_stats.df)==list(want.grad_stats.df) and len(learn.grad_stats.df)==len(want.grad_stats.df)
+
+@pytest.mark.parametrize('name,value', (('show',True), ('update_every',1)))
+def test_lasting_arguments_of_norms(name, value):
+    learn = learner([GradNormCallback()], valid=True)
     fit(learn)
+    setattr(learn.grad_norm, name, value)
+    with said() as messages: fit(learn)
+    assert len(messages)==1 and f'{name} stays' in messages[0] and len(learn.grad_norm.df)==8
 
 @pytest.mark.parametrize('name,value', (('every',2), ('include','0'), ('kind','param')))
 def test_arguments_that_may_change(name, value):
