@@ -1314,7 +1314,8 @@ def _note_weights(self:GradNormCallback):
     "The weights' norms as the first batch of a step begins"
     st = self._state
     if not self._measured(st.batch) or st.start_norms is not None: return
-    ps = [p for p in st.params.values() if p.requires_grad and not is_lazy(p) and type(p) is nn.Parameter and p.is_floating_point()]
+    def plain(p): return p.requires_grad and not is_lazy(p) and type(p) is nn.Parameter and p.is_floating_point() and p.layout==torch.strided and not p.is_meta
+    ps = list(filter(plain, st.params.values()))
     if ps: st.start_norms = ps,_norms(ps)
 
 @patch
@@ -1335,8 +1336,12 @@ def _moved(self:GradNormCallback, step):
     st.old_weights = st.start_norms = None
     if old is None or step.skipped: return
     mark = st.engine.mark()
-    torch._foreach_sub_(old.values, [p.detach() for p in old.params])
-    st.engine.put_all([MOVED-k for k in old.keys], old.values)
+    try:
+        torch._foreach_sub_(old.values, [p.detach() for p in old.params])
+        st.engine.put_all([MOVED-k for k in old.keys], old.values)
+    except Exception as e:   # weights that cannot be subtracted: the step's row is there, without this number
+        st.engine.rewind(mark)
+        self._say(f"How far weights moved could not be measured ({type(e).__name__}: {e}): update_norm is NaN", 'moved')
     if st.quiet: st.engine.rewind(mark)
 
 # %% ../nbs/04_callback.ipynb #3af9c1d6

@@ -1745,6 +1745,7 @@ def seeds():
 def one_thread():
     n = torch.get_num_threads()
     torch.set_num_threads(1)
+    if 'torch._dynamo' in sys.modules: sys.modules['torch._dynamo'].reset()   # what another seed compiled is not this one's
     yield
     torch.set_num_threads(n)
 
