@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import wraps
 from time import thread_time
 from fastai.basics import *
-from fastai_gradstats import GradNormCallback, GradStatsCallback
+from fastai_gradstats import GradNormCallback, GradStatsCallback, callback, capture
 from .models import learner
 from .peers import ours, others
 
@@ -26,25 +26,32 @@ class Clock:
 
 hooks = [(nn.Module, 'register_forward_hook'), (nn.Module, 'register_forward_pre_hook'), (nn.Module, 'register_full_backward_hook'), (nn.Module, 'register_backward_hook'),
          (Tensor, 'register_hook'), (Tensor, 'register_post_accumulate_grad_hook')]
-flushes = [(c, '_flush') for c in (GradStatsCallback,GradNormCallback)]   # no event: after the last batch of an epoch
+events = [Callback, callback._GradCallback]   # ours has a `__call__` of its own
+flushes = [*((c, '_flush') for c in (GradStatsCallback,GradNormCallback)), (callback._StepGuard, 'tell')]   # no events: after the last batch of an epoch, in the optimizer's step
 part = {'TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','NoValid'}   # part of the step itself
 
 @contextmanager
 def watch(clock, steps):
     "Time events and hooks, and append to `steps` the seconds of each step with the part of it that is ours"
-    call,one,old = Callback.__call__,Learner.one_batch,[getattr(*o) for o in hooks+flushes]
-    timed = clock.wrap(call)
+    calls,one,old = [c.__call__ for c in events],Learner.one_batch,[getattr(*o) for o in hooks+flushes]
+    hook_of_all = capture.register_module_forward_hook
+    def timed(call):
+        ours = clock.wrap(call)
+        return lambda self, e: (call if type(self).__name__ in part else ours)(self, e)
     def one_batch(self, *args):
         ours,n,t = clock.ours,clock.calls,thread_time()
         one(self, *args)
         steps.append((thread_time()-t, clock.ours-ours, clock.calls-n))
     def register(f): return lambda self, g, *args, **kwargs: f(self, clock.wrap(g), *args, **kwargs)
-    Callback.__call__ = lambda self, e: (call if type(self).__name__ in part else timed)(self, e)
+    for c,call in zip(events, calls): c.__call__ = timed(call)
     Learner.one_batch = one_batch
+    capture.register_module_forward_hook = lambda f: hook_of_all(clock.wrap(f))
     for (c,n),f in zip(hooks+flushes, old): setattr(c, n, (register if (c,n) in hooks else clock.wrap)(f))
     try: yield
     finally:
-        Callback.__call__,Learner.one_batch = call,one
+        for c,call in zip(events, calls): c.__call__ = call
+        Learner.one_batch = one
+        capture.register_module_forward_hook = hook_of_all
         for (c,n),f in zip(hooks+flushes, old): setattr(c, n, f)
 
 configs = ours | {'ActivationStats': others['ActivationStats']}

@@ -14,7 +14,7 @@ import re, signal, sys, threading, weakref
 from collections import namedtuple
 from contextlib import contextmanager
 from copy import deepcopy
-from functools import update_wrapper
+from functools import cache, update_wrapper
 from itertools import islice
 from numbers import Integral, Number, Real
 from types import MethodType, SimpleNamespace
@@ -23,7 +23,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import unserializable_hook
 from fastai.basics import *
 from fastai.callback.fp16 import GradScaler, MixedPrecision, NonNativeMixedPrecision, OptState
-from fastai.callback.training import GradientAccumulation
+from fastai.callback.training import GradientClip
 from fastai.torch_core import rank_distrib
 from .capture import OutputHooks, _child, clean_name, compiled_modules, grad_modules, grad_params, lent_modules, param_grads, pick, silent
 from .engine import Engine, octaves
@@ -103,7 +103,7 @@ class _State(SimpleNamespace):
         self.modules,self.names,self.compiled,self.hooks,self.due = {},[],(),None,False
         self.all_compiled,self.infinite,self.infinite_there = False,set(),None
         self.order,self.witnesses,self.with_weights = [],[],False
-        self.around,self.acts_before,self.acts_after,self.step_guard,self.unwatched = None,[],False,None,None
+        self.around,self.may_cancel,self.acts_before,self.acts_after,self.step_guard,self.unwatched = None,True,[],False,None,None
         self.bs,self.old_weights,self.start_norms,self.first_step = 0,None,None,None
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
@@ -118,17 +118,21 @@ MOVED = -10    # minus a parameter's key: how far the optimizer moved it
 
 # %% ../nbs/04_callback.ipynb #e3b5404e
 _cancels = CancelBatchException,CancelBackwardException,CancelStepException,CancelTrainException,CancelValidException,CancelEpochException,CancelFitException
-_inner = 'before_batch after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step after_cancel_batch after_batch'.split()   # fastai sends these in validation too
+_inner = set('before_batch after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step after_cancel_batch after_batch'.split())   # fastai sends these in validation too
+
+@cache
+def _has_event(cls, event): return hasattr(cls, event)
 
 def _own(cb, event):
-    "The callback's method for an event. What it lacks fastai would look for in the Learner and in its model, which may have one of that name"
-    return getattr(cb, event) if event in cb.__dict__ or hasattr(type(cb), event) else noop
+    "The callback's method for an event, or None. What it lacks fastai would look for in the Learner and in its model, which may have one of that name"
+    return getattr(cb, event) if _has_event(type(cb), event) or event in cb.__dict__ else None
 
 class _Helper(Callback):
     "A callback of ours beside the two: it has its own events only, and comes to nothing where it was removed in the same event"
     run_valid = False
     def __call__(self, event):
-        if self.learn is not None and (event not in _inner or self.learn.training): _own(self, event)()
+        f = _own(self, event)
+        if f and self.learn is not None and (event not in _inner or self.learn.training): f()
     def __reduce_ex__(self, proto): return Callback,()
 
 class _GradCallback(Callback):
@@ -161,10 +165,12 @@ class _GradCallback(Callback):
         return self
 
     def __call__(self, event):
-        if self.learn is None: return   # taken off in this event
-        if self._state.batch is not None and not (self.run and self.run_train): self._guarded(event, self._close)   # switched off in mid-epoch
+        learn,on = self._learn,self.run and self.run_train
+        if learn is None: return   # taken off in this event
+        if not on and self._state.batch is not None: self._guarded(event, self._close)   # switched off in mid-epoch
         if event=='before_fit': return super().__call__(event)   # a wrong argument is the user's to know
-        if self.run and (event not in _inner or self.run_train and self.learn.training): self._guarded(event, _own(self, event))
+        f = _own(self, event)
+        if f and (on and learn.training if event in _inner else self.run): self._guarded(event, f)
         if event=='after_fit': self.run = True   # as fastai does
 
     def _guarded(self, event, f):
@@ -517,7 +523,7 @@ def after_loss(self:_GradCallback):
     batch,loss = self._state.batch,self.learn.__dict__.get('loss_grad')
     if batch is None: return
     batch.events = True
-    if isinstance(loss, Tensor) and loss.grad_fn is not None: loss.register_hook(unserializable_hook(_LossHook(batch)))
+    if self._state.may_cancel and isinstance(loss, Tensor) and loss.grad_fn is not None: loss.register_hook(unserializable_hook(_LossHook(batch)))
 
 @patch
 def before_backward(self:_GradCallback):
@@ -579,7 +585,9 @@ def _count_samples(self:_GradCallback):
 # %% ../nbs/04_callback.ipynb #08ecd53f
 def _has(cb, event): return event in cb.__dict__ or any(event in c.__dict__ for c in type(cb).__mro__)
 def _acts(cb): return _has(cb, 'before_step') or _has(cb, 'after_backward')
-_harmless = MixedPrecision,GradientAccumulation   # they cancel without dropping, or are asked for their scale
+def _harmless(cb):
+    "fastai's own callbacks neither drop a step nor change a gradient, but for the scale and for these two"
+    return type(cb).__module__.startswith('fastai.') and type(cb) not in (GradientClip,NonNativeMixedPrecision)
 
 class _Early(_Helper):
     "Ahead of all others: what gradients are before anybody acts on them"
@@ -593,16 +601,18 @@ class _Early(_Helper):
 def _look_around(self:_GradCallback):
     "Which callbacks act before we read, and may anybody act between then and the optimizer's step?"
     st,learn = self._state,self.learn
-    around = [(id(c),c.order) for c in learn.cbs]
+    around = [id(c) for c in learn.cbs.items]
     if around==st.around: return
-    others = [c for c in learn.cbs if not isinstance(c, (_GradCallback,_Early)) and _acts(c)]
-    st.acts_before = [c for c in others if c.order<=self.order and type(c) not in _harmless]
+    others = [c for c in learn.cbs if not isinstance(c, (_GradCallback,_Helper)) and not _harmless(c)]
+    st.may_cancel = any(_acts(c) or _has(c, 'before_backward') for c in others) or type(learn)._do_one_batch is not Learner._do_one_batch
+    others = [c for c in others if _acts(c)]
+    st.acts_before = [c for c in others if c.order<=self.order]
     late = any(c.order>=self.order and _has(c, 'before_step') for c in others)
     st.acts_after = late or _masters(learn) is not None or getattr(learn._step, '__func__', None) is not Learner._step
     early = [c for c in learn.cbs if isinstance(c, _Early) and c.cb is self]
     if st.acts_before and not early: learn.add_cb(_Early(self))
     if early and not st.acts_before: learn.remove_cbs(early)
-    st.around = [(id(c),c.order) for c in learn.cbs]
+    st.around = [id(c) for c in learn.cbs.items]
 
 @patch
 def _read_early(self:_GradCallback):
@@ -618,6 +628,7 @@ def _read_early(self:_GradCallback):
 @patch
 def _note_grads(self:_GradCallback, step):
     step.zeroed = False
+    if not self._state.may_cancel: return
     with_grad = (p for p in self._state.watched if p.requires_grad and p.grad is not None and not p.grad.is_inference())
     step.grads = [(p, id(p.grad), p.grad._version) for p in islice(with_grad, 8)]   # whoever clears gradients clears all
 
@@ -874,7 +885,6 @@ def _loss_witness(learn):
 def _check_forward(self:GradStatsCallback):
     "Place, in order of execution, of the first output that broke"
     st = self._state
-    if st.hooks: st.hooks.watch()
     outputs = st.witnesses
     if len(outputs)==st.batch.checked: return
     st.batch.checked = len(outputs)
@@ -946,6 +956,7 @@ def before_backward(self:GradStatsCallback):
     st = self._state
     if st.batch is None or not st.due: return
     if not st.batch.backward: self._no_backward()   # a penalty's own `autograd.grad` is no gradient of the loss
+    st.hooks.watch()
     self._check_forward()
 
 # %% ../nbs/04_callback.ipynb #11f7b355

@@ -325,11 +325,14 @@ class _Watching(_Hooked):
         "Does the backward that runs now add to the `.grad` of a parameter?"
         task = torch._C._current_graph_task_id()
         if task not in self.tasks:
-            trained = [p for p in self.params if p.requires_grad and not is_lazy(p)]
-            local = [p for p in trained if not hasattr(p, 'to_local')]   # FSDP computes with tensors that stand for the shards
-            cannot_tell = not trained or len(local)<len(trained)
-            self.tasks[task] = any(_accumulates(p) for p in local) or cannot_tell and torch.autograd._is_checkpoint_valid()   # torch's word for a `backward` without `inputs`
+            trained = (p for p in self.params if p.requires_grad and not is_lazy(p))
+            self.tasks[task] = any(not hasattr(p, 'to_local') and _accumulates(p) for p in trained) or self.cannot_tell() and torch.autograd._is_checkpoint_valid()
         return self.tasks[task]
+
+    def cannot_tell(self):
+        "Nothing is trained, or FSDP computes with tensors that stand for the shards: torch's word for a `backward` without `inputs` counts"
+        trained = [p for p in self.params if p.requires_grad and not is_lazy(p)]
+        return not trained or any(hasattr(p, 'to_local') for p in trained)
 
     def watch(self):
         "To be called right before backward: do modules that were not called so far take part?"
