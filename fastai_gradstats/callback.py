@@ -262,6 +262,7 @@ def _check_fit(self:_GradCallback):
         raise ValueError(f"{self}: FullyShardedDataParallel flattens parameters, whose gradients cannot be told apart; use `torch.distributed.fsdp.fully_shard`, or record outputs only (kind='output')")
     self._check_arguments()
     self._check_lasting()
+    self._open()
 
 @patch
 def _check_lasting(self:_GradCallback):
@@ -425,6 +426,7 @@ def before_train(self:_GradCallback):
     st.quiet = _rank()!=0 and not self._shown   # a column that is watched is the same in all processes
     st.old_weights = st.start_norms = st.around = None
     st.first_step = len(self._record._steps)
+    self._order_rows()
     if not st.quiet: self._open()
     self._note_facts()
     self._start()
@@ -476,12 +478,17 @@ def _folder(cb, v):
 @patch
 def _open(self:_GradCallback):
     st = self._state
-    store = self._record._rows if 'tensors' in self._tables else self._record._params
-    for kind,named in (('output', st.modules), ('param', st.params)):
-        if named: store.network(kind, list(named))   # as it is now
     if self.folder is None or st.stream is not None or _rank(): return
     st.stream = Stream(self._record, self.folder, self._tables, _rank())
     st.stream.attempt(st.stream.facts)   # claims the folder
+
+@patch
+def _order_rows(self:_GradCallback):
+    "Rows are in the order of the network as it is now"
+    st = self._state
+    store = self._record._rows if 'tensors' in self._tables else self._record._params
+    for kind,named in (('output', st.modules), ('param', st.params)):
+        if named: store.network(kind, list(named))
 
 @patch
 def _full(self:_GradCallback, full):
