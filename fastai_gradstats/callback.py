@@ -66,7 +66,9 @@ class _Step:
         self.grads = []          # which gradients those were: (parameter, id, version)
         self.zeroed = False      # the optimizer cleared its gradients since
         self.skipped = False     # somebody cancelled it
-        self.stepping = False    # the optimizer is at it
+        self.all_grads = []      # the same of all that were read
+        self.told = False        # did the optimizer's step tell us of itself?
+        self.stepping = 0        # the optimizer is at it; a class's `step` may call its parent's
         self.taken = False       # the optimizer stepped
 
 class _Batch:
@@ -103,7 +105,8 @@ class _State(SimpleNamespace):
         self.modules,self.names,self.compiled,self.hooks,self.due = {},[],(),None,False
         self.all_compiled,self.infinite,self.infinite_there = False,set(),None
         self.order,self.witnesses,self.with_weights = [],[],False
-        self.around,self.may_cancel,self.acts_before,self.acts_after,self.step_guard,self.unwatched = None,True,[],False,None,None
+        self.around,self.may_cancel,self.acts_before,self.actors,self.acts_after,self.step_guard,self.unwatched = None,True,[],[],False,None,None
+        self.network = None
         self.bs,self.old_weights,self.start_norms,self.first_step = 0,None,None,None
 
     def __reduce__(self): return _State,(),dict(fit=self.fit, count=self.count)   # what goes on counting in a copy
@@ -203,7 +206,8 @@ class _GradCallback(Callback):
         about = about or msg
         if about in self._state.said: return
         self._state.said.add(about)
-        warn(msg)
+        try: warn(msg)
+        except Warning: print(msg, file=sys.stderr)   # warnings are errors here: they would end a training that goes on without us
 
 # %% ../nbs/04_callback.ipynb #882e9080
 @patch
@@ -327,6 +331,7 @@ def after_fit(self:_GradCallback):
     if self._state.inner: self._state.inner -= 1
     else:
         self._stop()   # where the callback came in mid-epoch
+        if (g := _guard_of(self.learn)): g.remove()   # of an epoch that did not train
         self._write(True)
 
 # %% ../nbs/04_callback.ipynb #279e3dd9
@@ -421,6 +426,7 @@ def before_train(self:_GradCallback):
     st.run = run
     st.params = self._params()
     st.watched = list(self.learn.model.parameters())
+    st.network = id(self.learn.model),id(self.learn.opt)
     st.keys = {}
     st.look = True
     st.quiet = _rank()!=0 and not self._shown   # a column that is watched is the same in all processes
@@ -441,6 +447,18 @@ def _count_fit(self:_GradCallback):
     st.facts_due = True
     st.phase = int('lr_finder' in self.learn.__dict__)
     if st.phase: st.count[1] = [0,0]   # lr_find counts for itself
+
+@patch
+def _follow_network(self:_GradCallback):
+    "Training goes on with another model, or other parameters than those the epoch began with"
+    st,model = self._state,self.learn.model
+    network = id(model),id(self.learn.opt)
+    if network==st.network: return
+    same = st.network is not None and network[0]==st.network[0] and [*map(id, model.parameters())]==[*map(id, st.watched)]
+    if st.network is not None and not same:
+        self._stop()
+        self.before_train()
+    st.network = network
 
 @patch
 def _start_late(self:_GradCallback):
@@ -510,6 +528,7 @@ def before_batch(self:_GradCallback):
     if not st.live: self._start_late()
     if not st.live: return
     self._close()
+    self._follow_network()
     self._look_around()
     self._watch_optimizer()
     it,step = st.count[st.phase]
@@ -518,19 +537,22 @@ def before_batch(self:_GradCallback):
     self._begin()
 
 class _LossHook:
-    "Notes that a backward of the loss was complete, whoever called it"
-    def __init__(self, batch): self.batch = batch
+    "Notes that a backward of the loss was complete, whoever called it, and has its gradients read ahead of a `_backward` of the Learner's own"
+    def __init__(self, batch, cb=None): self.batch,self.cb = batch,cb
     def __call__(self, g):
         try: Variable._execution_engine.queue_callback(self.complete)
         except RuntimeError: self.complete()   # an engine that has no end to wait for
-    def complete(self): self.batch.backward = True
+    def complete(self):
+        self.batch.backward = True
+        if self.cb is not None and self.cb._state.batch is self.batch: self.cb._guarded('after_backward', self.cb._read_early)
 
 @patch
 def after_loss(self:_GradCallback):
     batch,loss = self._state.batch,self.learn.__dict__.get('loss_grad')
     if batch is None: return
     batch.events = True
-    if self._state.may_cancel and isinstance(loss, Tensor) and loss.grad_fn is not None: loss.register_hook(unserializable_hook(_LossHook(batch)))
+    if not self._state.may_cancel or not isinstance(loss, Tensor) or loss.grad_fn is None: return
+    loss.register_hook(unserializable_hook(_LossHook(batch, None if _stock(self.learn, '_backward') else self)))
 
 @patch
 def before_backward(self:_GradCallback):
@@ -551,6 +573,7 @@ def after_backward(self:_GradCallback):
 @patch
 def _no_backward(self:_GradCallback):
     "Forget what had arrived of a backward that was cancelled"
+    if self._state.batch.step.taken: self._attempted()   # what was before a step that somebody took meanwhile stays
     self._state.engine.rewind(self._state.done)
     self._state.batch.checked = 0
 
@@ -590,7 +613,8 @@ def _count_samples(self:_GradCallback):
     except Exception as e: self._say(f"The samples of a batch cannot be counted ({type(e).__name__}: {e}): `bs` is without them", 'samples')
 
 # %% ../nbs/04_callback.ipynb #08ecd53f
-def _has(cb, event): return event in cb.__dict__ or any(event in c.__dict__ for c in type(cb).__mro__)
+def _has(cb, event): return event in cb.__dict__ or any(event in c.__dict__ for c in type(cb).__mro__) or type(cb).__call__ is not Callback.__call__
+def _stock(learn, name): return getattr(getattr(learn, name), '__func__', None) is getattr(Learner, name)
 def _acts(cb): return _has(cb, 'before_step') or _has(cb, 'after_backward')
 def _harmless(cb):
     "fastai's own callbacks neither drop a step nor change a gradient, but for the scale and for these two"
@@ -601,7 +625,8 @@ class _Early(_Helper):
     order = -math.inf
     def __init__(self, cb): self.cb = cb
     def after_backward(self):
-        if any(_has(c, 'after_backward') for c in self.cb._state.acts_before): self.cb._guarded('after_backward', self.cb._read_early)
+        st = self.cb._state
+        if len(st.actors)>len(st.acts_before) or any(_has(c, 'after_backward') for c in st.acts_before): self.cb._guarded('after_backward', self.cb._read_early)
     def before_step(self): self.cb._guarded('before_step', self.cb._read_early)
 
 @patch
@@ -611,20 +636,20 @@ def _look_around(self:_GradCallback):
     around = [id(c) for c in learn.cbs.items]
     if around==st.around: return
     others = [c for c in learn.cbs if not isinstance(c, (_GradCallback,_Helper)) and not _harmless(c)]
-    st.may_cancel = any(_acts(c) or _has(c, 'before_backward') for c in others) or type(learn)._do_one_batch is not Learner._do_one_batch
-    others = [c for c in others if _acts(c)]
-    st.acts_before = [c for c in others if c.order<=self.order]
-    late = any(c.order>=self.order and _has(c, 'before_step') for c in others)
-    st.acts_after = late or _masters(learn) is not None or getattr(learn._step, '__func__', None) is not Learner._step
+    own_loop = [n for n in ('_backward','_do_grad_opt','_do_one_batch') if not _stock(learn, n)]
+    st.may_cancel = bool(own_loop) or any(_acts(c) or _has(c, 'before_backward') for c in others)
+    st.acts_before = [c for c in others if _has(c, 'after_backward') or c.order<=self.order and _has(c, 'before_step')]
+    st.actors = [f'{type(c).__name__} (order {c.order:g})' for c in st.acts_before] + [f'{type(learn).__name__}.{n}' for n in own_loop]
+    st.acts_after = any(c.order>=self.order and _has(c, 'before_step') for c in others) or _masters(learn) is not None or not _stock(learn, '_step')
     early = [c for c in learn.cbs if isinstance(c, _Early) and c.cb is self]
-    if st.acts_before and not early: learn.add_cb(_Early(self))
-    if early and not st.acts_before: learn.remove_cbs(early)
+    if st.actors and not early: learn.add_cb(_Early(self))
+    if early and not st.actors: learn.remove_cbs(early)
     st.around = [id(c) for c in learn.cbs.items]
 
 @patch
 def _read_early(self:_GradCallback):
     st,batch = self._state,self._state.batch
-    if batch is None or not st.acts_before or batch.step.early: return
+    if batch is None or not st.actors or batch.step.early: return
     begin = st.engine.mark()
     self._put_params(batch)
     batch.step.early = begin,st.engine.mark()
@@ -657,7 +682,9 @@ def _dropped(self:_GradCallback, step):
 def before_step(self:_GradCallback):
     batch = self._state.batch
     if batch is None: return
+    if batch.step.taken: self._attempted()   # somebody stepped ahead of fastai
     batch.events = True
+    self._watch_optimizer()   # it may have been exchanged since the batch began
     self._read()
 
 @patch
@@ -677,9 +704,10 @@ def after_step(self:_GradCallback):
 def _optimizer_steps(self:_GradCallback):
     "The optimizer is about to step"
     batch = self._state.batch
-    if batch is None or batch.step.stepping: return   # a class's `step` that calls its parent's
+    if batch is None: return
     if batch.step.taken: self._attempted()   # of a loop that steps twice in a batch and sends no `after_step`
-    batch.step.stepping = True
+    batch.step.stepping += 1
+    if batch.step.stepping>1: return
     if batch.step.read is None: self._read_late()
     self._measure()
 
@@ -687,11 +715,16 @@ def _optimizer_steps(self:_GradCallback):
 def _measure(self:_GradCallback): pass
 
 @patch
+def _measure_after(self:_GradCallback): pass
+
+@patch
 def _optimizer_stepped(self:_GradCallback):
     batch = self._state.batch
     if batch is None: return
-    batch.step.stepping = False
+    batch.step.stepping -= 1
+    if batch.step.stepping>0: return
     batch.step.taken = True
+    self._measure_after()
 
 @patch
 def _optimizer_cleared(self:_GradCallback):
@@ -910,7 +943,12 @@ def _check_forward(self:GradStatsCallback):
 def _scaler(learn):
     "The gradient scaler in use, or None"
     s = learn.__dict__.get('scaler')   # not `learn.scaler`, which may be the model's
-    return s if isinstance(s, GradScaler) and s.is_enabled() else None
+    if not isinstance(s, GradScaler) or not s.is_enabled(): return None
+    if any(isinstance(c, MixedPrecision) for c in learn.cbs): _of_fastai.add(s)
+    elif s in _of_fastai: return None   # left behind by an interrupted fit, and nobody scales with it any more
+    return s
+
+_of_fastai = weakref.WeakSet()   # scalers of MixedPrecision
 
 def _masters(learn):
     "fastai's `to_non_native_fp16`: float32 copies are optimized, the model's own gradients keep the scale"
@@ -935,7 +973,9 @@ def _scale(learn):
 def _unscaled(learn):
     "Has the gradient scaler taken its scale off the gradients of this step?"
     if getattr(learn.opt, 'grad_scale', None) is not None: return False   # a fused optimizer does it by itself
-    return any(s['stage'] in (OptState.UNSCALED,OptState.STEPPED) for s in getattr(_scaler(learn), '_per_optimizer_states', {}).values())
+    states = getattr(_scaler(learn), '_per_optimizer_states', {})
+    poses = learn.opt,*getattr(learn.opt, '__dict__', {}).values(),*learn.cbs   # an optimizer inside; MixedPrecision
+    return any(states[k]['stage'] in (OptState.UNSCALED,OptState.STEPPED) for k in map(id, poses) if k in states)
 
 def _divided(g, scale): return (g.float() if g.dtype in (torch.float16,torch.bfloat16) else g)/scale
 
@@ -963,6 +1003,7 @@ def before_backward(self:GradStatsCallback):
     st = self._state
     if st.batch is None or not st.due: return
     if not st.batch.backward: self._no_backward()   # a penalty's own `autograd.grad` is no gradient of the loss
+    st.engine.scale = _scale(self.learn)   # a step in this batch may have changed it
     st.hooks.watch()
     self._check_forward()
 
@@ -1123,8 +1164,8 @@ def _say_changed(self:_GradCallback, early, norm):
     "`early` and `norm` of each step: before anybody acted, and as it was read"
     with np.errstate(all='ignore'): changed = np.isfinite(early) & np.isfinite(norm) & (abs(early-norm)>1e-5*np.maximum(early, norm))
     if not changed.any(): return
-    who = ' or '.join(f'{type(c).__name__} (order {c.order:g})' for c in self._state.acts_before) or 'A callback'
-    self._say(f"{who} changed the gradients before they were read: parameter rows and norms are of what it left. With an order above {GradNormCallback.order:g} it acts after the reading, and they are those from before", 'changed before')
+    who = ' or '.join(self._state.actors) or 'A callback'
+    self._say(f"{who} changed the gradients before they were read: parameter rows and norms are of what it left. What acts in `before_step` with an order above {GradNormCallback.order:g} comes after the reading, and they are those from before", 'changed before')
 
 # %% ../nbs/04_callback.ipynb #54671b34
 @patch
@@ -1237,11 +1278,19 @@ def _measure(self:GradNormCallback):
     st = self._state
     if st.batch.where.step%self.every: return
     self._compare_weights()
-    if not st.acts_after: return
+    step = st.batch.step
+    step.told = True
+    if not st.acts_after and not self._changed_since(step): return
     mark,gs = st.engine.mark(),self._optimized()
-    st.engine.put_all([CLIPPED]*len(gs), gs)
+    if gs: st.engine.put_all([CLIPPED]*len(gs), gs)
+    else: st.engine.value(CLIPPED, torch.zeros(()))   # the optimizer gets nothing
     if st.quiet: st.engine.rewind(mark)
     if st.old_weights: torch._foreach_copy_(st.old_weights.values, [p.detach() for p in st.old_weights.params])
+
+@patch
+def _changed_since(self:GradNormCallback, step):
+    "Was a gradient changed or exchanged since it was read? (What goes past autograd's sight, through `.data`, is not seen)"
+    return any((g := p.grad) is None or id(g)!=i or g._version!=version for p,i,version in step.all_grads)
 
 @patch
 def _optimized(self:GradNormCallback):
@@ -1257,9 +1306,12 @@ def _shared(learn, by_rows):
     return next(filter(has, learn.cbs), None)
 
 @patch
-def _begin(self:GradNormCallback):
-    "A batch begins"
-    self._note_weights()
+def _begin(self:GradNormCallback): pass
+
+@patch
+def before_backward(self:GradNormCallback):
+    _GradCallback.before_backward(self)
+    if self._state.batch is not None: self._note_weights()
 
 # %% ../nbs/04_callback.ipynb #4abf0180
 @patch
@@ -1271,6 +1323,7 @@ def _put_params(self:GradNormCallback, batch, share=False):
     if not gs: return
     if not st.keys: st.keys = self._group_keys()
     keys = [st.keys[i] for i,_,_ in gs]
+    batch.step.all_grads = [(p, id(p.grad), p.grad._version) for _,p,_ in gs if not p.grad.is_inference()]
     self._keep_weights(batch, keys, [p for _,p,_ in gs])
     peer = _shared(self.learn, st.engine.by_rows) if share else None
     if peer: st.engine.take(peer._state.engine, peer._state.batch.step.read, {k:st.keys[i] for i,k in enumerate(peer._state.keys)})
@@ -1329,9 +1382,10 @@ def _norms(params): return torch.stack([n.to(params[0].device) for n in torch._f
 
 @patch
 def _note_weights(self:GradNormCallback):
-    "The weights' norms as the first batch of a step begins"
+    "The weights' norms as a backward begins; a forward may move weights (`Embedding(max_norm=)`)"
     st = self._state
-    if not self._measured(st.batch) or st.start_norms is not None: return
+    st.start_norms = None
+    if not self._measured(st.batch): return
     def plain(p): return p.requires_grad and not is_lazy(p) and type(p) is nn.Parameter and p.is_floating_point() and p.layout==torch.strided and not p.is_meta
     ps = list(filter(plain, st.params.values()))
     if ps: st.start_norms = ps,_norms(ps)
@@ -1346,6 +1400,12 @@ def _compare_weights(self:GradNormCallback):
 @patch
 def _keep_weights(self:GradNormCallback, batch, keys, params):
     if self._measured(batch): self._state.old_weights = _Weights(params, keys)
+
+@patch
+def _measure_after(self:GradNormCallback):
+    "The optimizer is done. Copies in float32 reach the model's weights later"
+    st = self._state
+    if st.old_weights is not None and _masters(self.learn) is None: self._moved(st.batch.step)
 
 @patch
 def _moved(self:GradNormCallback, step):
@@ -1416,6 +1476,9 @@ def _stepped(self:GradNormCallback, where, step):
     st = self._state
     if where.step%self.every: return
     self._moved(step)
+    if st.acts_after and not step.told and not step.skipped:
+        st.engine.value(CLIPPED, torch.tensor(math.nan))
+        self._say("What the optimizer got could not be measured, since another one stepped or its step cannot be watched: clipped_norm is NaN", 'untold')
     if st.quiet: return
     st.engine.value(LOSS, _loss(self.learn))
     full = st.engine.close()
@@ -1448,8 +1511,10 @@ def _to_record(self:GradNormCallback):
     def norm_of(rows): return _norms_of(rows, at, s, len(n))
     par = keys>=0
     norm,weight_norm = norm_of(par),np.sqrt(total(par, W_SQ))
+    weight_norm[np.bincount(at[par], minlength=len(n))==0] = np.nan
     has_clipped = np.bincount(at[keys==CLIPPED], minlength=len(n))>0
     clipped_norm = np.where(has_clipped, norm_of(keys==CLIPPED), norm)
+    clipped_norm[at[(keys==CLIPPED) & np.isnan(s[:,MAX])]] = np.nan   # nobody knows
     with np.errstate(all='ignore'): clip_coef = np.where(has_clipped & (norm>0), clipped_norm/norm, 1)
     drifted = np.zeros(len(n), bool)
     drifted[at[keys==DRIFT]] = s[keys==DRIFT,MAX]>DRIFTED

@@ -419,7 +419,7 @@ class _Listening(_Iteration):
         if i in self.broken: return
         try:
             found = tensors(out)
-            if not isinstance(out, Tensor) and i not in self.sealed and (kind := sealed(out)): self.sealed[i] = kind
+            if not isinstance(out, (Tensor,torch.fx.Proxy)) and i not in self.sealed and (kind := sealed(out)): self.sealed[i] = kind
             call = self.calls[i]
             for place,t in found: self.ask(i, call, place, t)
         except Exception as e: self.fail(i, e)
@@ -437,7 +437,7 @@ class _Listening(_Iteration):
             t,to_output,intact = _of_view(t, _fresh(self.modules[i]))
             if intact: self.views.append((i, intact))
         handle = t.register_hook(_TensorHook(self, i, call, place, to_output if self.shaped else None, intact))
-        if t.is_leaf: self.leaves.append(handle)
+        self.leaves.append(handle)   # taken off when the next iteration begins: a tensor may be kept over several
 
 # %% ../nbs/02_capture.ipynb #79fcb2bc
 class _Receiving(_Listening):

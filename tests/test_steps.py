@@ -683,3 +683,187 @@ def test_an_error_of_ours_costs_a_sentence():
     assert all(torch.equal(a, b) for a,b in zip(learn.model.state_dict().values(), bare.model.state_dict().values()))
     assert any('no such number' in m for m in messages)
     assert learn.grad_norm.df['step'].tolist()==[0,1,2,3] and learn.grad_stats.df['iteration'].nunique()>=3
+
+# --- found by an attack: who acts where nobody looked
+
+class ClipsLate(Callback):
+    "Of the order that GradientClip has, but in `after_backward`: that is before anybody reads"
+    order = 11
+    def after_backward(self): clip(self.model)
+class ClipsInBackward(Learner):
+    def _backward(self):
+        super()._backward()
+        clip(self.model)
+class ClipsInBetween(Learner):
+    def _do_grad_opt(self):
+        self._with_events(self._backward, 'backward', CancelBackwardException)
+        clip(self.model)
+        self._with_events(self._step, 'step', CancelStepException)
+        self.opt.zero_grad()
+class Composite(Callback):
+    "Acts in a `__call__` of its own"
+    def __call__(self, event):
+        if event=='before_step': clip(self.model)
+
+@pytest.mark.parametrize('cbs,cls,name', (([ClipsLate],Learner,'ClipsLate'), ([],ClipsInBackward,'ClipsInBackward'), ([],ClipsInBetween,'ClipsInBetween'), ([Composite],Learner,'Composite')), ids=lambda o: str(o)[:20])
+def test_everybody_who_acts_before_is_named(cbs, cls, name):
+    learn = learner([*both(), *(c() for c in cbs)], cls=cls)
+    with said() as messages:
+        fit(learn)
+        learn.grad_norm.record
+    assert len(messages)==1 and name in messages[0]
+
+class ForOneBatch(Callback):
+    "A clip that comes with the batch and goes with it"
+    def before_backward(self): self.learn.add_cb(GradientClip(.1))
+    def after_batch(self): self.learn.remove_cbs(self.learn.cbs.filter(lambda c: isinstance(c, GradientClip)))
+class Swaps(Callback):
+    "Two optimizers, chosen after the batch began"
+    order = 20
+    def before_fit(self): self.two = [SGD(trainable_params(self.model), lr=0.) for _ in range(2)]
+    def before_batch(self): self.learn.opt = self.two[self.iter%2]
+class Wraps(Callback):
+    "Wraps `opt.step` in mid-fit"
+    def before_backward(self):
+        if self.iter: return
+        step = self.learn.opt.step
+        def f(*args, **kwargs):
+            clip(self.learn.model)
+            return step(*args, **kwargs)
+        self.learn.opt.step = f
+class CompositeLate(Composite): order = 50
+
+@pytest.mark.parametrize('cbs', ([ForOneBatch],[Swaps,partial(GradientClip, .1)],[Wraps],[CompositeLate]), ids=('for one batch','two optimizers','wrapped','composite'))
+def test_measured_whoever_clips(cbs):
+    learn = learner([*both(), *(c() for c in cbs)], lr=0.)
+    want = learner(both(), lr=0.)
+    fit(learn), fit(want)
+    np.testing.assert_allclose(learn.grad_norm.df['norm'], want.grad_norm.df['norm'], rtol=1e-6)
+    np.testing.assert_allclose(learn.grad_norm.df['clipped_norm'], .1, rtol=1e-4)
+
+@pytest.mark.parametrize('opt_func', (SGD, partial(OptimWrapper, opt=torch.optim.SGD)), ids=('zeros','none'))
+def test_gradients_that_are_cleared_after_the_reading(opt_func):
+    "Nothing reaches the optimizer"
+    class Clears(Callback):
+        order = 50
+        def before_step(self): self.learn.opt.zero_grad()
+    learn = learner([*both(update_every=1), Clears()], opt_func=opt_func)
+    fit(learn)
+    assert (learn.grad_norm.df['norm']>.1).all() and (learn.grad_norm.df[['clipped_norm','update_norm']]==0).all(axis=None)
+
+class AuxiliaryStep(Callback):
+    "A step of its own ahead of fastai's"
+    def __init__(self, event): setattr(self, event, self.step)
+    def step(self):
+        if not self.learn.training: return
+        self.learn.model(self.learn.xb[0]).square().mean().backward()
+        self.learn.opt.step()
+        self.learn.opt.zero_grad()
+        if self.learn.__dict__.get('loss') is not None: self.learn.pred = self.learn.model(*self.learn.xb)
+
+@pytest.mark.parametrize('event', ('before_batch','after_batch'))
+@pytest.mark.parametrize('opt_func', (SGD, partial(OptimWrapper, opt=torch.optim.SGD)), ids=('fastai','torch'))
+def test_a_step_ahead_of_fastais(event, opt_func):
+    cb = AuxiliaryStep(event)
+    cb.order = 50 if event=='before_batch' else 0
+    learn = learner([*both(update_every=1), cb], opt_func=opt_func)
+    truth = Truth(learn)
+    fit(learn)
+    np.testing.assert_allclose(learn.grad_norm.df['norm'], truth.norms, rtol=1e-5)
+    np.testing.assert_allclose(learn.grad_norm.df['update_norm'].dropna(), [m for m,n in zip(truth.moved, learn.grad_norm.df['update_norm'].notna()) if n], rtol=1e-4)
+    check_rows(learn, truth)
+
+def test_scaler_left_behind_by_an_interrupt():
+    "Ctrl-C in fp16, then `to_fp32`: nobody scales any more, though the scaler is there"
+    class CtrlC(Callback):
+        def after_batch(self):
+            if self.iter==2: raise KeyboardInterrupt
+    amp,ctrl_c = CPUAmp(torch.bfloat16),CtrlC()
+    amp.before_fit = lambda: None
+    learn = learner([*both(), amp, ctrl_c])
+    amp.autocast = torch.autocast('cpu', torch.bfloat16)
+    learn.scaler,amp.scales = torch.amp.GradScaler('cpu', init_scale=2.**16),L()
+    with pytest.raises(KeyboardInterrupt): fit(learn)
+    learn.remove_cbs([amp, ctrl_c])
+    assert learn.scaler.is_enabled()
+    truth = Truth(learn)
+    fit(learn)
+    np.testing.assert_allclose(learn.grad_norm.select(fit=1).steps['norm'], truth.norms, rtol=1e-5)
+
+class Grows(Callback):
+    def change(self): self.learn.model.append(nn.Linear(3,3))
+class Replaces(Callback):
+    def change(self): self.learn.model[0].weight = nn.Parameter(self.learn.model[0].weight.detach()*2)
+class Another(Callback):
+    def change(self): self.learn.model = nn.Sequential(nn.Linear(6,3))
+for c in (Grows,Replaces,Another):
+    def after_batch(self):
+        if not self.learn.training or self.learn.iter!=1: return
+        self.change()
+        self.learn.create_opt()
+    c.after_batch = after_batch
+
+@pytest.mark.parametrize('cb', (Grows,Replaces,Another))
+def test_network_that_changes_in_mid_epoch(cb):
+    class Total(Callback):
+        order,norms = 999,()
+        def before_step(self): self.norms = [*self.norms, total(p.grad for p in self.learn.model.parameters())]
+    learn = learner([*both(), cb(), norms := Total()])
+    fit(learn)
+    np.testing.assert_allclose(learn.grad_norm.df['norm'], norms.norms, rtol=1e-5)
+    d = learn.grad_stats.df
+    assert (d['fit']==0).all() and d[d['kind']=='output'].groupby('iteration').size().tolist()==[2,2]+[{Grows:3,Replaces:2,Another:1}[cb]]*2
+
+def test_weights_that_move_in_forward():
+    "`Embedding(max_norm=)` renorms its weights in forward: nothing to say of it, and the update is the optimizer's"
+    class Emb(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.e,self.h = nn.Embedding(10,6, max_norm=1.),nn.Linear(6,3)
+        def forward(self, x): return self.h(self.e(x).mean(1))
+    x = torch.randint(10, (32,4), generator=torch.Generator().manual_seed(0))
+    learn = learner(both(update_every=1), model=Emb(), dls=loaders(x, torch.arange(32)%3, 8))
+    truth = Truth(learn)
+    with said() as messages: fit(learn)
+    assert messages==[]
+    np.testing.assert_allclose(learn.grad_norm.df['update_norm'], truth.moved, rtol=1e-4)
+
+def test_weights_that_move_after_the_step():
+    "A clamp in `after_step` (WGAN) is no update of the optimizer's"
+    class Clamp(Callback):
+        def after_step(self):
+            for p in self.learn.model.parameters(): p.data.clamp_(-.05,.05)
+    learn = learner([*both(update_every=1), Clamp()])
+    truth = Truth(learn)
+    fit(learn)
+    np.testing.assert_allclose(learn.grad_norm.df['update_norm'], truth.moved, rtol=1e-4)
+
+def test_output_kept_over_iterations():
+    "A tensor that a module returns again and again has one row an iteration, and no hook of ours in the end"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.m,self.prompt = mlp(),Prompt()
+        def forward(self, x): return self.m(x+self.prompt())
+    class Prompt(nn.Module):
+        def __init__(self): super().__init__(); self.w,self.kept = nn.Parameter(torch.ones(6)),None
+        def forward(self):
+            if self.kept is None: self.kept = self.w*2
+            return self.kept
+    class Keeps(Learner):
+        def _backward(self): self.loss_grad.backward(retain_graph=True)
+    learn = learner(both(), model=Net(), cls=Keeps)
+    fit(learn)
+    d = learn.grad_stats.df
+    assert d[(d['kind']=='output')&(d['name']=='prompt')].groupby('iteration').size().tolist()==[1]*4
+    assert not learn.model.prompt.kept._backward_hooks
+
+def test_warnings_that_are_errors(capsys):
+    "A sentence of ours ends no training"
+    learn = learner([*both(), acts(clip)()])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        fit(learn)
+        assert len(learn.grad_norm.df)==4
+    assert 'changed the gradients' in capsys.readouterr().err
