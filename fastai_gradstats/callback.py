@@ -273,7 +273,7 @@ def _check_lasting(self:_GradCallback):
     "Arguments that the record is built on may change while it is empty"
     changed = [k for k,v in self._lasting().items() if v!=self._built_with[k]]
     if not changed: return
-    if len(self.record.df) or len(self.record.steps):
+    if len(self.record.df) or len(self.record.steps) or self._state.stream is not None:
         for k in changed: self._say(f"{type(self).__name__}: {k} stays {self._built_with[k]!r}, with which rows were recorded. `reset()` the callback to change it, or use a new one", k)
         return
     self.reset()
@@ -1283,9 +1283,9 @@ def _measure(self:GradNormCallback):
     if not st.acts_after and not self._changed_since(step): return
     mark,gs = st.engine.mark(),self._optimized()
     if gs: st.engine.put_all([CLIPPED]*len(gs), gs)
-    else: st.engine.value(CLIPPED, torch.zeros(()))   # the optimizer gets nothing
+    elif step.all_grads: st.engine.value(CLIPPED, torch.zeros(()))   # nothing is left of them for the optimizer
     if st.quiet: st.engine.rewind(mark)
-    if st.old_weights: torch._foreach_copy_(st.old_weights.values, [p.detach() for p in st.old_weights.params])
+    if st.old_weights: st.old_weights.renew()
 
 @patch
 def _changed_since(self:GradNormCallback, step):
@@ -1374,6 +1374,8 @@ class _Weights:
     def __init__(self, params, keys):
         self.params,self.keys = params,keys
         self.values = [p.detach().clone() for p in params]
+    def renew(self):
+        for value,p in zip(self.values, self.params): value.copy_(p.detach())   # `_foreach_copy_` knows no shards
 
 @patch
 def _measured(self:GradNormCallback, batch): return bool(self._built_with['update_every'] and self.update_every) and batch.where.step%self.update_every==0
