@@ -1162,7 +1162,7 @@ def _compare_early(self:GradStatsCallback, at, keys, s):
 @patch
 def _say_changed(self:_GradCallback, early, norm):
     "`early` and `norm` of each step: before anybody acted, and as it was read"
-    with np.errstate(all='ignore'): changed = np.isfinite(early) & np.isfinite(norm) & (abs(early-norm)>1e-5*np.maximum(early, norm))
+    with np.errstate(all='ignore'): changed = np.isfinite(early) & np.isfinite(norm) & (early>0) & (abs(early-norm)>1e-5*np.maximum(early, norm))
     if not changed.any(): return
     who = ' or '.join(self._state.actors) or 'A callback'
     self._say(f"{who} changed the gradients before they were read: parameter rows and norms are of what it left. What acts in `before_step` with an order above {GradNormCallback.order:g} comes after the reading, and they are those from before", 'changed before')

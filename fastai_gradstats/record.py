@@ -748,8 +748,8 @@ def _given_up(self:GradRecord, phase):
     for d in (self.df,self.steps):
         seen |= set(zip(d['fit'].tolist(), d['phase'].tolist(), d['iteration'].tolist()))
         fits |= set(d['fit'].tolist())
-    return sorted((f, it, after, before) for f,ph,it,after,before in self.breaks
-                  if phase in (None,phases[ph]) and (f, phases[ph], it) not in seen and (f in fits or not fits))
+    breaks = [(f, ph if isinstance(ph, str) else phases[ph], *rest) for f,ph,*rest in self.breaks]   # loaded ones have the phase's name
+    return sorted((f, it, after, before) for f,ph,it,after,before in breaks if phase in (None,ph) and (f, ph, it) not in seen and (f in fits or not fits))
 
 @patch
 def first_nonfinite(self:GradRecord,
