@@ -484,6 +484,13 @@ def _stop(self:_GradCallback):
     self._flush()
     self._write(sys.exc_info()[0] is not None)   # what ends early may end for good
 
+@patch
+def _end(self:_GradCallback):
+    "The helper goes with the epoch"
+    self._check_engine()
+    self.learn.remove_cbs([c for c in self.learn.cbs if isinstance(c, _Early) and c.cb is self])
+    self._state.around = None
+
 # %% ../nbs/04_callback.ipynb #d51624bb
 @patch
 def _show(self:_GradCallback, old, new): pass
@@ -520,6 +527,36 @@ def _write(self:_GradCallback, all=False):
     "Iterations whose step is not over wait, unless this may be the end"
     st = self._state
     if st.stream is not None: st.stream.write(None if all else lambda w: (w[4]<st.count[st.phase][1]) | (w[1]!=st.phase) | (w[1]==1) & (w[0]<st.fit))
+
+# %% ../nbs/04_callback.ipynb #0cbd8213
+def _samples(b):
+    "Samples in a part of a batch: a tensor, a dict of tensors, a list of tensors or a list with an entry for each sample; None where it does not say"
+    if isinstance(b, Tensor): return b.shape[0] if b.dim() else None
+    if isinstance(b, dict): return next((n for v in b.values() if (n := _samples(v)) is not None), None)
+    if not isinstance(b, (list,tuple)) or not b: return None
+    sizes = {o.shape[0] if isinstance(o, Tensor) and o.dim() else None for o in b}
+    return sizes.pop() if len(sizes)==1 and None not in sizes else len(b)
+
+def _batch_size(learn):
+    "Samples in the batch"
+    parts = [o for b in (learn.yb,learn.xb) for o in (b if isinstance(b, (list,tuple)) else [b])]
+    tensors = [o for o in parts if isinstance(o, Tensor)]   # a list may be of anything: a tensor is surer
+    return next((n for o in tensors+parts if (n := _samples(o)) is not None), 0)
+
+def _loss(learn):
+    "The loss as a number on its device: of a loss per sample the mean, as fastai's Recorder logs it"
+    loss = learn.__dict__.get('loss')
+    if isinstance(loss, Number): return torch.tensor(float(loss))
+    if not isinstance(loss, Tensor) or not loss.numel(): return torch.tensor(math.nan)
+    loss = loss.detach()
+    return loss.reshape(()) if loss.numel()==1 else loss.float().mean()
+
+def _last_lr(opt):
+    "The learning rate of the last group; NaN where it is none that can be read without waiting for a device"
+    groups = getattr(opt, 'hypers', None) or getattr(opt, 'param_groups', None) or [{}]
+    lr = groups[-1].get('lr')
+    if isinstance(lr, Tensor) and lr.is_cpu and lr.numel()==1: return lr.item()
+    return float(lr) if isinstance(lr, Real) else math.nan
 
 # %% ../nbs/04_callback.ipynb #774672a0
 @patch
@@ -1264,13 +1301,6 @@ def _check_arguments(self:GradNormCallback):
 @patch
 def _start(self:GradNormCallback): pass
 
-@patch
-def _end(self:_GradCallback):
-    "The helper goes with the epoch"
-    self._check_engine()
-    self.learn.remove_cbs([c for c in self.learn.cbs if isinstance(c, _Early) and c.cb is self])
-    self._state.around = None
-
 # %% ../nbs/04_callback.ipynb #6054d2d1
 @patch
 def _measure(self:GradNormCallback):
@@ -1337,36 +1367,6 @@ def _group_keys(self:GradNormCallback):
     lists = getattr(self.learn.opt, 'param_lists', []) if masters is None else masters.model_pgs
     group = {id(p):i for i,g in enumerate(lists) for p in g}
     return [self._record._params.key('param', i, n, group.get(id(p), -1)) for i,(n,p) in enumerate(self._state.params.items())]
-
-# %% ../nbs/04_callback.ipynb #0cbd8213
-def _samples(b):
-    "Samples in a part of a batch: a tensor, a dict of tensors, a list of tensors or a list with an entry for each sample; None where it does not say"
-    if isinstance(b, Tensor): return b.shape[0] if b.dim() else None
-    if isinstance(b, dict): return next((n for v in b.values() if (n := _samples(v)) is not None), None)
-    if not isinstance(b, (list,tuple)) or not b: return None
-    sizes = {o.shape[0] if isinstance(o, Tensor) and o.dim() else None for o in b}
-    return sizes.pop() if len(sizes)==1 and None not in sizes else len(b)
-
-def _batch_size(learn):
-    "Samples in the batch"
-    parts = [o for b in (learn.yb,learn.xb) for o in (b if isinstance(b, (list,tuple)) else [b])]
-    tensors = [o for o in parts if isinstance(o, Tensor)]   # a list may be of anything: a tensor is surer
-    return next((n for o in tensors+parts if (n := _samples(o)) is not None), 0)
-
-def _loss(learn):
-    "The loss as a number on its device: of a loss per sample the mean, as fastai's Recorder logs it"
-    loss = learn.__dict__.get('loss')
-    if isinstance(loss, Number): return torch.tensor(float(loss))
-    if not isinstance(loss, Tensor) or not loss.numel(): return torch.tensor(math.nan)
-    loss = loss.detach()
-    return loss.reshape(()) if loss.numel()==1 else loss.float().mean()
-
-def _last_lr(opt):
-    "The learning rate of the last group; NaN where it is none that can be read without waiting for a device"
-    groups = getattr(opt, 'hypers', None) or getattr(opt, 'param_groups', None) or [{}]
-    lr = groups[-1].get('lr')
-    if isinstance(lr, Tensor) and lr.is_cpu and lr.numel()==1: return lr.item()
-    return float(lr) if isinstance(lr, Real) else math.nan
 
 # %% ../nbs/04_callback.ipynb #d2f926ec
 class _Weights:
