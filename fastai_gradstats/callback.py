@@ -59,29 +59,28 @@ Where = namedtuple('Where', 'fit phase epoch iteration step')   # where in train
 
 class _Step:
     "An attempt at a step, as far as it has come"
-    def __init__(self):
-        self.begin = None        # where its rows begin in the engine
-        self.early = None        # (from, to) of the rows read ahead of whoever may act
-        self.read = None         # where the rows begin that count
-        self.grads = []          # which gradients those were: (parameter, id, version)
-        self.zeroed = False      # the optimizer cleared its gradients since
-        self.skipped = False     # somebody cancelled it
-        self.all_grads = []      # the same of all that were read
-        self.told = False        # did the optimizer's step tell us of itself?
-        self.stepping = 0        # the optimizer is at it; a class's `step` may call its parent's
-        self.taken = False       # the optimizer stepped
+    begin = None        # where its rows begin in the engine
+    early = None        # (from, to) of the rows read ahead of whoever may act
+    read = None         # where the rows begin that count
+    grads = ()          # which gradients those were, of some: (parameter, id, version)
+    all_grads = ()      # the same of all that were read
+    zeroed = False      # the optimizer cleared its gradients since
+    skipped = False     # somebody cancelled it
+    told = False        # did the optimizer's step tell us of itself?
+    stepping = 0        # the optimizer is at it; a class's `step` may call its parent's
+    taken = False       # the optimizer stepped
 
 class _Batch:
     "A training batch, as far as it has come"
+    events = False      # does the loop send events between forward and step?
+    begun = False       # a backward began
+    backward = False    # a backward of the loss was complete
+    cancelled = False   # somebody cancelled it, or its backward
+    counted = False     # its samples are among those of the step
+    checked = 0         # outputs of which it is known whether they are finite
     def __init__(self, where):
         self.where = where
         self.step = _Step()
-        self.events = False      # does the loop send events between forward and step?
-        self.begun = False       # a backward began
-        self.backward = False    # a backward of the loss was complete
-        self.cancelled = False   # somebody cancelled it, or its backward
-        self.counted = False     # its samples are among those of the step
-        self.checked = 0         # outputs of which it is known whether they are finite
 
     def had_backward(self, ended): # did the batch come to its end?
         "Loops that leave out events are given the benefit of the doubt"
@@ -1070,6 +1069,9 @@ def _put_params(self:GradStatsCallback, batch, share=False):
     keys = self._param_keys()
     st.with_weights = share and _weights_wanted(self.learn)
     st.engine.put_all([keys[i] for i,_,_ in gs], [g for _,_,g in gs], [p for _,p,_ in gs] if st.with_weights else None)
+
+@patch
+def _count_samples(self:GradStatsCallback): pass   # GradNormCallback's
 
 @patch
 def _param_keys(self:GradStatsCallback):
