@@ -1209,21 +1209,19 @@ def _say_changed(self:_GradCallback, early, norm):
 # %% ../nbs/04_callback.ipynb #54671b34
 @patch
 @_whole()
-def _flush(self:GradStatsCallback):
+def _flush(self:_GradCallback):
     "What lies in the buffers goes to the record: the one place that waits for the device"
-    with Engine.lock: self._to_record()
-
-def _fetch(engine, n):
-    "The first `n` closed iterations, nearly always all of them"
-    return engine.fetch() if engine.iterations==n else engine.fetch(n)
+    with Engine.lock:
+        noted = list(self._state.its)   # what training has closed, but not noted yet, is for the next time
+        if not noted: return
+        fetched = self._state.engine.fetch(len(noted))
+        del self._state.its[:len(noted)]
+        self._to_record(fetched, noted)
 
 @patch
-def _to_record(self:GradStatsCallback):
+def _to_record(self:GradStatsCallback, fetched, noted):
     st,rows = self._state,self._record._rows
-    noted = list(st.its)   # an iteration that training has closed, but not noted yet, is for the next time
-    if not noted: return
-    n,keys,numel,s,h = _fetch(st.engine, len(noted))
-    del st.its[:len(noted)]
+    n,keys,numel,s,h = fetched
     its,orders = zip(*noted)
     its = np.array(its).T
     at,tensor = np.repeat(np.arange(len(n)), n),keys>=0
@@ -1497,18 +1495,8 @@ def _finish_batch(self:GradNormCallback, batch, backward): pass
 DRIFTED = 3e-6   # relative; weights that were moved and put back differ by rounding only
 
 @patch
-@_whole()
-def _flush(self:GradNormCallback):
-    "What lies in the buffers goes to the record"
-    with Engine.lock: self._to_record()
-
-@patch
-def _to_record(self:GradNormCallback):
-    st = self._state
-    noted = list(st.its)   # a step that training has closed, but not noted yet, is for the next time
-    if not noted: return
-    n,keys,_,s,_ = _fetch(st.engine, len(noted))
-    del st.its[:len(noted)]
+def _to_record(self:GradNormCallback, fetched, noted):
+    n,keys,_,s,_ = fetched
     its = list(zip(*noted))
     at = np.repeat(np.arange(len(n)), n)
     def total(rows, col): return np.bincount(at[rows], s[rows,col], minlength=len(n))
