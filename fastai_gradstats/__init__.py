@@ -8,12 +8,14 @@ Modules:
 - `fastai_gradstats.diagnosis`: Rules over a record, a table of findings
 - `fastai_gradstats.engine`: The same numbers for many tensors at once, without a sync
 - `fastai_gradstats.files`: Records on disk: complete parts, written once
+- `fastai_gradstats.forward`: Which module's output was the first that is not finite
 - `fastai_gradstats.kernel`: Everything about a gradient in one read, on a CPU
 - `fastai_gradstats.plot`: A record in, Axes out
 - `fastai_gradstats.probe`: Gradients away from the training path: along rays through weight space, and sample by sample
 - `fastai_gradstats.record`: What was recorded, as `L`, DataFrame and file
 - `fastai_gradstats.report`: A record in, one HTML page out
-- `fastai_gradstats.stats`: What is measured: one small function per statistic"""
+- `fastai_gradstats.stats`: What is measured: one small function per statistic
+- `fastai_gradstats.watch`: An optimizer that tells when it steps and when it clears its gradients"""
 
 __version__ = "0.1.0"
 
