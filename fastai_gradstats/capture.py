@@ -32,10 +32,12 @@ _inner = dict(DistributedDataParallel='module', DataParallel='module', Optimized
               FullyShardedDataParallel='_fsdp_wrapped_module', CheckpointWrapper='_checkpoint_wrapped_module',
               AveragedModel='module')
 
-def _child(m:nn.Module # any module
-          ): # name of the module it wraps, or None
-    "Which attribute of `m` holds the wrapped module"
+def wrapped_child(m:nn.Module # any module
+                 ): # name of the module it wraps, or None
+    "Which attribute of a wrapper (DDP, FSDP, `torch.compile`, ...) holds the module that it wraps"
     return next((_inner[c.__name__] for c in type(m).__mro__ if c.__name__ in _inner and c.__module__.startswith('torch.')), None)
+
+_child = wrapped_child   # its name until `callback` imports the new one
 
 # %% ../nbs/02_capture.ipynb #f68dfa23
 def clean_name(model:nn.Module, # the module that `name` starts from
@@ -44,7 +46,7 @@ def clean_name(model:nn.Module, # the module that `name` starts from
     "`name` as it would be in the model without the wrappers of torch: DDP, DataParallel, FSDP, `torch.compile`, checkpoints, `AveragedModel`"
     m,res = model,[]
     for o in name.split('.') if name else ():
-        if o!=_child(m): res.append(o)
+        if o!=wrapped_child(m): res.append(o)
         m = getattr(m, o, None)
     return '.'.join(res)
 
@@ -417,6 +419,7 @@ class _Listening(_Iteration):
         "Module `i` returned `out`"
         self.ran.add(i)
         if i in self.broken: return
+        if self.wanted is not None and i not in self.wanted: return
         try:
             found = tensors(out)
             if not isinstance(out, (Tensor,torch.fx.Proxy)) and i not in self.sealed and (kind := sealed(out)): self.sealed[i] = kind
@@ -478,6 +481,7 @@ class OutputHooks(_Receiving):
         self.params = [p for m in self.modules for p in m.parameters()] if params is None else list(params)
         self.idle = {i for i,m in enumerate(self.modules) if id(m) not in lent and id(m) not in compiled}
         self.live = True
+        self.wanted = None   # indices of the modules whose outputs are asked for from now on; None: all
         self.handles,self.leaves = [],[]   # what is to be taken off: of modules, of parameters
         self.start()
         try: self.register(compiled)
@@ -512,7 +516,7 @@ def compiled_modules(model:nn.Module)->set: # ids
     "The modules of `model` that run inside `torch.compile`"
     res = set()
     for m in model.modules():
-        if _child(m)=='_orig_mod': inside = m._orig_mod.modules()
+        if wrapped_child(m)=='_orig_mod': inside = m._orig_mod.modules()
         elif getattr(m, '_compiled_call_impl', None) is not None: inside = m.modules()
         elif _compiled_methods(m): inside = list(m.modules())[1:]
         else: inside = ()
