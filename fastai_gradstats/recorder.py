@@ -608,7 +608,7 @@ class Says(ReadsOutputs):
         who = ' or '.join(self.loop.acts_before) or 'A callback'
         self.say(f"{who} changed the gradients before they were read: parameter rows and norms are of what it left. {self.loop.reads_at}, and they are those from before", 'changed before')
 
-# %% ../nbs/03d_recorder.ipynb #49482e6a
+# %% ../nbs/03d_recorder.ipynb #c888708f
 class Reader(Says):
     "Reads the gradients of one training for all who want them"
     def __init__(self, loop:Loop):
@@ -672,7 +672,6 @@ class Reader(Says):
         "What is recorded from now on is of another fit"
         self.run = run or object()
         self.phase = phase
-        self.said = set()
 
     def start(self):
         "Training begins, or goes on with another network"
@@ -1047,7 +1046,7 @@ def delegate_to_record(cls):
     cls._repr_html_ = lambda self: self.record._repr_html_()
     return cls
 
-# %% ../nbs/03d_recorder.ipynb #1cc59936
+# %% ../nbs/03d_recorder.ipynb #89022b0a
 def check_model(model, kind):
     "Raise where gradients of parameters cannot be told apart"
     flattens = any(wrapped_child(m)=='_fsdp_wrapped_module' for m in model.modules())
@@ -1089,6 +1088,7 @@ class GradRecorder:
     def start(self):
         "Hooks go on. Each start is a `fit` of its own in the record"
         if self.reader.live: return self
+        self.reader.said = set()
         self.reader.fit_begins()
         self.reader.start()
         scaler = self.loop.scaler
