@@ -7,7 +7,7 @@ from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from unittest.mock import patch as mock
-from fastai_gradstats import GradStatsCallback,engine
+from fastai_gradstats import GradStatsCallback,by_kernel
 from fastai_gradstats.engine import Engine
 
 def fit(learn, n=1, **kwargs):
@@ -40,7 +40,7 @@ class ByRows(GradStatsCallback):
 @contextmanager
 def by(path):
     "One of the engine's three ways to read: 'kernel', 'blocks' (without numba) or 'rows' (as on a GPU); gives `Engine`'s argument"
-    with mock.object(engine, '_kernel', (lambda: None) if path=='blocks' else engine._kernel): yield True if path=='rows' else None
+    with mock.object(by_kernel, 'find_kernel', (lambda: None) if path=='blocks' else by_kernel.find_kernel): yield True if path=='rows' else None
 
 paths = pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows'), indirect=True)   # the fixture is in conftest.py
 

@@ -4,8 +4,9 @@ from random import Random
 import numpy as np,pytest,torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastai_gradstats import GradNormCallback,GradStatsCallback,digits_learner,engine
-from fastai_gradstats.engine import DROP,LOWEST,SAMPLE,Engine,octaves
+from fastai_gradstats import GradNormCallback,GradStatsCallback,digits_learner
+from fastai_gradstats.engine import Engine
+from fastai_gradstats.histogram import DROP,LOWEST,SAMPLE,octaves,stride_of
 from fastai_gradstats.stats import SUM_SQ
 from fastai_gradstats.record import GradRecord,Rows,counts,floats
 from oracles import Spy,fit,paths
@@ -13,10 +14,9 @@ from oracles import Spy,fit,paths
 def of(g, hist='all', scale=None, **kw):
     "Elements per octave of one gradient"
     e = Engine(hist=hist, **kw)
-    if scale: e.scale = lambda device: torch.tensor(scale)
-    e.put(0, g)
-    e.close()
-    n,o,c = octaves(e.fetch()[4])
+    e.put(0, g, torch.tensor(scale) if scale else None)
+    e.commit()
+    n,o,c = octaves(e.fetch().octaves)
     assert len(n)==1 and n[0]==len(o)
     return dict(zip(o.tolist(), c.tolist()))
 
@@ -42,20 +42,20 @@ def test_all_elements(n, dtype, by_rows):
 def test_same_sample(dtype, by_rows):
     "At most `SAMPLE` elements, the same ones whatever reads them, also where a tensor is converted in pieces"
     x = torch.randn(300_001, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    e,rng,s = Engine(hist=True, by_rows=by_rows),Random(0),engine._stride(len(x))
+    e,rng,s = Engine(hist=True, by_rows=by_rows),Random(0),stride_of(len(x))
     for i in range(3):
         e.put(0, x)
-        e.close()
+        e.commit()
         part = want(x[int(rng.random()*s)::s])
-        n,o,c = octaves(e.fetch()[4])
+        n,o,c = octaves(e.fetch().octaves)
         assert dict(zip(o.tolist(), (c//s).tolist()))==part and sum(part.values())<=SAMPLE
 
 @paths
 def test_more_rows_than_the_first_buffer(by_rows):
     e,x = Engine(hist='all', by_rows=by_rows),2.**torch.arange(-3, 4)
     for i in range(3000): e.put(i, x)
-    e.close()
-    n,o,c = octaves(e.fetch()[4])
+    e.commit()
+    n,o,c = octaves(e.fetch().octaves)
     assert n.tolist()==[7]*3000 and o.tolist()==[*range(-3, 4)]*3000 and (c==1).all()
 
 def test_edges():
@@ -74,8 +74,8 @@ def test_sample_is_unbiased(shape):
     x.view(-1)[4::9] *= 1000
     e = Engine(hist=True)
     for i in range(200): e.put(0, x)
-    e.close()
-    h = e.fetch()[4]
+    e.commit()
+    h = e.fetch().octaves
     h = h[:,:DROP]
     got,all_ = h.mean(0),np.zeros(DROP)
     for o,c in want(x).items(): all_[o-LOWEST] = c
@@ -178,7 +178,7 @@ def test_no_read_in_a_step(hist, weights):
         for _ in range(2):   # plans are made once
             with Count() as c:
                 e.put_all(list(range(n)), gs, ws)
-                e.close()
+                e.commit()
         assert c.reads==0
         return c.ops
     a,b = ops(5),ops(50)
@@ -191,7 +191,7 @@ def test_one_copy_per_output():
         for _ in range(2):
             with Count() as c:
                 for i in range(n): e.put(i, torch.empty(8,16, device='meta'))
-                e.close()
+                e.commit()
         assert c.reads==0
         return c.ops
     a,b = ops(5),ops(50)
@@ -199,8 +199,8 @@ def test_one_copy_per_output():
 
 def test_plans_go_by_shape():
     "Other tensors under the same keys: the same clipped rows of another model, or after unfreezing"
-    e,gs = Engine(norms_only=True),[torch.ones(5,3), torch.ones(4000), torch.ones(3000), torch.ones(2,2), torch.ones(7, dtype=torch.float64), torch.ones(3)]
-    for i in (0,2): e.put_all([-2]*2, gs[i:i+2])
-    for g in gs[4:]: e.put_all([-2], [g])
-    e.close()
-    assert e.fetch()[3][:,SUM_SQ].tolist()==[15,4000,3000,4,7,3]
+    e,gs = Engine(),[torch.ones(5,3), torch.ones(4000), torch.ones(3000), torch.ones(2,2), torch.ones(7, dtype=torch.float64), torch.ones(3)]
+    for i in (0,2): e.put_all([-2]*2, gs[i:i+2], full=False)
+    for g in gs[4:]: e.put_all([-2], [g], full=False)
+    e.commit()
+    assert e.fetch().sums[:,SUM_SQ].tolist()==[15,4000,3000,4,7,3]

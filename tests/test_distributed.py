@@ -13,7 +13,8 @@ from torch.distributed.tensor import Replicate,Shard,distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastai_gradstats import GradNormCallback,GradStatsCallback
-from fastai_gradstats.engine import Engine,octaves
+from fastai_gradstats.engine import Engine
+from fastai_gradstats.histogram import octaves
 from fastai_gradstats.stats import DOT,W_SQ,finish,measure
 from oracles import Spy,fit,output_grads
 
@@ -174,8 +175,8 @@ def engine(by_rows):
     gs = [g if p is None else distribute_tensor(g, mesh, [p]) for g,p in zip(tensors(), pl)]
     e.put(9, torch.ones(3))
     e.put_all(range(6), gs, gs)
-    e.close()
-    return e.fetch()
+    e.commit()
+    return tuple(e.fetch()[1:])
 
 def worker(rank, folder, names):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost')   # accelerate asks for a rank of its own and an address

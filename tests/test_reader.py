@@ -4,7 +4,8 @@ import numpy as np,pandas as pd,pytest,torch
 from torch import nn
 from fastai.basics import Callback,Learner,SGD
 from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,engine
-from fastai_gradstats.engine import Engine,octaves
+from fastai_gradstats.engine import Engine
+from fastai_gradstats.histogram import octaves
 from fastai_gradstats.record import Rows,as_record,counts,floats
 from fastai_gradstats.stats import finish
 from conftest import ROOT
@@ -108,7 +109,7 @@ held.wait()
 def child():
     engine = Engine(by_rows=True)
     engine.put(0, torch.ones(3))
-    engine.close()
+    engine.commit()
     engine.fetch()
     os._exit(0 if len(record.as_record(stats).df)==rows>0 else 1)
 process = mp.get_context('fork').Process(target=child)
@@ -131,14 +132,14 @@ def test_fetch_of_some():
         e = Engine(by_rows=by_rows, hist='all')
         for i in range(5):
             e.put(i, torch.full((3,), 2.**i))
-            e.close()
+            e.commit(i)
         e.put(9, torch.ones(1))   # its iteration is not over
         for first,last in ((0,2),(2,3),(3,5)):
-            n,keys,_,s,h = e.fetch(last-first)
-            assert n.tolist()==[1]*(last-first) and keys.tolist()==[*range(first, last)]
+            notes,n,keys,_,s,h = e.fetch(last-first)
+            assert notes==[*range(first, last)] and n.tolist()==[1]*(last-first) and keys.tolist()==[*range(first, last)]
             assert s[:,0].tolist()==[2.**i for i in range(first, last)] and octaves(h)[1].tolist()==[*range(first, last)]
-        e.close()
-        assert e.fetch()[1].tolist()==[9]
+        e.commit()
+        assert e.fetch().keys.tolist()==[9]
 
 # --- what a reader changes
 
@@ -304,8 +305,8 @@ def test_counts_beyond_32_bits(by_rows, hist, tmp_path):
     e = Engine(by_rows=by_rows, hist=hist)
     e.put(0, g)
     e.put(1, torch.ones(5))
-    e.close()
-    n,keys,numel,s,h = e.fetch()
+    e.commit()
+    _,n,keys,numel,s,h = e.fetch()
     f,c = finish(s, numel)
     assert c[:,0].tolist()==[g.numel(), g.numel()-128, 0, 128] and c[:,1].tolist()==[5,0,0,0]
     rec = GradRecord(Rows(floats, counts))
@@ -337,12 +338,10 @@ def test_octaves_of_subnormals(by_rows, dtype, scale):
     x = g.double()/(scale or 1)
     if dtype!=torch.float64: x = x.float()
     e = Engine(by_rows=by_rows, hist='all')
-    if scale: e.scale = lambda device: torch.tensor(scale)
-    e.put(0, g)
-    e.scale = None
+    e.put(0, g, torch.tensor(scale) if scale else None)
     e.put_all([1], [x.to(g.dtype) if scale is None else x])
-    e.close()
-    n,o,c = octaves(e.fetch()[4])
+    e.commit()
+    n,o,c = octaves(e.fetch().octaves)
     assert dict(zip(o[:n[0]].tolist(), c[:n[0]].tolist()))==in_octaves(x)
     assert dict(zip(o[n[0]:].tolist(), c[n[0]:].tolist()))==in_octaves(x)
 
@@ -352,8 +351,8 @@ def test_double_just_below_a_power_of_two(by_rows):
     x = torch.tensor([1-1e-12, 2.**-126*(1-1e-12), 2.**-149, 2.**-150, 1e-300, 2.**128, 2.**128*(1-1e-12), torch.inf], dtype=torch.float64)
     e = Engine(by_rows=by_rows, hist='all')
     e.put(0, x)
-    e.close()
-    n,o,c = octaves(e.fetch()[4])
+    e.commit()
+    n,o,c = octaves(e.fetch().octaves)
     assert dict(zip(o.tolist(), c.tolist()))==in_octaves(x)=={-1:1, -127:1, -149:1, 127:1}
 
 # --- in bulk
@@ -390,11 +389,11 @@ def test_memory_of_a_buffer_is_bounded(monkeypatch):
         while True:
             e.put_all([*range(per)], x)
             n += 1
-            if e.close(): break
+            if e.commit(): break
         assert (n-1)*per<=rows<(n+1)*per and len(e.buffers[torch.device('cpu')].acc)<=rows
     e = Engine()
     e.put_all([*range(2**14+5)], [torch.ones(1)]*(2**14+5))
-    assert e.close() and len(e.fetch()[1])==2**14+5
+    assert e.commit() and len(e.fetch().keys)==2**14+5
 
 # --- shuffled
 
