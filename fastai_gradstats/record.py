@@ -176,12 +176,13 @@ def hist_df(self:GradRecord)->pd.DataFrame:
     self._need('tensors', 'hist')
     return _handed(self.frame('hist'))
 
-# %% ../nbs/03_record.ipynb #3b48cf2c
+# %% ../nbs/03_record.ipynb #05c4f2cb
 @patch(as_prop=True)
 def breaks(self:GradRecord)->list:
     "(fit, phase, iteration, after, before) where a forward pass met a NaN or inf; of a comparison also its run"
     tensors = self.stores['tensors']
-    with stores.lock: return list(tensors.breaks if isinstance(tensors, Rows) else self._breaks)
+    with stores.lock: breaks = list(tensors.breaks if isinstance(tensors, Rows) else self._breaks)
+    return [_as_break(brk) for brk in breaks]
 
 @patch(as_prop=True)
 def facts(self:GradRecord)->list:
