@@ -8,6 +8,7 @@ Modules:
 - `fastai_gradstats.diagnosis`: Rules over a record, a table of findings
 - `fastai_gradstats.engine`: The same numbers for many tensors at once, without a sync
 - `fastai_gradstats.files`: Records on disk: complete parts, written once
+- `fastai_gradstats.grid`: The numbers of a picture: which rows, in which order, in which cell
 - `fastai_gradstats.kernel`: Everything about a gradient in one read, on a CPU
 - `fastai_gradstats.plot`: A record in, Axes out
 - `fastai_gradstats.probe`: Gradients away from the training path: along rays through weight space, and sample by sample
