@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastai_gradstats import GradStatsCallback
 from fastai_gradstats.engine import Engine
-from fastai_gradstats.record import GradRecord, Rows, counts, floats
+from fastai_gradstats.record import GradRecord
+from fastai_gradstats.stores import Rows, counts, floats
 from fastai_gradstats.stats import statistics
 from .models import NoValid, learner, models
 from .peers import ours, others, close
@@ -132,7 +133,7 @@ def kept(name='convnet', steps=20)->pd.DataFrame:
 def bounded(iterations=100_000, tensors=20, keep=1_000)->pd.DataFrame:
     "Peak memory of a record of `keep` iterations while iterations are added 200 at a time"
     n,rows,res = 200,Rows(floats, counts, keep=keep),[]
-    keys = [rows.key('param', i, f'p{i}') for i in range(tensors)]
+    keys = [rows.key(i, 'param', f'p{i}') for i in range(tensors)]
     rng,f = np.random.default_rng(0),lambda c: rng.random((len(c), n*tensors))
     tracemalloc.start()
     for i in range(0, iterations, n):

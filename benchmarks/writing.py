@@ -3,7 +3,8 @@ import os
 from tempfile import TemporaryDirectory
 from time import perf_counter, process_time
 from fastai.basics import *
-from fastai_gradstats.record import Part, Stream
+from fastai_gradstats.stores import Part
+from fastai_gradstats.stream import Stream
 from .end_to_end import Stopwatch
 from .models import learner
 from .peers import both

@@ -14,7 +14,9 @@ Modules:
 - `fastai_gradstats.probe`: Gradients away from the training path: along rays through weight space, and sample by sample
 - `fastai_gradstats.record`: What was recorded, as `L`, DataFrame and file
 - `fastai_gradstats.report`: A record in, one HTML page out
-- `fastai_gradstats.stats`: What is measured: one small function per statistic"""
+- `fastai_gradstats.stats`: What is measured: one small function per statistic
+- `fastai_gradstats.stores`: What training adds to: rows in bulk, in memory that stays bounded
+- `fastai_gradstats.stream`: A record goes to files while training goes on"""
 
 __version__ = "0.1.0"
 

@@ -13,13 +13,7 @@ __all__ = []
 from collections import namedtuple
 from difflib import get_close_matches
 import numpy as np, pandas as pd
-from .record import GradRecord,kinds,nothing_there,phases
-
-# %% ../nbs/04c_grid.ipynb #4556236c
-class NotRecorded(ValueError): "shim"
-def _frame(self, table): return self._frame({'tensors':'_rows','steps':'_steps','params':'_params','hist':'_hist'}[table])
-def _lacks(self, table): return not len(_frame(self, table)) and (len(self.df) or len(self.steps)) and not (table=='hist' and self._hist is not None)
-if not hasattr(GradRecord, 'frame'): GradRecord.frame,GradRecord.lacks = _frame,_lacks
+from .record import NotRecorded,kinds,nothing_there,phases
 
 # %% ../nbs/04c_grid.ipynb #ee13dfe1
 words = dict(output='outputs', param='parameters')
@@ -387,10 +381,9 @@ def no_norms(rec, phase='fit'):
 # %% ../nbs/04c_grid.ipynb #4b9046b3
 def need_tensors(rec, kind='both'):
     "Raises where gradients of this kind, or of single tensors at all, can never be in the record"
-    df = rec.frame('tensors')
-    there = kind in (None,'both') or (df['kind']==kind).any()
-    if len(df) and there or not len(df) and not rec.lacks('tensors'): return
-    raise NotRecorded(no_tensors(rec, kind).replace('\n', ' '))
+    there = rec.kinds_recorded()
+    missing = kind in kinds and there and kind not in there
+    if missing or rec.lacks('tensors'): raise NotRecorded(no_tensors(rec, kind).replace('\n', ' '))
 
 def need_norms(rec):
     "Raises where norms can never be in the record"
@@ -399,4 +392,4 @@ def need_norms(rec):
 def need_octaves(rec):
     "Raises where histograms can never be in the record"
     need_tensors(rec)
-    if len(rec.frame('tensors')) and rec.lacks('hist'): raise NotRecorded('No histograms recorded: GradStatsCallback(hist=True) records them')
+    if rec.lacks('hist'): raise NotRecorded('No histograms recorded: GradStatsCallback(hist=True) records them')

@@ -9,600 +9,295 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/record.html.md"""
 # %% auto #0
 __all__ = ['GradRecord', 'NonFinite', 'Clip', 'as_record', 'compare']
 
-# %% ../nbs/03_record.ipynb #ae9c6816
+# %% ../nbs/03_record.ipynb #e9df674c
 import os
-from collections import namedtuple
 from collections.abc import MutableSequence, Sequence
-from copy import copy
-from threading import RLock
-from time import monotonic
-from warnings import warn
+from dataclasses import astuple, dataclass
 from importlib import import_module
+from inspect import getattr_static
+from warnings import warn
 import numpy as np, pandas as pd
-from fastcore.basics import patch, ifnone
+from fastcore.basics import patch
 from fastcore.foundation import L
-from .files import (BLANK, category, check_free, check_mine, claim, conform, crc32, describe, empty, encode, is_category, need_parquet, pick_facts,
-                                    put_part, read_folder, schema, write_facts, write_part)
+from . import stores
+from .files import (BLANK, category, check_free, claim, conform, crc32, describe, empty, encode, is_category,
+                                    need_parquet, pick_facts, put_part, read_folder, schema)
+from .stores import (Break, Rows, RunBreak, Steps, breaks_frame, columns, counts, floats, kinds, param_rows,
+                                     phases, step_columns, where)
 
-# %% ../nbs/03_record.ipynb #2a7311ed
-phases = ['fit','lr_find']
-kinds  = ['output','param']
-where  = ['fit','phase','epoch','iteration','step']
-floats = ['max_abs','mean_abs','norm','mean','std']
-counts = ['numel','zeros','nonfinite','above']
-columns = where + ['kind','name','out','call','numel'] + floats + ['zeros','nonfinite','above','skipped']
-update_columns = ['update_norm','update_ratio']   # where GradNormCallback measured them
-step_columns = where + ['lr','loss','bs','norm','clip_coef','clipped_norm','weight_norm','nonfinite','skipped']
+# %% ../nbs/03_record.ipynb #0c3f2f84
+def time_of(df):
+    "A number per row that grows with the time of training, inside one phase"
+    return df['fit'].to_numpy(np.int64)<<32 | df['iteration'].to_numpy(np.int64)
 
-# %% ../nbs/03_record.ipynb #b0167481
-lock,reading = RLock(),RLock()
+def _codes(column): return column.cat.codes.to_numpy() if is_category(column) else column.to_numpy()
 
-def _new_locks():
-    global lock,reading
-    lock,reading = RLock(),RLock()
+def _in_time(df):
+    "The rows of each run and phase in the order of training; the same frame where they are"
+    time = time_of(df)
+    group = np.zeros(len(df), np.int64)
+    for c in ('run','phase'):
+        if c in df: group = group*2 + _codes(df[c]).astype(np.int64)
+    if all((np.diff(time[group==g])>=0).all() for g in np.unique(group)): return df
+    inside = [c for c in ('step','kind','name','call','out','group','octave') if c in df]   # as rows follow each other in an iteration
+    order = np.lexsort((*[_codes(df[c]) for c in inside[::-1]], time, group))
+    return df.iloc[order].reset_index(drop=True)
 
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_new_locks)
-
-# %% ../nbs/03_record.ipynb #73ede3a3
-def _pick(n, idx):
-    "Places of the members of the groups `idx`, where group `i` has `n[i]`, one after the other"
-    m = n[idx]
-    return np.repeat((np.cumsum(n)-n)[idx]-(np.cumsum(m)-m), m) + np.arange(m.sum())
-
-def _pick_hist(h, rows):
-    "Histograms of these rows"
-    if h is None: return None
-    i = _pick(h[0], rows)
-    return h[0][rows],h[1][i],h[2][i]
-
-class Part:
-    "Consecutive iterations and their rows; `hist`: per row how many octaves, then these octaves and the elements in each"
-    def __init__(self, where, n, keys, floats, counts, window=None, hist=None):
-        self.where,self.n = np.asarray(where, np.int32).reshape(5,-1),np.asarray(n, np.int32)
-        self.keys,self.floats,self.counts = keys.astype(np.int32, copy=False),floats,counts
-        self.window,self.hist = ifnone(window, np.zeros(len(self.n), np.int32)),hist
-
-    def __len__(self): return len(self.n)
-
-    def take(self, idx):
-        "Only the iterations `idx` (ascending)"
-        rows = _pick(self.n, idx)
-        return Part(self.where[:,idx], self.n[idx], self.keys[rows], self.floats[:,rows], self.counts[:,rows], self.window[idx], _pick_hist(self.hist, rows))
-
-    @staticmethod
-    def cat(parts):
-        "One part from several"
-        if len(parts)==1: return parts[0]
-        return Part(*(np.concatenate([getattr(p,a) for p in parts], axis=-1) for a in ('where','n','keys','floats','counts','window')),
-                    hist=None if parts[0].hist is None else tuple(map(np.concatenate, zip(*(p.hist for p in parts)))))
-
-# %% ../nbs/03_record.ipynb #4b78228c
-class Rows:
-    "Rows by iteration, appended in bulk and bounded by `keep` iterations"
-    def __init__(self,
-                 floats, # names of float columns, 'norm' among them
-                 counts=(), # names of integer columns
-                 keep=None # how many iterations are kept; None for all
-                ):
-        self.floats,self.counts,self.keep = list(floats),list(counts),keep
-        self.keys,self.ids,self.ranks,self.parts = [],{},[],[]
-        self.networks = {}   # kind -> name -> place
-        self.window,self.seen,self.skipped = 1,[0,0],set()
-        self.sink,self.breaks = None,[]   # what streams to files; (fit, phase, iteration, after, before) where the forward pass met a NaN or inf
-        self.version,self.ordered,self.thinned = 0,0,0   # how often something was added, keys or their order changed, iterations were dropped
-
-    def __len__(self): return sum(map(len, self.parts))
-
-    def key(self, kind, place, name, out=0, call=0):
-        "The number that stands for this tensor; `place` is its module's or parameter's place in the network"
-        k = kind,name,out,call
-        rank = kinds.index(kind),self.networks.get(kind, {}).get(name, place),call,out
-        with lock:
-            if k not in self.ids:
-                self.ids[k] = len(self.keys)
-                self.keys.append(k)
-                self.ranks.append(None)
-            i = self.ids[k]
-            if self.ranks[i]!=rank:
-                self.ranks[i] = rank
-                self.ordered += 1
-        return i
-
-# %% ../nbs/03_record.ipynb #f63a4b3f
-@patch
-def order(self:Rows):
-    "Position of each key in network order"
-    stamp,res = getattr(self, '_order', (None,None))
-    if stamp!=self.ordered:
-        res = np.empty(len(self.keys), np.int64)
-        res[sorted(range(len(self.keys)), key=lambda k: (self.ranks[k],k))] = np.arange(len(self.keys))
-        self._order = self.ordered,res
-    return res
-
-@patch
-def join(self:Rows):
-    "Short epochs: many small parts into few"
-    while len(self.parts)>1 and len(self.parts[-2])<=len(self.parts[-1])<200: self.parts[-2:] = [Part.cat(self.parts[-2:])]
-
-# %% ../nbs/03_record.ipynb #3b437845
-@patch
-def append(self:Rows,
-           where, # (5, iterations) of `fit, phase (0 or 1), epoch, iteration, step`
-           n, # (iterations,) rows of each
-           keys, # (rows,)
-           floats, # (len(self.floats), rows) float32
-           counts, # (len(self.counts), rows) uint32, or int64 where one is larger
-           hist=None # see `Part`
-          ):
-    "Add iterations; inside each, rows are put in network order"
-    part = Part(where, n, np.asarray(keys), floats, counts, hist=hist)
-    if not len(part): return
-    with lock:
-        o = np.lexsort((self.order()[part.keys], np.repeat(np.arange(len(part)), part.n)))
-        part.keys,part.floats,part.counts,part.hist = part.keys[o],floats[:,o],counts[:,o],_pick_hist(hist, o)
-        self.version += 1
-        self.parts.append(part)
-        if self.sink is not None: self.sink.append(part)   # before anything is thinned
-        if self.keep is not None: self._thin()
-        if self.window==1: self.join()
-
-# %% ../nbs/03_record.ipynb #8b2ba41e
-def _merge_names(known, names):
-    "`names` in their order; after each the known ones that followed it and are no longer there"
-    there,last,followers = set(names),None,{}
-    for n in known:
-        if n in there: last = n
-        else: followers.setdefault(last, []).append(n)
-    return followers.get(None, []) + [o for n in names for o in (n, *followers.get(n, []))]
-
-@patch
-def network(self:Rows, kind, names):
-    "`names` of modules or parameters, as they follow each other in the network that is trained from now on"
-    with lock:
-        of_kind = [i for i,k in enumerate(self.keys) if k[0]==kind]
-        known = list(dict.fromkeys(self.keys[i][1] for i in sorted(of_kind, key=self.ranks.__getitem__)))
-        place = {n:i for i,n in enumerate(_merge_names(known, names))}
-        if place==self.networks.get(kind): return
-        self.networks[kind] = place
-        for i in of_kind:
-            k,_,call,out = self.ranks[i]
-            self.ranks[i] = k,place[self.keys[i][1]],call,out
-        self.ordered += 1
-
-# %% ../nbs/03_record.ipynb #8dc791ae
-@patch
-def score(self:Part, norm:int # which float row is the norm
-         ):
-    "How bad each iteration is: root of its rows' summed squared norms, inf where not finite"
-    if not len(self): return np.zeros(0)
-    with np.errstate(all='ignore'): s = np.add.reduceat(self.floats[norm].astype(np.float64)**2, np.cumsum(self.n)-self.n)
-    return np.where(np.isfinite(s), s, np.inf)
-
-@patch
-def worst(self:Part, norm:int):
-    "Of the iterations in the same phase and window, only the worst"
-    o = np.lexsort((-self.score(norm), self.window, self.where[1]))
-    k = np.stack([self.where[1],self.window])[:,o]
-    first = np.ones(len(o), bool)
-    first[1:] = (k[:,1:]!=k[:,:-1]).any(0)
-    return self.take(np.sort(o[first]))
-
-# %% ../nbs/03_record.ipynb #1cb3f039
-@patch
-def _thin(self:Rows):
-    "Let the part just appended compete; double the window while there is too much"
-    new,norm = self.parts.pop(),self.floats.index('norm')
-    for ph in range(len(phases)):
-        i = np.flatnonzero(new.where[1]==ph)
-        new.window[i] = (self.seen[ph]+np.arange(len(i)))//self.window
-        self.seen[ph] += len(i)
-    if self.window>1:
-        new = Part.cat(self.parts[-1:]+[new]).worst(norm)
-        self.parts[-1:] = []
-    self.parts.append(new)
-    while len(self)>self.keep:
-        self.window *= 2
-        p = Part.cat(self.parts)
-        p = p.take(np.arange(len(p)))   # a copy: a reader may have this one
-        p.window = p.window//2
-        if self.window>2**40: p.where[1] = 0   # a single iteration of each phase left
-        self.parts = [p.worst(norm)]
-    if self.window>1: self._set_last_apart()
-
-@patch
-def _set_last_apart(self:Rows):
-    "The last iteration is a part of its own: the next part competes with it, and however long the record is, that costs the same"
-    self.thinned += 1
-    p = self.parts.pop()
-    if len(p)>1:
-        self.parts.append(p.take(np.arange(len(p)-1)))
-        self.join()
-    self.parts.append(p.take(np.array([len(p)-1])))
-
-# %% ../nbs/03_record.ipynb #9fb393ab
-@patch
-def is_skipped(self:Rows, p:Part):
-    "Per iteration: was the step that it fed skipped?"
-    if not self.skipped: return np.zeros(len(p), bool)
-    run = np.where(p.where[1]==0, -1, p.where[0])
-    return np.array([o in self.skipped for o in zip(run.tolist(), p.where[4].tolist())], bool)
-
-# %% ../nbs/03_record.ipynb #d4884ed7
-@patch
-def even(self:Part):
-    "The tensors of each iteration, where they are the same in all; else None"
-    m = len(self.keys)//max(len(self), 1)
-    return self.keys[:m] if m and (self.n==m).all() and (self.keys.reshape(-1,m)==self.keys[:m]).all() else None
-
-class _Columns:
-    "Columns of the rows of `parts`, filled in place: a row is written once"
-    def __init__(self, parts): self.parts,self.even = parts,[p.even() for p in parts]
-    def __call__(self, f, dtype):
-        "`f(part, even, out)` fills a part's rows"
-        out,i = np.empty(sum(len(p.keys) for p in self.parts), dtype),0
-        for p,e in zip(self.parts, self.even):
-            f(p, e, out[i:i+len(p.keys)])
-            i += len(p.keys)
-        return out
-    def per_iteration(self, get, dtype):
-        def f(p, e, out):
-            if e is None: out[:] = np.repeat(get(p), p.n)
-            else: out.reshape(len(p),-1)[:] = get(p)[:,None]
-        return self(f, dtype)
-    def per_key(self, values):
-        def f(p, e, out):
-            if e is None: np.take(values, p.keys, out=out)
-            else: out.reshape(len(p),-1)[:] = values[e]
-        return self(f, values.dtype)
-    def per_row(self, what, i, dtype): return self(lambda p, e, out: np.copyto(out, getattr(p, what)[i], casting='unsafe'), dtype)
-
-
-# %% ../nbs/03_record.ipynb #47dc52bc
-@patch
-def still(self:Rows):
-    "The rows as they are now; what is appended later is not in them"
-    with lock:
-        res = copy(self)
-        res.keys,res.ids,res.ranks,res.parts = list(self.keys),dict(self.ids),list(self.ranks),list(self.parts)
-        res.networks,res.seen,res.skipped,res.breaks = dict(self.networks),list(self.seen),set(self.skipped),list(self.breaks)
-        res.sink = None
-    return res
-
-@patch
-def since(self:Rows, n):
-    "Parts from iteration number `n` on"
-    res,rest = [],len(self)-n
-    for p in reversed(self.parts):
-        if rest<=0: break
-        res.append(p if len(p)<=rest else p.take(np.arange(len(p)-rest, len(p))))
-        rest -= len(p)
-    return res[::-1]
-
-# %% ../nbs/03_record.ipynb #89715469
-@patch
-def categories(self:Rows):
-    "Names behind the codes of `data`"
-    by_rank = sorted(range(len(self.keys)), key=self.ranks.__getitem__)
-    return dict(phase=phases, kind=kinds, name=list(dict.fromkeys(self.keys[i][1] for i in by_rank)))
-
-@patch
-def data(self:Rows, parts, names):
-    "The columns of all rows of `parts`; of a category its codes"
-    col = _Columns(parts)
-    d = {c:col.per_iteration(lambda p: p.where[i], np.int8 if c=='phase' else np.int32) for i,c in enumerate(where)}
-    kind,name,out,call = zip(*self.keys) if self.keys else ((),)*4
-    at = {n:i for i,n in enumerate(names['name'])}
-    d['kind'] = col.per_key(category([kinds.index(k) for k in kind], kinds).codes)
-    d['name'] = col.per_key(category([at[n] for n in name], names['name']).codes)
-    d['out'],d['call'] = (col.per_key(np.array(o, np.int32)) for o in (out,call))
-    d |= {c:col.per_row('counts', i, np.int64) for i,c in enumerate(self.counts)} | {c:col.per_row('floats', i, np.float32) for i,c in enumerate(self.floats)}
-    d['skipped'] = col.per_iteration(self.is_skipped, bool)
-    return {c:d[c] for c in columns if c in d}|d   # a user's own statistics come last
-
-@patch
-def frame(self:Rows, parts=None):
-    "All rows, or those of `parts`, tidy"
-    names = self.categories()
-    d = self.data(ifnone(parts, self.parts), names)
-    return pd.DataFrame(d|{c:category(d[c], n) for c,n in names.items()}, copy=False)
-
-# %% ../nbs/03_record.ipynb #e477e645
-@patch
-def hist_frame(self:Rows, parts=None):
-    "A row per tensor and octave, of all iterations or those of `parts`"
-    parts = ifnone(parts, self.parts)
-    if not parts or parts[0].hist is None: return empty('hist')
-    n,octave,count = Part.cat(parts).hist
-    d = self.frame(parts)[where+['kind','name','out','call']]
-    return d.take(np.repeat(np.arange(len(d)), n)).reset_index(drop=True).assign(octave=octave.astype(np.int32), count=count.astype(np.int64))
-
-# %% ../nbs/03_record.ipynb #0872836b
-class Table:
-    "Columns that grow at their end"
-    def __init__(self): self.n,self.room,self.values,self.root = 0,0,{},None
-
-    def extend(self, new:dict # name -> array
-              ):
-        "Add rows. Where some have a column that others lack, it is NaN there"
-        n = self.n+len(next(iter(new.values())))
-        if n>self.room or new.keys()-self.values.keys(): self.make_room(n, new)
-        for c,v in self.values.items(): v[self.n:n] = new.get(c, np.nan)
-        self.n = n
-
-    def make_room(self, n, new):
-        "Room for `n` rows at least: as many at first, then twice as many as there were"
-        old = self.values
-        self.room = max(n, 2*self.room)
-        self.values = {c:np.zeros(self.room, v.dtype) for c,v in (new|old).items()}
-        if self.n:
-            for c,v in self.values.items(): v[:self.n] = old[c][:self.n] if c in old else np.nan
-        self.root = None
-
-    def frame(self, names:dict # category -> its names
-             ):
-        "A view on the rows; `root` stands for the record as one of those who share them"
-        if self.root is None: self.root = pd.DataFrame(self.values, copy=False)
-        codes = {c:category(self.values[c][:self.n].copy(), n) for c,n in names.items()}
-        return self.root.iloc[:self.n].assign(**codes)
-
-    def still(self):
-        "A copy"
-        res = Table()
-        if self.values: res.extend({c:v[:self.n] for c,v in self.values.items()})
-        return res
-
-# %% ../nbs/03_record.ipynb #537601c6
-class _Growing:
-    "The frame of `Rows`, of which only what is new is made"
-    def __init__(self): self.stamp,self.version = None,None
-
-    def frame(self, rows):
-        now = rows.still()
-        stamp = now.ordered,now.thinned,len(now.skipped)
-        if stamp!=self.stamp: self.stamp,self.table,self.iterations,self.names = stamp,Table(),0,now.categories()
-        elif now.version==self.version: return self.made
-        self.table.extend(now.data(now.since(self.iterations), self.names))
-        self.version,self.iterations = now.version,len(now)
-        self.made = self.table.frame(self.names)
-        return self.made
-
-class _Hist:
-    "The frame of histograms, made again after something was added"
-    def __init__(self): self.stamp = None
-
-    def frame(self, rows):
-        stamp = rows.version,rows.ordered,len(rows.skipped)
-        if stamp!=self.stamp: self.stamp,self.made = stamp,rows.still().hist_frame()
-        return self.made
-
-# %% ../nbs/03_record.ipynb #2f8fbd0d
-def _guards():
-    "Does pandas copy on write?"
+# %% ../nbs/03_record.ipynb #5d36b529
+def _copies_on_write():
+    "Does pandas?"
     return int(pd.__version__.split('.')[0])>=3 or pd.get_option('mode.copy_on_write') is True
 
 def _handed(df):
     "A copy for a reader, who may change it"
-    if not _guards(): return df.copy()
-    return df.assign(**{c:s.array.copy() for c,s in df.items() if is_category(s)})
+    if not _copies_on_write(): return df.copy()
+    return df.assign(**{name:column.array.copy() for name,column in df.items() if is_category(column)})
 
-# %% ../nbs/03_record.ipynb #0e9c2f6b
+# %% ../nbs/03_record.ipynb #ec5b3d92
+def _to_pandas(o): return o.to_pandas() if hasattr(o, 'to_pandas') else o   # of Polars, or Arrow
+
+def _stored(table, o):
+    "What a record keeps of what it is given"
+    if isinstance(o, (Rows,Steps)): return o
+    if not isinstance(o, pd.DataFrame): o = _to_pandas(o)
+    if not isinstance(o, pd.DataFrame): raise TypeError(f"{table}: a frame is accepted, got {type(o).__name__}")
+    return _in_time(_handed(conform(o, table)))
+
+# %% ../nbs/03_record.ipynb #67627ecf
+def _copied(facts):
+    "A copy of facts, in which lists are shared as they were"
+    lists = {id(f['params']):[type(p)(p) for p in f['params']] for f in facts}
+    return [{**f, 'params':lists[id(f['params'])]} for f in facts]
+
+# %% ../nbs/03_record.ipynb #48841647
+class NotRecorded(ValueError):
+    "The record was asked for what it can never have. The message says what records it"
+
+_recorded_by = dict(tensors=("statistics of tensors", "GradStatsCallback()"), steps=("steps", "GradNormCallback()"),
+                    params=("norms by parameter", "GradNormCallback()"), hist=("histograms", "GradStatsCallback(hist=True)"))
+
+# %% ../nbs/03_record.ipynb #9b5b721c
 class GradRecord:
-    "All that was recorded. `df` has a row per iteration and tensor, `steps` a row per optimizer step; either may be empty"
+    "All that was recorded. `df` has a row per iteration and tensor, `steps` a row per optimizer step"
     def __init__(self,
-                 rows=None, # statistics of tensors: a frame with the columns above
-                 steps=None, # one row per step: GradNormCallback's frame
-                 params=None, # norms per step and parameter
+                 rows=None, # statistics of tensors: a frame with the columns of `df`, or a live store
+                 steps=None, # one row per step: GradNormCallback's frame, or a live store
+                 params=None, # norms per step and parameter: a frame, or a live store
                  threshold=1., # what `above` counts from
                  breaks=(), # (fit, phase, iteration, after, before) where a forward pass met a NaN or inf
                  facts=None, # per fit what rows cannot say: a list of dicts, see `GradStatsCallback`
                  hist=None # elements per octave: a frame; None: those in `rows`
                 ):
-        self._rows = _stored('tensors', rows) if rows is not None else Rows(floats, counts)
-        self._steps = _stored('steps', steps) if steps is not None else Steps()
-        self._params = _stored('params', params) if params is not None else _param_rows()
-        self._hist = _stored('hist', hist) if hist is not None else None
-        self._cache,self.threshold,self._breaks,self._facts = {},threshold,list(breaks),_copied(facts or [])
+        given = dict(tensors=rows, steps=steps, params=params)
+        if all(o is None for o in given.values()): given = dict(tensors=Rows(floats, counts), steps=Steps(), params=param_rows())
+        given['hist'] = hist
+        self.stores = {table:None if o is None else _stored(table, o) for table,o in given.items()}
+        self.threshold = threshold
+        self._breaks = [_as_break(o) for o in breaks]
+        self._facts = _copied(facts or [])
+        self._kinds = None   # of the record that this one is a part of
 
-    def _frame(self, what):
-        "The frame of a store. It may be the record's own, so readers get copies of it"
-        o = getattr(self, what)
-        if isinstance(o, pd.DataFrame): return o
-        if isinstance(o, Steps): return o.frame()
-        if o is None and not isinstance(self._rows, Rows): return empty('hist')
-        with reading:
-            if what not in self._cache: self._cache[what] = _Growing() if o is not None else _Hist()
-            return self._cache[what].frame(o if o is not None else self._rows)
+    def lacks(self, table # 'tensors', 'steps', 'params' or 'hist'
+             )->bool:
+        "Can this record never have that table? Nobody who records it was there"
+        if table!='hist': return self.stores[table] is None
+        tensors = self.stores['tensors']
+        if self.stores['hist'] is not None: return False
+        if not isinstance(tensors, Rows): return tensors is None or len(tensors)>0
+        with stores.lock: return bool(tensors.parts) and tensors.parts[0].hist is None
 
-    def __getstate__(self):
-        now = self.still()
-        return {**self.__dict__, '_cache':{}, '_rows':now._rows, '_steps':now._steps, '_params':now._params, '_breaks':now._breaks, '_facts':now._facts}
+    def _need(self, *tables):
+        "Raise `NotRecorded` where a table is lacking"
+        for table in tables:
+            if not self.lacks(table): continue
+            what,who = _recorded_by[table]
+            raise NotRecorded(f"no {what} in this record: {who} records them")
 
-# %% ../nbs/03_record.ipynb #6ad5ce13
-def _in_time(df):
-    "The rows of each run and phase in the order of training; the same frame where they are"
-    group = [df[c].cat.codes.to_numpy().astype(np.int64) for c in ('run','phase') if c in df]
-    group = sum(g*2**k for k,g in enumerate(group[::-1]))
-    time = df['fit'].to_numpy(np.int64)<<32 | df['iteration'].to_numpy(np.int64)
-    if all((np.diff(time[group==g])>=0).all() for g in np.unique(group)): return df
-    inside = [c for c in ('step','kind','name','call','out','group','octave') if c in df]   # as rows follow each other in an iteration
-    keys = [df[c].cat.codes if is_category(df[c]) else df[c] for c in inside[::-1]]
-    return df.iloc[np.lexsort((*keys, time, group))].reset_index(drop=True)
+    def frame(self, table # 'tensors', 'steps', 'params' or 'hist'
+             )->pd.DataFrame:
+        "A table as it is now, empty where nothing was recorded. It is the record's own: look, and do not change it"
+        store = self.stores[table]
+        if isinstance(store, pd.DataFrame): return store
+        if store is not None: return store.grown()
+        tensors = self.stores['tensors']
+        return tensors.hist_grown() if table=='hist' and isinstance(tensors, Rows) else empty(table)
 
-def _stored(table, o):
-    "What a record keeps of what it is given"
-    if isinstance(o, (Rows,Steps)): return o
-    if not isinstance(o, pd.DataFrame) and hasattr(o, 'to_pandas'): o = o.to_pandas()   # of Polars, or Arrow
-    if not isinstance(o, pd.DataFrame): raise TypeError(f"{table}: a frame is accepted, got {type(o).__name__}")
-    if table=='params': o = _params_frame(o)
-    return _in_time(_handed(conform(o, table)))
+    def add_facts(self, new:dict):
+        "What is known of a fit that begins"
+        with stores.lock:
+            if self._facts and self._facts[-1]['params']==new['params']: new = {**new, 'params':self._facts[-1]['params']}
+            self._facts.append(new)
 
-def _of_stores(rows, steps, params, hist=None, threshold=1., breaks=(), facts=()):
+    def facts_since(self, n):
+        "Facts of all fits but the first `n` on record"
+        with stores.lock: return _copied(self._facts[n:])
+
+    def still(self):
+        "The record as it is now: what training adds later is not in it"
+        with stores.lock:
+            now = {table:o.still() if isinstance(o, (Rows,Steps)) else o for table,o in self.stores.items()}
+            return _of_stores(now, self.threshold, self._breaks, self._facts, self._kinds)
+
+    def __getstate__(self): return self.__dict__ | self.still().__dict__
+
+def _as_break(o):
+    "Of files it is a plain tuple"
+    if isinstance(o, (Break,RunBreak)): return o
+    return Break(*o) if len(o)==len(Break._fields) else RunBreak(*o)
+
+def _of_stores(tables, threshold=1., breaks=(), facts=(), kinds=None):
     "A record of stores and frames that are right already"
     res = GradRecord(threshold=threshold, breaks=breaks, facts=facts)
-    res._rows,res._steps,res._params,res._hist = rows,steps,params,hist
+    res.stores = dict.fromkeys(_recorded_by) | tables
+    res._kinds = kinds
     return res
 
-# %% ../nbs/03_record.ipynb #d3dd3920
-def _copied(facts):
-    "A copy of facts; fits with the same parameters share one list of them"
-    lists = {id(f['params']):[type(p)(p) for p in f['params']] for f in facts}
-    return [{**f, 'params':lists[id(f['params'])]} for f in facts]
-
-@patch
-def add_facts(self:GradRecord, new:dict):
-    "What is known of a fit that begins"
-    with lock:
-        if self._facts and self._facts[-1]['params']==new['params']: new = {**new, 'params':self._facts[-1]['params']}
-        self._facts.append(new)
-
-@patch
-def facts_since(self:GradRecord, n):
-    "Facts of all fits but the first `n` on record"
-    with lock: return _copied(self._facts[n:])
-
-@patch
-def still(self:GradRecord):
-    "The record as it is now: what training adds later is not in it"
-    with lock:
-        rows,steps,params = (o.still() if isinstance(o, (Rows,Steps)) else o for o in (self._rows,self._steps,self._params))
-        return _of_stores(rows, steps, params, self._hist, self.threshold, self._breaks, self._facts)
-
-# %% ../nbs/03_record.ipynb #d884b54b
-def _param_rows(keep=10_000, updates=False): return Rows(['norm','weight_norm','dot']+updates*update_columns, keep=keep)
-
-def _step_data(cols):
-    "Columns of steps in their types, `phase` as codes"
-    types = dict.fromkeys(where, np.int32)|dict(phase=np.int8, bs=np.int64, nonfinite=np.int64, skipped=bool)
-    names = step_columns+[c for c in update_columns if c in cols]
-    return {c:np.asarray(cols[c]).astype(types.get(c, np.float64)) for c in names}
-
-# %% ../nbs/03_record.ipynb #73ed4736
-class Steps:
-    "A row per optimizer step, appended in bulk; never thinned"
-    def __init__(self): self.table,self.of_fit,self.skipped,self.sink = Table(),Table(),set(),None
-    def __len__(self): return self.table.n
-
-    def append(self, **cols):
-        d = _step_data(cols)
-        with lock:
-            self.table.extend(d)
-            self.of_fit.extend(dict(norm=d['norm'][d['phase']==0]))
-            if self.sink is not None: self.sink.append(d)
-
-    def frame(self, parts=None):
-        "All rows, or those of `parts`"
-        with lock:
-            t = self.table
-            if parts is not None or not t.n:
-                t = Table()
-                for p in parts or [_step_data(dict.fromkeys(step_columns, []))]: t.extend(p)
-            return t.frame(dict(phase=phases))
-
-    def since(self, n):
-        "Columns of the rows from number `n` on"
-        with lock: return {c:v[n:self.table.n].copy() for c,v in self.table.values.items()}
-
-    @property
-    def parts(self):
-        "All rows as one part"
-        return [self.since(0)] if len(self) else []
-
-    def norms(self):
-        "Of phase 'fit'"
-        with lock: return self.of_fit.values['norm'][:self.of_fit.n] if self.of_fit.n else np.empty(0)
-
-# %% ../nbs/03_record.ipynb #22d2c2ec
-@patch
-def still(self:Steps):
-    "The steps as they are now"
-    with lock:
-        res = Steps()
-        res.table,res.of_fit,res.skipped = self.table.still(),self.of_fit.still(),set(self.skipped)
-    return res
-
-# %% ../nbs/03_record.ipynb #4626eaa5
+# %% ../nbs/03_record.ipynb #c6b922c8
 @patch(as_prop=True)
 def df(self:GradRecord)->pd.DataFrame:
+    "One row per iteration and tensor, all phases; of a record without tensors one row per step"
+    return _handed(self.frame('steps' if self.lacks('tensors') else 'tensors'))
+
+@patch(as_prop=True)
+def tensors(self:GradRecord)->pd.DataFrame:
     "One row per iteration and tensor, all phases"
-    return _handed(self._frame('_rows'))
+    self._need('tensors')
+    return _handed(self.frame('tensors'))
 
 @patch(as_prop=True)
 def steps(self:GradRecord)->pd.DataFrame:
     "One row per optimizer step, all phases"
-    return _handed(self._frame('_steps'))
+    self._need('steps')
+    return _handed(self.frame('steps'))
 
 @patch(as_prop=True)
 def hist_df(self:GradRecord)->pd.DataFrame:
     "Elements of a gradient per octave: `count` of them have 2**octave <= |g| < 2**(octave+1); zeros and what is not finite are in `df`. Of large tensors an unbiased estimate from a sample, unless `hist='all'`"
-    return _handed(self._frame('_hist'))
+    self._need('tensors', 'hist')
+    return _handed(self.frame('hist'))
 
+# %% ../nbs/03_record.ipynb #05c4f2cb
 @patch(as_prop=True)
 def breaks(self:GradRecord)->list:
-    "(fit, phase, iteration, after, before) where a forward pass met a NaN or inf"
-    with lock: return list(getattr(self._rows, 'breaks', self._breaks))
+    "(fit, phase, iteration, after, before) where a forward pass met a NaN or inf; of a comparison also its run"
+    tensors = self.stores['tensors']
+    with stores.lock: breaks = list(tensors.breaks if isinstance(tensors, Rows) else self._breaks)
+    return [_as_break(brk) for brk in breaks]
 
 @patch(as_prop=True)
 def facts(self:GradRecord)->list:
     "Per fit what rows cannot say: the watched parameters as (name, requires_grad, dimensions), is fp16 in use, and with a scaler?"
-    with lock: return _copied(self._facts)
+    return self.facts_since(0)
 
-# %% ../nbs/03_record.ipynb #6ee3162a
+# %% ../nbs/03_record.ipynb #cde7a19a
 _many = list,tuple,set,L,range,np.ndarray,pd.Index,pd.Series
+
+def _among(wanted): return wanted if isinstance(wanted, _many) else [wanted]
+
+def _rows_that_match(df, wanted):
+    "The rows whose columns have the values that are wanted, where the frame has these columns"
+    for c,values in wanted.items():
+        if c not in df: continue
+        ok = df[c].isin(_among(values))
+        if not ok.all(): df = df[ok]
+    return df.reset_index(drop=True)
+
+def _phase_name(phase): return phase if isinstance(phase, str) else phases[phase]
+
+def _matches(o:dict, # facts of a fit, or a break
+             wanted):
+    o = {**o, 'phase':_phase_name(o['phase'])}
+    return all(o[c] in _among(wanted[c]) for c in ('fit','phase','run') if c in wanted and c in o)
+
+# %% ../nbs/03_record.ipynb #707c59ca
+def _in_groups(breaks):
+    "(phase, run) -> its breaks; run is None where there are no runs"
+    res = {}
+    for brk in breaks: res.setdefault((_phase_name(brk.phase), getattr(brk, 'run', None)), []).append(brk)
+    return res
+
+def _times(breaks): return np.array([int(brk.fit)<<32 | int(brk.iteration) for brk in breaks], np.int64)
+
+def _rows_in(df, phase, run):
+    "Places of the rows of a phase, and run"
+    ok = df['phase']==phase
+    if run is not None and 'run' in df: ok &= df['run']==run
+    return np.flatnonzero(ok)
+
+def _of_epochs(breaks, df, epochs):
+    "The breaks that are of these epochs, by the rows around them"
+    res = []
+    for (phase,run),group in _in_groups(breaks).items():
+        rows = df[['fit','iteration','epoch']].iloc[_rows_in(df, phase, run)]
+        if not len(rows): continue
+        places = np.searchsorted(time_of(rows), _times(group)).clip(max=len(rows)-1)
+        res += [brk for brk,ok in zip(group, rows['epoch'].iloc[places].isin(_among(epochs))) if ok]
+    return res
+
+# %% ../nbs/03_record.ipynb #2788cbb5
+@patch
+def kinds_recorded(self:GradRecord)->list:
+    "'output', 'param' or both: of what there are rows"
+    if self._kinds is not None: return self._kinds
+    df = self.frame('tensors')
+    return [kind for kind in kinds if (df['kind']==kind).any()]
+
+def _check_kind(rec, kind):
+    "`kind` is one, and was recorded where anything was"
+    if kind not in (None,'both',*kinds): raise ValueError(f"kind: accepted are 'output', 'param' and 'both', got {kind!r}")
+    there = rec.kinds_recorded()
+    if kind in kinds and there and kind not in there:
+        raise NotRecorded(f"no row of kind {kind!r} in this record: GradStatsCallback(kind={kind!r}) or kind='both' records them")
 
 @patch
 def select(self:GradRecord,
-           kind=None, # 'output' or 'param'
+           kind='both', # 'output', 'param' or 'both'
            name=None, # a name, or a list of names
-           fit=None, # number of a `fit`, or a list
+           fit=None, # number of a `fit` of its phase, or a list
            phase=None, # 'fit' or 'lr_find'
            epoch=None, # number of an epoch, or a list
            run=None # name of a run in a comparison, or a list
           )->GradRecord: # with frames of the rows that match; None matches all
     "The part of a record that matches"
-    want = dict(kind=kind, name=name, fit=fit, phase=phase, epoch=epoch, run=run)
-    for c,ok in dict(kind=kinds, phase=phases).items():
-        if want[c] is not None and want[c] not in ok: raise ValueError(f"{c}: accepted are {', '.join(map(repr, ok))} and None, got {want[c]!r}")
-    def keep(df):
-        for c,v in want.items():
-            if v is None or c not in df: continue
-            ok = df[c].isin(v if isinstance(v, _many) else [v])
-            if not ok.all(): df = df[ok]
-        return df.reset_index(drop=True)
-    frames = [keep(self._frame(o)) for o in ('_rows','_steps','_params','_hist')]
-    return _of_stores(*frames, self.threshold, self.breaks, self.facts)
+    _check_kind(self, kind)
+    if phase not in (None,*phases): raise ValueError(f"phase: accepted are {', '.join(map(repr, phases))} and None, got {phase!r}")
+    wanted = dict(kind=None if kind=='both' else kind, name=name, fit=fit, phase=phase, epoch=epoch, run=run)
+    wanted = {c:values for c,values in wanted.items() if values is not None}
+    tables = {t:None if self.lacks(t) else _rows_that_match(self.frame(t), wanted) for t in self.stores}
+    breaks = [brk for brk in self.breaks if _matches(brk._asdict(), wanted)]
+    if epoch is not None:
+        df = self.frame('steps' if self.lacks('tensors') else 'tensors')
+        breaks = _of_epochs(breaks, df, epoch)
+    facts = [f for f in self.facts if _matches(f, wanted)]
+    return _of_stores(tables, self.threshold, breaks, facts, self.kinds_recorded())
 
-# %% ../nbs/03_record.ipynb #9516c349
-@patch
-def default_kind(self:GradRecord):
-    "Outputs where they were recorded, else parameters"
-    return 'output' if (self._frame('_rows')['kind']=='output').any() else 'param'
-
-# %% ../nbs/03_record.ipynb #c7aed75d
+# %% ../nbs/03_record.ipynb #a012b3d9
 class _Iterations(Sequence):
     "The iterations of `df`, each an `L` of dicts"
     def __init__(self, df):
         code,_ = pd.factorize(df['iteration'])
         if (np.diff(code)<0).any(): df = df.iloc[np.argsort(code, kind='stable')]
-        self.df,self.at = df,np.r_[0, np.cumsum(np.bincount(code))]
-    def __len__(self): return len(self.at)-1
+        self.df = df
+        self.starts = np.r_[0, np.cumsum(np.bincount(code))]
+    def __len__(self): return len(self.starts)-1
     def __getitem__(self, i):
         if isinstance(i, slice): return [self[j] for j in range(len(self))[i]]
         i = range(len(self))[i]
-        return L(self.df.iloc[self.at[i]:self.at[i+1]].to_dict('records'))
+        return L(self.df.iloc[self.starts[i]:self.starts[i+1]].to_dict('records'))
     def __add__(self, o): return [*self]+o
     def __repr__(self): return repr([*self])
 
-# %% ../nbs/03_record.ipynb #cfdaeac1
+# %% ../nbs/03_record.ipynb #8b9189da
 class _Floats(MutableSequence):
     "Numbers of an array as floats; a list of its own once somebody changes it"
-    def __init__(self, v): self.v = v
+    def __init__(self, values): self.values = values
     def own(self):
-        if not isinstance(self.v, list): self.v = self.v.tolist()
-        return self.v
-    def __len__(self): return len(self.v)
+        if not isinstance(self.values, list): self.values = self.values.tolist()
+        return self.values
+    def __len__(self): return len(self.values)
     def __getitem__(self, i):
-        if isinstance(i, slice): return [*self.v[i]] if isinstance(self.v, list) else self.v[i].tolist()
-        return float(self.v[i])
+        if isinstance(i, slice): return [*self.values[i]] if isinstance(self.values, list) else self.values[i].tolist()
+        return float(self.values[i])
     def __setitem__(self, i, o): self.own()[i] = o
     def __delitem__(self, i): del self.own()[i]
     def insert(self, i, o): self.own().insert(i, o)
@@ -612,112 +307,157 @@ class _Floats(MutableSequence):
     def __eq__(self, o): return self[:]==(o[:] if isinstance(o, _Floats) else o)
     def __repr__(self): return repr(self[:])
 
-# %% ../nbs/03_record.ipynb #07c06e61
+def _listed(items):
+    "An `L` that looks things up in `items`"
+    res = L()
+    res.items = items
+    return res
+
+# %% ../nbs/03_record.ipynb #b6750668
 @patch
 def __len__(self:GradRecord)->int:
     "Recorded iterations of phase 'fit' (of a record without tensors: steps)"
-    df = self._frame('_rows')
-    if not len(df): df = self._frame('_steps')
+    df = self.frame('tensors')
+    if not len(df): df = self.frame('steps')
     return df.loc[df['phase']=='fit','iteration'].nunique()
 
 @patch(as_prop=True)
 def stats(self:GradRecord)->L:
     "`L` (per iteration of phase 'fit') of `L` (per tensor) of dicts; an iteration's are made when it is looked at"
-    res = L()
-    res.items = _Iterations(self.select(phase='fit')._frame('_rows'))
-    return res
+    self._need('tensors')
+    return _listed(_Iterations(self.select(phase='fit').frame('tensors')))
 
 @patch(as_prop=True)
 def names(self:GradRecord)->L:
     "Names of modules and parameters, in network order"
-    c = self._frame('_rows')['name'].cat
-    return L(c.categories[np.bincount(c.codes, minlength=len(c.categories))>0].tolist())
+    self._need('tensors')
+    name = self.frame('tensors')['name'].cat
+    used = np.bincount(name.codes, minlength=len(name.categories))>0
+    return L(name.categories[used].tolist())
 
 @patch(as_prop=True)
 def norms(self:GradRecord)->L:
     "The gradient's L2 norm before clipping, a float per step of phase 'fit'"
-    if isinstance(self._steps, Steps): norms = self._steps.norms()
-    else: norms = self._steps.loc[self._steps['phase']=='fit','norm'].to_numpy()
-    res = L()
-    res.items = _Floats(norms)
-    return res
+    self._need('steps')
+    steps = self.stores['steps']
+    return _listed(_Floats(steps.norms() if isinstance(steps, Steps) else steps.loc[steps['phase']=='fit','norm'].to_numpy()))
 
-# %% ../nbs/03_record.ipynb #e8d78a17
-def _numeric(d): return [c for c in d if c not in where and pd.api.types.is_numeric_dtype(d[c]) and d[c].dtype!=bool]
+# %% ../nbs/03_record.ipynb #424a9f3c
+def _check_stat(stat, df):
+    "`stat` is a column of numbers"
+    ok = [c for c in df if c not in where and pd.api.types.is_numeric_dtype(df[c]) and df[c].dtype!=bool]
+    if stat not in ok: raise ValueError(f"stat: accepted are {', '.join(ok)}, got {stat!r}")
+
+@patch
+def default_kind(self:GradRecord):
+    "Outputs where they were recorded, else parameters"
+    return 'output' if (self.frame('tensors')['kind']=='output').any() else 'param'
 
 @patch
 def per_iteration(self:GradRecord,
                   stat='max_abs', # a float column
-                  kind=None, # 'output' or 'param'; None: outputs where recorded, else parameters
+                  kind=None, # 'output', 'param' or 'both'; not given: outputs where recorded, else parameters
                   reduce='max', # over tensors: 'max' or 'mean'
-                  phase='fit' # 'fit', 'lr_find' or None for all
+                  phase='fit', # 'fit', 'lr_find' or None for all
+                  fit=None # number of a `fit` of its phase, or a list; None for all
                  )->pd.DataFrame: # columns iteration, `stat`
     "One number per iteration; NaN wins"
+    self._need('tensors')
     if reduce not in ('max','mean'): raise ValueError(f"reduce: accepted are 'max' and 'mean', got {reduce!r}")
-    d = self.select(kind=kind or self.default_kind(), phase=phase).df
-    if stat not in (ok := _numeric(d)): raise ValueError(f"stat: accepted are {', '.join(ok)}, got {stat!r}")
-    g = d.groupby(['phase','fit','iteration'] if phase is None else ['fit','iteration'], sort=False, observed=True)[stat]
-    r = getattr(g, reduce)(skipna=False).reset_index()
-    return r[['iteration',stat]]
+    if kind is None: kind = self.default_kind() if len(self.frame('tensors')) else 'both'
+    df = self.select(kind=kind, phase=phase, fit=fit).frame('tensors')
+    _check_stat(stat, df)
+    values = df.groupby(['phase','fit','iteration'], sort=False, observed=True)[stat]
+    return getattr(values, reduce)(skipna=False).reset_index()[['iteration',stat]]
 
 @patch
 def log10_max(self:GradRecord,
-              kind=None, # 'output' or 'param'; None: outputs where recorded, else parameters
+              kind=None, # 'output', 'param' or 'both'; not given: outputs where recorded, else parameters
               reduce='max', # over tensors: their largest, or the 'mean' of their largest
-              phase='fit' # 'fit', 'lr_find' or None for all
+              phase='fit', # 'fit', 'lr_find' or None for all
+              fit=None # number of a `fit` of its phase, or a list; None for all
              )->pd.DataFrame: # columns iteration, log10_max_grad
     "Per iteration log10 of the largest absolute gradient (forums.fast.ai/t/81494); -inf for all zeros"
-    r = self.per_iteration('max_abs', kind, reduce, phase)
-    with np.errstate(divide='ignore'): r['log10_max_grad'] = np.log10(r.pop('max_abs').astype(np.float64))
-    return r
+    res = self.per_iteration('max_abs', kind, reduce, phase, fit)
+    with np.errstate(divide='ignore'): res['log10_max_grad'] = np.log10(res.pop('max_abs').astype(np.float64))
+    return res
 
-# %% ../nbs/03_record.ipynb #b859f909
+# %% ../nbs/03_record.ipynb #3837a3ad
 @patch
 def share_above(self:GradRecord,
                 by=None, # a column ('kind', 'name', 'iteration', ...) or list of columns; None for one number
-                kind=None, # 'output', 'param', or None for both
-                phase='fit' # 'fit', 'lr_find' or None for all
+                kind='both', # 'output', 'param' or 'both'
+                phase='fit', # 'fit', 'lr_find' or None for all
+                fit=None # number of a `fit` of its phase, or a list; None for all
                ): # float, or a Series
     "Share of gradient elements with absolute value above the threshold"
-    d = self.select(kind=kind, phase=phase).df
-    if by is not None: d = d.groupby(by, sort=False, observed=True)
-    s = d[['above','numel']].sum()
-    return s['above']/s['numel'] if by is not None or s['numel'] else np.nan
+    self._need('tensors')
+    df = self.select(kind=kind, phase=phase, fit=fit).frame('tensors')
+    if by is None:
+        n = df['numel'].sum()
+        return df['above'].sum()/n if n else np.nan
+    sums = df.groupby(by, sort=False, observed=True)[['above','numel']].sum()
+    return sums['above']/sums['numel']
 
+# %% ../nbs/03_record.ipynb #70dfcc19
 @patch
 def top(self:GradRecord,
         n=10, # how many rows
         stat='max_abs', # the column to rank by
-        phase='fit' # 'fit', 'lr_find' or None for all
+        phase='fit', # 'fit', 'lr_find' or None for all
+        kind='both', # 'output', 'param' or 'both'
+        fit=None # number of a `fit` of its phase, or a list; None for all
        )->pd.DataFrame:
     "The rows with the largest `stat`; NaN comes first, then inf"
-    d = self.select(phase=phase).df
-    if stat not in (ok := _numeric(d)): raise ValueError(f"stat: accepted are {', '.join(ok)}, got {stat!r}")
-    v = d[stat].fillna(np.inf)
-    if 0<n<len(v): v = v[v>=np.partition(v.to_numpy(), -int(n))[-int(n)]]   # a numpy integer may have no sign
-    return d.loc[v.sort_values(ascending=False, kind='stable').index[:n]]
+    self._need('tensors')
+    df = self.select(kind=kind, phase=phase, fit=fit).df
+    _check_stat(stat, df)
+    values = df[stat].fillna(np.inf)
+    n = int(n)   # a numpy integer may have no sign
+    if 0<n<len(values): values = values[values>=np.partition(values.to_numpy(), -n)[-n]]
+    return df.loc[values.sort_values(ascending=False, kind='stable').index[:n]]
 
-# %% ../nbs/03_record.ipynb #e340bde6
-def _from(it, last): return f'from iteration {it} on' if last is None else f'at iteration {it}, the first looked at or kept after {last}'
+# %% ../nbs/03_record.ipynb #21444f3f
+class _Unpacks:
+    "An answer that unpacks into its first fields, and equals the tuple of them"
+    def _first(self): return astuple(self)[:self.n_first]
+    def __iter__(self): return iter(self._first())
+    def __getitem__(self, i): return self._first()[i]
+    def __len__(self): return self.n_first
+    def __eq__(self, o):
+        if isinstance(o, tuple): return self._first()==o
+        return type(self)==type(o) and astuple(self)==astuple(o)
+    def __hash__(self): return hash(self._first())
 
-class NonFinite(namedtuple('NonFinite', 'iteration after before')):
-    "Where something stopped being finite: the iteration, and the modules between which it broke, in the direction of the pass `where`"
-    def __new__(cls, iteration, after, before, where='backward', last=None):
-        self = super().__new__(cls, iteration, after, before)
-        self.where,self.last = where,last   # `last`: the iteration on record before it, where that is not the one before
-        return self
+def from_iteration(iteration, last): return f'from iteration {iteration} on' if last is None else f'at iteration {iteration}, the first looked at or kept after {last}'
+
+# %% ../nbs/03_record.ipynb #1cf988be
+@dataclass(frozen=True, eq=False, repr=False)
+class NonFinite(_Unpacks):
+    "Where something stopped being finite; `it,after,before = ...` unpacks it"
+    iteration:int
+    after:str                # the modules between which it broke,
+    before:str               # in the direction of the pass
+    where:str = 'backward'   # 'forward', 'backward' or 'after backward'
+    last:int = None          # the iteration on record before it, where that is not the one before
+    n_first = 3
+
     def __repr__(self):
-        at = f"not finite {_from(self.iteration, self.last)}: in"
-        if self.where!='after backward': return f"{at} {self.where} between {self.after} and {self.before}"
-        one = '' if self.before=='(parameters)' else f", or at how {self.before} is used in its module"
-        return f"{at} gradients of parameters; the recorded outputs of this process are finite in forward and backward: look at the other ranks, {'' if one else 'or '}at what acts after backward{one}"
+        start = f"not finite {from_iteration(self.iteration, self.last)}: in"
+        if self.where!='after backward': return f"{start} {self.where} between {self.after} and {self.before}"
+        one = self.before!='(parameters)'
+        look = f"look at the other ranks, {'or ' if one else ''}at what acts after backward" + (f", or at how {self.before} is used in its module" if one else '')
+        return f"{start} gradients of parameters; the recorded outputs of this process are finite in forward and backward: {look}"
 
-# %% ../nbs/03_record.ipynb #229b9347
-def _gap(d, it):
-    "The iteration on record before `it` in the rows of one fit; None where nothing was left out between"
-    before,c = d[d['iteration']<it],'iteration' if 'kind' in d and (d['kind']=='output').any() else 'step'
-    if not len(before) or d.loc[d['iteration']==it,c].min()-before[c].max()<=1: return None
-    return int(before['iteration'].max())
+# %% ../nbs/03_record.ipynb #2bc61262
+def gap_before(df, # rows of one fit of one phase
+               iteration):
+    "The iteration on record before this one; None where nothing was left out between"
+    counted = 'iteration' if 'kind' in df and (df['kind']=='output').any() else 'step'
+    earlier = df[df['iteration']<iteration]
+    if not len(earlier): return None
+    now = df.loc[df['iteration']==iteration, counted].min()
+    return int(earlier['iteration'].max()) if now-earlier[counted].max()>1 else None
 
 def _module(name): return name.rpartition('.')[0] or '(model)'
 
@@ -727,223 +467,220 @@ def _with_output(name, outputs):
         name = name.rpartition('.')[0]
         if (name or '(model)') in outputs: return name or '(model)'
 
-def _broke(d):
+def _after_backward(broken, # names of parameters, in network order
+                    outputs # names of modules whose outputs are on record, all of them finite
+                   ):
+    "Between the outputs and what of the parameters; None where a parameter has no such output around it"
+    modules = {_with_output(name, outputs) for name in broken}
+    if None in modules: return None
+    return '(outputs)', broken[0] if len(modules)==1 else '(parameters)', 'after backward'
+
+def _broke(df):
     "Between what it broke, and in which pass, in the rows of one iteration"
-    out,bad = d['kind']=='output',d['nonfinite']>0
-    if not (out&bad).any():
-        broken = list(dict.fromkeys(d.loc[bad,'name']))
-        outputs = set(d.loc[out,'name'])
-        modules = {_with_output(n, outputs) for n in broken}
-        if None not in modules: return '(outputs)', broken[0] if len(modules)==1 else '(parameters)', 'after backward'
-    d = d[out] if (out&bad).any() else d[~out].assign(name=d.loc[~out,'name'].map(_module))
-    names,broke = list(dict.fromkeys(d['name'])),set(d.loc[d['nonfinite']>0,'name'])
-    i = max(i for i,n in enumerate(names) if n in broke)
+    is_output = df['kind']=='output'
+    bad = df['nonfinite']>0
+    if (is_output&bad).any(): df = df[is_output]
+    else:
+        found = _after_backward(list(dict.fromkeys(df.loc[bad,'name'])), set(df.loc[is_output,'name']))
+        if found: return found
+        df = df[~is_output].assign(name=df.loc[~is_output,'name'].map(_module))
+    names = list(dict.fromkeys(df['name']))
+    broke = set(df.loc[df['nonfinite']>0,'name'])
+    i = max(i for i,name in enumerate(names) if name in broke)
     return names[i+1] if i+1<len(names) else '(loss)', names[i], 'backward'
 
-# %% ../nbs/03_record.ipynb #e20643c3
-@patch
-def _given_up(self:GradRecord, phase):
-    "Breaks of the forward pass in batches that somebody skipped because of it: they have no row. (fit, iteration, after, before), the first one first"
-    seen,fits = set(),set()
-    for d in (self.df,self.steps):
-        seen |= set(zip(d['fit'].tolist(), d['phase'].tolist(), d['iteration'].tolist()))
-        fits |= set(d['fit'].tolist())
-    breaks = [(f, ph if isinstance(ph, str) else phases[ph], *rest) for f,ph,*rest in self.breaks]   # loaded ones have the phase's name
-    return sorted((f, it, after, before) for f,ph,it,after,before in breaks if phase in (None,ph) and (f, ph, it) not in seen and (f in fits or not fits))
+# %% ../nbs/03_record.ipynb #0f59aab0
+def _given_up(rec):
+    "(place in the frame of tensors, break) of batches that have no row, the first one first"
+    df,steps = (rec.frame(t)[['fit','phase','iteration',*(['run'] if 'run' in rec.frame(t) else [])]] for t in ('tensors','steps'))
+    nothing = not len(df) and not len(steps)
+    found = []
+    for (phase,run),breaks in _in_groups(rec.breaks).items():
+        rows = _rows_in(df, phase, run)
+        times = time_of(df.iloc[rows])
+        seen = np.concatenate([times, time_of(steps.iloc[_rows_in(steps, phase, run)])])
+        at = _times(breaks)
+        without_row = ~np.isin(at, seen)
+        if not nothing: without_row &= np.isin(at>>32, seen>>32)   # of the fits that are here
+        places = np.append(rows, rows[-1]+1 if len(rows) else len(df))[np.searchsorted(times, at)]
+        found += [(place, brk) for place,brk,ok in zip(places, breaks, without_row) if ok]
+    return sorted(found, key=lambda o: (o[0], o[1].fit, o[1].iteration))
 
+# %% ../nbs/03_record.ipynb #57c63e95
 @patch
 def first_nonfinite(self:GradRecord,
-                    phase='fit' # 'fit', 'lr_find' or None for all
+                    phase='fit', # 'fit', 'lr_find' or None for all
+                    fit=None # number of a `fit` of its phase, or a list; None for all
                    ): # `NonFinite(iteration, after, before)`, or None where all gradients are finite
     """First iteration with a NaN or inf, and the two modules between which it broke: still finite at the output of `after`, no longer at that of `before`.
     `where` is 'forward', 'backward' or 'after backward'. `after` is '(loss)' for a gradient that came from the loss so, '(input)' where the first output was not finite:
     then it is in the batch or in the weights of `before`, which give the same pair. 'after backward' is from '(outputs)', all finite in this process, to '(parameters)', or to
     the first one where they are all of one module. Where iterations were left out (`every`), it may have begun after the one before"""
-    d = self.select(phase=phase).df
-    bad = d['nonfinite']>0
-    skipped = self._given_up(phase)
-    if skipped and (not bad.any() or skipped[0][:2]<tuple(d.loc[bad.idxmax(), ['fit','iteration']])): return NonFinite(*skipped[0][1:], 'forward')
-    if not bad.any(): return None
-    if 'run' in d: d = d[d['run']==d.loc[bad.idxmax(),'run']]
-    fit,it = d.loc[bad.idxmax(), ['fit','iteration']]
-    d = d[d['fit']==fit]
-    last = _gap(d, it)
-    for f,_,i,after,before in self.breaks:
-        if (f,i)==(fit,it): return NonFinite(int(it), after, before, 'forward', last)
-    return NonFinite(int(it), *_broke(d[d['iteration']==it]), last)
+    self._need('tensors')
+    part = self.select(phase=phase, fit=fit)
+    df = part.frame('tensors')
+    bad = np.flatnonzero(df['nonfinite']>0)
+    first = bad[0] if len(bad) else len(df)
+    for place,brk in _given_up(part)[:1]:
+        if place<=first: return NonFinite(int(brk.iteration), brk.after, brk.before, 'forward')
+    if not len(bad): return None
+    row = df.iloc[first]
+    df = _rows_that_match(df, {c:row[c] for c in ('run','phase','fit') if c in df})
+    last = gap_before(df, row['iteration'])
+    for brk in part.breaks:
+        at = dict(run=getattr(brk, 'run', None), phase=_phase_name(brk.phase), fit=brk.fit, iteration=brk.iteration)
+        if all(row[c]==value for c,value in at.items() if c in row): return NonFinite(int(brk.iteration), brk.after, brk.before, 'forward', last)
+    return NonFinite(int(row['iteration']), *_broke(df[df['iteration']==row['iteration']]), last)
 
-# %% ../nbs/03_record.ipynb #ef576225
-def _largest(d, label, threshold):
+# %% ../nbs/03_record.ipynb #c68f9137
+def _n_iterations(df):
+    "Of several fits and phases each counts its own"
+    time = time_of(df)
+    return sum(len(np.unique(time[df['phase']==phase])) for phase in df['phase'].unique())
+
+def _largest(df, label, threshold):
     "A sentence on the rows of one kind"
-    its = d['iteration'].nunique()
-    over = d.loc[d['above']>0,'iteration'].nunique()
-    bad = d.loc[d['nonfinite']>0,'iteration'].nunique()
-    ok = d['nonfinite']==0
-    s = f"No finite {label} gradient in {its} iterations" if not ok.any() else (
-        f"Largest {label} gradient {(r := d.loc[d['max_abs'].where(ok).idxmax()])['max_abs']:.2g} at iteration {r['iteration']} ({r['name']}); above {threshold:g} in {over} of {its} iterations")
-    return s + (f"; not finite in {bad}" if bad else '') + '.'
+    n = _n_iterations(df)
+    finite = df['nonfinite']==0
+    if not finite.any(): res = f"No finite {label} gradient in {n} iterations"
+    else:
+        largest = df.loc[df['max_abs'].where(finite).idxmax()]
+        over = _n_iterations(df[df['above']>0])
+        res = f"Largest {label} gradient {largest['max_abs']:.2g} at iteration {largest['iteration']} ({largest['name']}); above {threshold:g} in {over} of {n} iterations"
+    bad = _n_iterations(df[~finite])
+    return res + (f"; not finite in {bad}" if bad else '') + '.'
 
-# %% ../nbs/03_record.ipynb #759cde45
+# %% ../nbs/03_record.ipynb #017bc9ed
 def nothing_there(steps):
     "Steps at which no parameter had a gradient: the norm is NaN, and nothing that was not finite was counted"
     return steps['norm'].isna()&(steps['nonfinite']==0)
 
-def _norms(s):
+def _norms_sentence(steps):
     "A sentence on the norms of steps"
-    norm,skipped = s['norm'],s['skipped'].astype(bool)
-    gone = nothing_there(s)
-    ok = np.isfinite(norm)
-    bad = ~ok&~gone
-    if ok.any():
-        median,largest = norm[ok].quantile([.5,1])
-        of = f"{ok.sum()} {'finite ' if bad.any() else ''}of " if not ok.all() else ''
-        t = f"Gradient norm {median:.2g} (median of {of}{len(s)} steps), largest {largest:.2g}"
-    elif bad.any(): t = f"No finite gradient norm in {len(s)} steps"
-    elif skipped.all(): t = f"No gradient norm in {len(s)} steps"
-    else: t = f"No gradient was left at the step in {(gone&~skipped).sum()} of {len(s)} steps"
-    said = [(bad&~skipped, ', not finite in'), (gone&~skipped, ', no gradient left in')]
-    t += ''.join(f'{what} {m.sum()}' for m,what in said if m.any() and (ok|bad).any())
-    return t + (f'; {skipped.sum()} skipped' if skipped.any() else '') + '.'
+    norm = steps['norm']
+    skipped = steps['skipped'].astype(bool)
+    no_gradient = nothing_there(steps)
+    finite = np.isfinite(norm)
+    bad = ~finite&~no_gradient
+    if finite.any():
+        median,largest = norm[finite].quantile([.5,1])
+        of = '' if finite.all() else f"{finite.sum()} {'finite ' if bad.any() else ''}of "
+        res = f"Gradient norm {median:.2g} (median of {of}{len(steps)} steps), largest {largest:.2g}"
+    elif bad.any(): res = f"No finite gradient norm in {len(steps)} steps"
+    elif skipped.all(): res = f"No gradient norm in {len(steps)} steps"
+    else: res = f"No gradient was left at the step in {(no_gradient&~skipped).sum()} of {len(steps)} steps"
+    if (finite|bad).any():
+        if (bad&~skipped).any(): res += f', not finite in {(bad&~skipped).sum()}'
+        if (no_gradient&~skipped).any(): res += f', no gradient left in {(no_gradient&~skipped).sum()}'
+    return res + (f'; {skipped.sum()} skipped' if skipped.any() else '') + '.'
 
+# %% ../nbs/03_record.ipynb #2cd97b24
 @patch
 def sentence(self:GradRecord,
-             phase='fit' # 'fit', 'lr_find' or None for all
+             phase='fit', # 'fit', 'lr_find' or None for all
+             fit=None # number of a `fit` of its phase, or a list; None for all
             )->str:
     "What the record says about the thread's question: how large the gradients were, and how often above the threshold"
-    part = self.select(phase=phase)
-    d,s = part.df[['kind','iteration','name','max_abs','above','nonfinite']],part.steps
-    res = [_largest(d[d['kind']==k], l, self.threshold) for k,l in (('output','output'),('param','parameter')) if (d['kind']==k).any()]
-    if len(s): res.append(_norms(s))
-    other = self.df['phase'].nunique() or self.steps['phase'].nunique()
-    return ' '.join(res) or (f"Nothing recorded in phase '{phase}'; other phases are left out unless asked for." if other else 'Nothing recorded yet.')
+    part = self.select(phase=phase, fit=fit)
+    df = part.frame('tensors')
+    df = df[['phase','fit','iteration','kind','name','max_abs','above','nonfinite']]
+    res = []
+    for kind,label in dict(output='output', param='parameter').items():
+        of_kind = df[df['kind']==kind]
+        if len(of_kind): res.append(_largest(of_kind, label, self.threshold))
+    if len(part.frame('steps')): res.append(_norms_sentence(part.frame('steps')))
+    if res: return ' '.join(res)
+    if not (len(self.frame('tensors')) or len(self.frame('steps'))): return 'Nothing recorded yet.'
+    return f"Nothing recorded in phase '{phase}'; other phases are left out unless asked for."
 
-# %% ../nbs/03_record.ipynb #c0de0101
+# %% ../nbs/03_record.ipynb #9605e18b
 @patch
-def __repr__(self:GradRecord): return f"GradRecord: {len(self)} iterations, {len(self.df)} rows, {len(self.steps)} steps"
+def __repr__(self:GradRecord): return f"GradRecord: {len(self)} iterations, {len(self.frame('tensors'))} rows, {len(self.frame('steps'))} steps"
 
-# %% ../nbs/03_record.ipynb #a7c3edd4
-@patch
-def _repr_html_(self:GradRecord): return import_module('fastai_gradstats.report').glance(self)
+# %% ../nbs/03_record.ipynb #a253f54c
+def _combined(df, by):
+    "Norms over several parameters: root of the sum of squares"
+    norms = [c for c in df if c.endswith('norm')]
+    squares = df.assign(**{c:df[c].astype(np.float64)**2 for c in norms})
+    key = [c for c in ('run',*where,by) if c in df]
+    sums = squares.groupby(key, sort=False, observed=True)[norms+['dot']].sum(min_count=1).reset_index()
+    res = sums.assign(**{c:np.sqrt(sums[c]) for c in norms})
+    return res.assign(update_ratio=res['update_norm']/res['weight_norm']) if 'update_norm' in res else res
 
-# %% ../nbs/03_record.ipynb #a02451a6
 @patch
 def by(self:GradRecord,
        what='param', # 'param', 'module' or 'group'
-       phase='fit' # 'fit', 'lr_find' or None for all
+       phase='fit', # 'fit', 'lr_find' or None for all
+       fit=None # number of a `fit` of its phase, or a list; None for all
       )->pd.DataFrame: # where in training, name (or group), norm, weight_norm, dot
     "Gradient and weight norms per step, and `dot`, the sum of gradient times weight; over several parameters norms combine as the root of the sum of squares"
     if what not in ('param','module','group'): raise ValueError(f"what: accepted are 'param', 'module' and 'group', got {what!r}")
-    if not len(self._params) and (len(self.df) or len(self.steps)): raise ValueError("no norms by parameter recorded: GradNormCallback() records them")
-    return _handed(self._by(what, phase))
+    self._need('params')
+    df = self.select(phase=phase, fit=fit).frame('params')
+    first = [*where,'name','group']
+    df = df[first+[c for c in df if c not in first]]
+    if what=='param': return _handed(df)
+    if what=='group': return _combined(df, 'group')
+    modules = {name:_module(name) for name in df['name'].cat.categories}
+    of_module = df['name'].map(modules).astype(object)
+    return _combined(df.assign(name=pd.Categorical(of_module, categories=list(dict.fromkeys(modules.values())))), 'name')
 
-@patch
-def _by(self:GradRecord, what, phase):
-    d = self.select(phase=phase)._frame('_params').drop(columns=['kind','call'], errors='ignore').rename(columns={'out':'group'})
-    d = d[where+['name','group']+[c for c in d if c not in where+['name','group','skipped']]]
-    if what=='param': return d
-    if what=='module':
-        mods = {n:_module(n) for n in d['name'].cat.categories}
-        d['name'] = pd.Categorical(d['name'].map(mods).astype(object), categories=list(dict.fromkeys(mods.values())))
-    key = where+['name' if what=='module' else 'group']
-    sq = d.assign(**{c:d[c].astype(np.float64)**2 for c in d if c.endswith('norm')})
-    g = sq.groupby(key, sort=False, observed=True)[[c for c in d if c.endswith('norm') or c=='dot']].sum(min_count=1).reset_index()
-    g = g.assign(**{c:np.sqrt(g[c]) for c in g if c.endswith('norm')})
-    return g.assign(update_ratio=g['update_norm']/g['weight_norm']) if 'update_norm' in g else g
-
-# %% ../nbs/03_record.ipynb #5a10c002
-class Clip(namedtuple('Clip', 'max_norm share')):
-    "A `max_norm`, and the share of finite norms above it; `left_out` says how many norms were not finite"
-    def __new__(cls, max_norm, share, left_out=0):
-        self = super().__new__(cls, max_norm, share)
-        self.left_out = left_out
-        return self
-    def __repr__(self): return super().__repr__()[:-1] + (f', left_out={self.left_out})' if self.left_out else ')')
+# %% ../nbs/03_record.ipynb #1652cce7
+@dataclass(frozen=True, eq=False, repr=False)
+class Clip(_Unpacks):
+    "Where to clip; `max_norm,share = ...` unpacks it"
+    max_norm:float
+    share:float         # of the finite norms that are larger
+    left_out:int = 0    # norms that are not finite
+    n_first = 2
+    def __repr__(self): return f"Clip(max_norm={self.max_norm}, share={self.share}" + (f", left_out={self.left_out})" if self.left_out else ')')
 
 @patch
 def suggest_clip(self:GradRecord,
                  q=.9, # the quantile of the norms to clip at
-                 phase='fit' # 'fit', 'lr_find' or None for all
+                 phase='fit', # 'fit', 'lr_find' or None for all
+                 fit=None # number of a `fit` of its phase, or a list; None for all
                 )->Clip: # `max_norm`, and the share of finite norms that are larger; `.left_out` norms were not finite
     "A `max_norm` for `GradientClip`: a quantile of the finite norms before clipping, without steps that were skipped"
     if not isinstance(q, (int,float,np.number)) or not 0<q<=1: raise ValueError(f"q: a number above 0, up to 1 is accepted, got {q!r}")
-    s = self.select(phase=phase).steps
-    if not len(s): raise ValueError("no norms recorded: GradNormCallback() records them")
-    n = s.loc[~s['skipped'].astype(bool)&~nothing_there(s),'norm']
-    if not len(n): raise ValueError(f"no gradient was left at the step in {len(s)} steps, so there is no norm: diagnose() says more")
-    ok = n[np.isfinite(n)]
-    if not len(ok): raise ValueError(f"none of the norms of {len(s)} steps is finite: a max_norm needs steps before the first NaN or inf, diagnose() says where that is")
-    if (bad := len(n)-len(ok))>.1*len(n): warn(f"suggest_clip: {bad} of {len(n)} norms are not finite and were left out; clipping does not mend a NaN, diagnose() says where it came from", stacklevel=2)
-    m = float(f'{ok.quantile(q):.2g}')
-    return Clip(m, float((ok>m).mean()), bad)
+    self._need('steps')
+    steps = self.select(phase=phase, fit=fit).frame('steps')
+    if not len(steps): raise ValueError("no norms recorded: GradNormCallback() records them")
+    norms = steps.loc[~steps['skipped'].astype(bool)&~nothing_there(steps),'norm']
+    if not len(norms): raise ValueError(f"no gradient was left at the step in {len(steps)} steps, so there is no norm: diagnose() says more")
+    finite = norms[np.isfinite(norms)]
+    left_out = len(norms)-len(finite)
+    if not len(finite): raise ValueError(f"none of the norms of {len(steps)} steps is finite: a max_norm needs steps before the first NaN or inf, diagnose() says where that is")
+    if left_out>.1*len(norms):
+        warn(f"suggest_clip: {left_out} of {len(norms)} norms are not finite and were left out; clipping does not mend a NaN, diagnose() says where it came from", stacklevel=2)
+    max_norm = float(f'{finite.quantile(q):.2g}')
+    return Clip(max_norm, float((finite>max_norm).mean()), left_out)
 
-# %% ../nbs/03_record.ipynb #e1a57c02
+# %% ../nbs/03_record.ipynb #e15444f2
 @patch
 def elasticity(self:GradRecord,
-               phase='fit' # 'fit', 'lr_find' or None for all
+               phase='fit', # 'fit', 'lr_find' or None for all
+               fit=None # number of a `fit` of its phase, or a list; None for all
               )->pd.DataFrame: # where in training, name, elasticity
     "|w||g|/|loss| per step and parameter: at most how many percent the loss changes when the tensor changes by one percent of its length"
-    d = self.by('param', phase).merge(self.steps[where+['loss']], on=where, how='left')
-    with np.errstate(all='ignore'): d['elasticity'] = d['norm'].astype(np.float64)*d['weight_norm']/d['loss'].abs()
-    return d[where+['name','elasticity']]
+    self._need('steps')
+    df = self.by('param', phase, fit)
+    key = [c for c in ('run',*where) if c in df]
+    df = df.merge(self.frame('steps')[[*key,'loss']], on=key, how='left')
+    with np.errstate(all='ignore'): df['elasticity'] = df['norm'].astype(np.float64)*df['weight_norm']/df['loss'].abs()
+    return df[[*key,'name','elasticity']]
 
 @patch
 def radial(self:GradRecord,
-           phase='fit' # 'fit', 'lr_find' or None for all
+           phase='fit', # 'fit', 'lr_find' or None for all
+           fit=None # number of a `fit` of its phase, or a list; None for all
           )->pd.DataFrame: # where in training, name, radial
     "Cosine of gradient and weights per step and parameter: 0 where only the weights' direction matters, NaN where either is 0"
-    d = self.by('param', phase)
-    with np.errstate(all='ignore'): d['radial'] = d['dot'].astype(np.float64)/(d['norm'].astype(np.float64)*d['weight_norm'])
-    return d[where+['name','radial']]
+    df = self.by('param', phase, fit)
+    with np.errstate(all='ignore'): df['radial'] = df['dot'].astype(np.float64)/(df['norm'].astype(np.float64)*df['weight_norm'])
+    return df[[c for c in ('run',*where,'name','radial') if c in df]]
 
-# %% ../nbs/03_record.ipynb #b2903fd4
-views = {**{n:'plot' for n in ('plot_grad_log10','plot_grad_heatmap','plot_grad_hist','plot_grad_norm','plot_grad_flow','plot_grad_lr')}, 'diagnose':'diagnosis'}
-
-def _view(self, name):
-    if name not in views: raise AttributeError(f"'GradRecord' object has no attribute {name!r}")
-    return getattr(import_module('.'+views[name], __package__), name).__get__(self)
-
-GradRecord.__getattr__,GradRecord.__dir__ = _view,lambda self: [*object.__dir__(self), *views]   # `@patch` would leave a `__getattr__` on the module
-
-# %% ../nbs/03_record.ipynb #5fe30d94
-def as_record(o # a Learner, callback, `GradRecord`, frame or folder
-             )->GradRecord:
-    "The record in `o`"
-    if isinstance(o, GradRecord): return o
-    if not isinstance(o, pd.DataFrame) and hasattr(o, 'to_pandas'): o = o.to_pandas()   # of Polars, or Arrow
-    if isinstance(o, pd.DataFrame):
-        if not len(miss := [c for c in columns if c not in o]): return GradRecord(o)
-        if all(c in o for c in step_columns): return GradRecord(steps=o)
-        raise ValueError(f"a frame with the columns of GradRecord.df or GradRecord.steps is accepted; missing: {', '.join(miss)}")
-    if isinstance(getattr(type(o), 'record', None), property): return o.record
-    if isinstance(o, (str,os.PathLike)): return GradRecord.load(o)
-    if hasattr(o, 'cbs'):
-        rs = [c.record for c in o.cbs if isinstance(getattr(type(c), 'record', None), property)]
-        if rs: return _merge(rs)
-        raise ValueError("this Learner has no GradStatsCallback or GradNormCallback; one that was passed to `fit` is no longer on the Learner: use the callback itself")
-    raise TypeError(f"accepted are a Learner, a gradstats callback, a GradRecord, a frame and a folder, got {type(o).__name__}")
-
-# %% ../nbs/03_record.ipynb #9727f4db
-def _merge(rs):
-    "One record from the last that has tensors and the last that has steps"
-    pick = lambda a: next((getattr(r,a) for r in reversed(rs) if len(getattr(r,a))), None)
-    last = lambda a,d: next((getattr(r,a) for r in reversed(rs) if len(r._rows)), d)
-    rows,steps,params = ifnone(pick('_rows'), Rows(floats, counts)),ifnone(pick('_steps'), Steps()),ifnone(pick('_params'), _param_rows())
-    facts = pick_facts([r.facts for r in sorted(rs[::-1], key=lambda r: not len(r._rows))])
-    return _of_stores(rows, steps, params, last('_hist', None), last('threshold', 1.), last('breaks', ()), facts)
-
-# %% ../nbs/03_record.ipynb #ce003301
-def _breaks_frame(breaks):
-    fit,phase,it,after,before = zip(*breaks) if breaks else ((),)*5
-    d = {c:np.array(v, np.int32) for c,v in (('fit',fit),('iteration',it))}
-    d['phase'] = category(np.array([p if isinstance(p, int) else phases.index(p) for p in phase], np.int8), phases)
-    for c,v in (('after',after),('before',before)):
-        names = list(dict.fromkeys(v))
-        d[c] = category(np.array([names.index(n) for n in v], np.int32), names)
-    return pd.DataFrame({c:d[c] for c in schema['breaks']})
-
-def _params_frame(df): return df.drop(columns=['kind','call','skipped'], errors='ignore').rename(columns={'out':'group'})
-
-# %% ../nbs/03_record.ipynb #e3ef70a9
+# %% ../nbs/03_record.ipynb #5da7dd02
 @patch
 def save(self:GradRecord,
          folder, # a folder that holds no record yet; made where it does not exist
@@ -955,19 +692,38 @@ def save(self:GradRecord,
     except ImportError:
         if format=='parquet': raise
         format = 'csv'
-    format,path = ifnone(format, 'parquet'),check_free(folder, schema)
+    if format is None: format = 'parquet'
+    path = check_free(folder, schema)
     now = self.still()
-    dfs = dict(tensors=now._frame('_rows'), steps=now._frame('_steps'), params=_params_frame(now._frame('_params')), breaks=_breaks_frame(now.breaks), hist=now._frame('_hist'))
-    dfs = {t:conform(d, t) for t,d in dfs.items() if len(d)}
-    parts = {t:encode(t, d, self.threshold, format) for t,d in dfs.items()}   # all of them, before anything is written
-    about = {t:{k:v for k,v in describe(t, d, self.threshold).items() if k not in BLANK} for t,d in dfs.items()}
+    recorded = [t for t in now.stores if not now.lacks(t)]
+    dfs = {t:now.frame(t) for t in ('tensors','steps','params')} | dict(breaks=breaks_frame(now.breaks), hist=now.frame('hist'))
+    dfs = {t:conform(df, t) for t,df in dfs.items() if len(df)}
+    parts = {t:encode(t, df, self.threshold, format) for t,df in dfs.items()}   # all of them, before anything is written
+    about = {t:{k:v for k,v in describe(t, df, self.threshold).items() if k not in BLANK} for t,df in dfs.items()}
     if format=='csv':
-        for t,b in parts.items(): about[t]['csv_crc32'] = crc32(b)
-    claim(path, schema, threshold=self.threshold, parts=about, facts={'tensors':now.facts} if now.facts else {})
-    for t,b in parts.items(): put_part(path, t, b, format=format)
+        for t,part in parts.items(): about[t]['csv_crc32'] = crc32(part)
+    facts = {'tensors':now.facts} if now.facts else {}
+    claim(path, schema, threshold=self.threshold, parts=about, facts=facts, recorded=recorded)
+    for t,part in parts.items(): put_part(path, t, part, format=format)
     return path
 
-# %% ../nbs/03_record.ipynb #91078439
+# %% ../nbs/03_record.ipynb #30073311
+def _recorded_in(metas, info):
+    "Which tables a folder's record has, or may yet get"
+    if 'recorded' in info: return set(info['recorded'])
+    found = set(metas)
+    if 'parts' not in info: found |= set(info.get('facts', {}))   # it was streamed
+    if 'steps' in found: found.add('params')
+    if not found & {'tensors','steps','params'}: found |= {'tensors','steps','params'}
+    return found
+
+def _mark_groups(rows):
+    "All batches of a step that was skipped, also those of a group whose step came after a fit had ended"
+    if not rows['skipped'].any(): return rows
+    run = np.where(rows['phase']=='fit', -1, rows['fit']).astype(np.int64)   # steps continue over the fits of phase 'fit'
+    step = run<<32 | rows['step'].to_numpy(np.int64)
+    return rows.assign(skipped=np.isin(step, np.unique(step[rows['skipped']])))
+
 @patch(cls_method=True)
 def load(cls:GradRecord,
          folder, # what `save` or a callback with `folder=` wrote, or is writing
@@ -975,140 +731,148 @@ def load(cls:GradRecord,
         ):
     "The record in `folder`"
     if not isinstance(folder, (str,os.PathLike)): raise TypeError(f"folder: a path is accepted, got {type(folder).__name__}")
-    d,metas,info = read_folder(folder, errors)
-    rows = d['tensors']
-    if rows['skipped'].any():   # a group of batches whose step came after a fit had ended
-        key = np.where(rows['phase']=='fit', -1, rows['fit']).astype(np.int64)<<32 | rows['step'].to_numpy(np.int64)
-        rows = rows.assign(skipped=np.isin(key, np.unique(key[rows['skipped']])))
-    threshold = next((m['threshold'] for m in (metas.get('tensors'), info) if m and 'threshold' in m), 1.)
-    breaks = d['breaks'].astype(dict(phase=object, after=object, before=object)).itertuples(index=False, name=None)
-    facts = pick_facts([f for t in ('tensors','steps') if (f := info.get('facts', {}).get(t))])
-    return _of_stores(rows, d['steps'], d['params'], d['hist'], threshold, breaks, facts)
+    frames,metas,info = read_folder(folder, errors)
+    recorded = _recorded_in(metas, info)
+    tables = {t:frames[t] if t in recorded else None for t in _recorded_by}
+    if tables['tensors'] is not None: tables['tensors'] = _mark_groups(frames['tensors'])
+    about = [m for m in (metas.get('tensors'), info) if m and 'threshold' in m]
+    threshold = about[0]['threshold'] if about else 1.
+    breaks = frames['breaks'].astype({c:object for c,column in frames['breaks'].items() if is_category(column)})
+    facts = pick_facts([info.get('facts', {}).get(t, []) for t in ('tensors','steps')])
+    return _of_stores(tables, threshold, breaks.itertuples(index=False, name=None), facts)
 
-# %% ../nbs/03_record.ipynb #c7ebf034
-class _Sink(list):
-    "What waits to be written; a copy of the record has none"
-    def __reduce__(self): return type(None),()
+# %% ../nbs/03_record.ipynb #c947184c
+_plots = ('plot_grad_log10','plot_grad_heatmap','plot_grad_hist','plot_grad_norm','plot_grad_flow','plot_grad_lr')
+views = dict.fromkeys(_plots, 'plot') | dict(diagnose='diagnosis', glance='report')
 
-class Stream:
-    "Writes what a record gets to a folder, one complete part at a time"
-    every,seconds,limit = 500,30.,2_000_000   # iterations and seconds between parts, whichever comes first; rows that may wait on a failing disk
-    def __init__(self, record, folder, tables, rank=0):
-        self.record,self.folder,self.tables,self.rank = record,check_free(folder, tables),tables,rank
-        self.number,self.claimed,self.failed,self.broken,self.known,self.n,self.last = dict.fromkeys(tables, 0),False,False,0,0,0,monotonic()
-        self.stores = {t:getattr(record, a) for t,a in dict(tensors='_rows', steps='_steps', params='_params').items() if t in tables}
-        for s in self.stores.values(): s.sink = _Sink()
+def _view(self, name):
+    "A view; and an error inside a property is that error, and no missing attribute"
+    found = getattr_static(type(self), name, None)
+    if isinstance(found, property):
+        try: return found.fget(self)
+        except AttributeError as e: raise RuntimeError(f"{type(self).__name__}.{name}: {e}") from e
+    if name not in views: raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    return getattr(import_module('.'+views[name], __package__), name).__get__(self)
 
-    def late(self):
-        "One more iteration: is it time to write?"
-        self.n += 1
-        return self.n>=self.every or monotonic()-self.last>self.seconds
+GradRecord.__getattr__ = _view   # `@patch` would leave a `__getattr__` on the module
+GradRecord.__dir__ = lambda self: [*object.__dir__(self), *views]
 
-    def __len__(self): return sum(len(p['step']) if isinstance(p, dict) else len(p.keys) for s in self.stores.values() for p in s.sink or ())
-
-# %% ../nbs/03_record.ipynb #5f1c0df3
+# %% ../nbs/03_record.ipynb #99f2d0c7
 @patch
-def attempt(self:Stream, f):
-    "Run `f`; a disk that fails is told of once, and training goes on"
-    try:
-        if self.claimed: check_mine(self.folder, self.claimed)
-        else: self.claimed = claim(self.folder, self.tables, threshold=self.record.threshold)
-        f()
-    except (OSError,ValueError) as e:
-        if isinstance(e, ValueError) and not (self.claimed or self.failed): raise   # another run has it, and nothing is trained yet
-        if not self.failed: warn(f"folder: cannot write to {self.folder} ({type(e).__name__}: {e}). Training goes on and the record stays in memory; what is not on disk is tried again at each flush, and `record.save(another_folder)` writes what memory holds")
-        self.failed = True
-    self.n,self.last = 0,monotonic()
+def _repr_html_(self:GradRecord): return self.glance()
 
-@patch
-def facts(self:Stream):
-    "What is known of the first fit is in the folder's mark; what is known of later ones waits for the next part"
-    if not self.known and (new := self.record.facts):
-        write_facts(self.folder, self.tables[0], new)
-        self.known = len(new)
+# %% ../nbs/03_record.ipynb #5e8a1c8f
+def _merged(records):
+    "One record of several: each table from the last that has rows of it, else the last that may have"
+    def last_with(table):
+        may = [r for r in records if not r.lacks(table)]
+        have = [r for r in may if len(r.frame(table))]
+        return (have or may or [None])[-1]
+    sources = {table:last_with(table) for table in ('tensors','steps','params')}
+    tables = {table:None if r is None else r.stores[table] for table,r in sources.items()}
+    of_tensors = sources['tensors']
+    facts = pick_facts([r.facts for r in sorted(records[::-1], key=lambda r: not len(r.frame('tensors')))])
+    if of_tensors is None: return _of_stores(tables, facts=facts)
+    return _of_stores(tables|dict(hist=of_tensors.stores['hist']), of_tensors.threshold, of_tensors.breaks, facts)
 
-@patch
-def part(self:Stream, **dfs):
-    "The next part of tables that belong together. Where one fails, all are written again, with what came since"
-    new = self.record.facts_since(self.known) if self.tables[0] in dfs else []
-    for t,d in dfs.items():
-        more = dict(facts=new) if new and t==self.tables[0] else {}
-        write_part(self.folder, t, d, self.number[t], self.rank, self.record.threshold, **more)
-    for t in dfs: self.number[t] += 1
-    self.known += len(new)
+def _has_record(o): return isinstance(getattr(type(o), 'record', None), property)
+def _is_callback(o): return _has_record(o) or hasattr(type(o), 'order')   # ours, or another of fastai's
 
-# %% ../nbs/03_record.ipynb #52029b57
-@patch
-def write(self:Stream,
-          over=None # a function of `where` (5, iterations): which iterations' steps are over; None: all
-         ):
-    "Write what waits"
-    def f():
-        self.facts()
-        rows = self.stores.get('tensors')
-        if 'breaks' in self.tables and (new := rows.breaks[self.broken:]):
-            self.part(breaks=_breaks_frame(new))
-            self.broken += len(new)
-        for t,s in self.stores.items():
-            if s.sink: _send(self, t, s, over)
-        if over is None and self.record.facts_since(self.known):   # of a fit without a row
-            self.part(**{self.tables[0]:self.stores[self.tables[0]].frame([])})
-    self.attempt(f)
-    if len(self)>self.limit:
-        for s in self.stores.values(): s.sink = None
-        warn(f"folder: gave up writing to {self.folder}, {self.limit:,} rows wait. Later rows are in memory only: `record.save(another_folder)` writes what it keeps")
+def _of_frame(df):
+    "A record of a frame of tensors, or of steps"
+    missing = [c for c in columns if c not in df]
+    if not missing: return GradRecord(df)
+    if all(c in df for c in step_columns): return GradRecord(steps=df)
+    raise ValueError(f"a frame with the columns of GradRecord.df or GradRecord.steps is accepted; missing: {', '.join(missing)}")
 
-# %% ../nbs/03_record.ipynb #6ccb7357
-def _send(stream, t, s, over):
-    "Write one store's iterations whose step is over; the others go on waiting"
-    sink = s.sink
-    todo,rest = list(s.sink),[]   # another thread may add to it
-    waiting = len(todo)
-    if t!='steps':
-        p = Part.cat(todo)
-        ok = np.ones(len(p), bool) if over is None else over(p.where)
-        if not ok.any(): return
-        todo,rest = ([p],[]) if ok.all() else ([p.take(np.flatnonzero(ok))],[p.take(np.flatnonzero(~ok))])
-    s = s if t=='steps' else s.still()
-    df = s.frame(todo)
-    stream.part(**{t:_params_frame(df) if t=='params' else df}, **dict(hist=s.hist_frame(todo)) if t=='tensors' and 'hist' in stream.tables else {})
-    with lock: sink[:waiting] = rest
+def as_record(o # a Learner, callback, list of callbacks, `GradRecord`, frame or folder
+             )->GradRecord:
+    "The record in `o`"
+    if isinstance(o, GradRecord): return o
+    if not isinstance(o, pd.DataFrame): o = _to_pandas(o)
+    if isinstance(o, pd.DataFrame): return _of_frame(o)
+    if _has_record(o): return o.record
+    if isinstance(o, (str,os.PathLike)): return GradRecord.load(o)
+    if isinstance(o, (list,tuple,L)) and len(o) and all(isinstance(c, GradRecord) or _is_callback(c) for c in o):
+        records = [c if isinstance(c, GradRecord) else c.record for c in o if isinstance(c, GradRecord) or _has_record(c)]
+        if records: return _merged(records)
+        raise ValueError("none of these callbacks is a GradStatsCallback or GradNormCallback")
+    if hasattr(o, 'cbs'):
+        records = [c.record for c in o.cbs if _has_record(c)]
+        if records: return _merged(records)
+        raise ValueError("this Learner has no GradStatsCallback or GradNormCallback; one that was passed to `fit` is no longer on the Learner: use the callback itself")
+    raise TypeError(f"accepted are a Learner, a gradstats callback or a list of them, a GradRecord, a frame and a folder, got {type(o).__name__}")
 
-# %% ../nbs/03_record.ipynb #728921da
+# %% ../nbs/03_record.ipynb #91084ff8
+def _joined(dfs, names):
+    "One frame of the runs' frames, with a column `run`"
+    for c in ('name','kind'):
+        known = list(dict.fromkeys(name for df in dfs if c in df for name in df[c].cat.categories))
+        if known: dfs = [df.assign(**{c:df[c].cat.set_categories(known)}) for df in dfs]
+    dfs = [df.assign(run=category(np.full(len(df), i), names)) for i,df in enumerate(dfs)]
+    full = [df for df in dfs if len(df)] or dfs[:1]
+    order = dict.fromkeys(c for df in full for c in df if c!='run')
+    return pd.concat(full, ignore_index=True)[['run', *order]]
+
 def compare(runs # name of a run -> whatever `as_record` takes
            )->GradRecord: # with a column `run`
     "One record of several runs"
-    if not isinstance(runs, dict) or not runs: raise TypeError(f"compare: a dict of runs, name -> record, is accepted, got {type(runs).__name__ if not isinstance(runs, dict) else 'an empty one'}")
-    rs,names = [as_record(r) for r in runs.values()],[str(k) for k in runs]
-    if twice := [n for n in names if names.count(n)>1]: raise ValueError(f"compare: names of runs differ as text, {twice[0]!r} is there twice")
-    if any('run' in r.df or 'run' in r.steps for r in rs): raise ValueError("compare: single runs are accepted, one of these is a comparison already")
-    if len(ts := {r.threshold for r in rs if len(r.df)})>1: warn(f"compare: `above` was counted from different thresholds: {sorted(ts)}")
-    def cat(what):
-        dfs = [_params_frame(r._frame(what)) if what=='_params' else r._frame(what) for r in rs]
-        for c in ('name','kind'):
-            known = list(dict.fromkeys(n for d in dfs if c in d for n in d[c].cat.categories))
-            if known: dfs = [d.assign(**{c:d[c].cat.set_categories(known)}) for d in dfs]
-        dfs = [d.assign(run=category(np.full(len(d), i), names)) for i,d in enumerate(dfs)]
-        full = [d for d in dfs if len(d)] or dfs[:1]
-        return pd.concat(full, ignore_index=True)[['run', *dict.fromkeys(c for d in full for c in d if c!='run')]]
-    threshold = next((r.threshold for r in rs if len(r.df)), 1.)
-    return _of_stores(cat('_rows'), cat('_steps'), cat('_params'), cat('_hist'), threshold)
+    if not isinstance(runs, dict) or not runs:
+        raise TypeError(f"compare: a dict of runs, name -> record, is accepted, got {'an empty one' if isinstance(runs, dict) else type(runs).__name__}")
+    records = {str(name):as_record(o) for name,o in runs.items()}
+    names = [str(name) for name in runs]
+    twice = [name for name in names if names.count(name)>1]
+    if twice: raise ValueError(f"compare: names of runs differ as text, {twice[0]!r} is there twice")
+    if any('run' in r.frame(t) for r in records.values() for t in ('tensors','steps','params')):
+        raise ValueError("compare: single runs are accepted, one of these is a comparison already")
+    thresholds = [r.threshold for r in records.values() if len(r.frame('tensors'))]
+    if len(set(thresholds))>1: warn(f"compare: `above` was counted from different thresholds: {sorted(set(thresholds))}")
+    tables = {}
+    for t in _recorded_by:
+        lacking = all(r.lacks(t) for r in records.values())
+        tables[t] = None if lacking else _joined([r.frame(t) for r in records.values()], names)
+    breaks = [RunBreak(*brk._replace(phase=_phase_name(brk.phase)), name) for name,r in records.items() for brk in r.breaks]
+    facts = [{**f, 'run':name} for name,r in records.items() for f in r.facts]
+    return _of_stores(tables, thresholds[0] if thresholds else 1., breaks, facts)
 
-# %% ../nbs/03_record.ipynb #d72692c8
+# %% ../nbs/03_record.ipynb #5fa41043
+def _by_tensor(df, threshold):
+    "A row per tensor"
+    key = [c for c in ('run','kind','name') if c in df]
+    groups = df.groupby(key, sort=False, observed=True)
+    sums = groups[['above','zeros','nonfinite','numel']].sum()
+    largest_first = df['max_abs'].fillna(np.inf).groupby([df[c] for c in key], sort=False, observed=True)
+    top = df.loc[largest_first.idxmax()].set_index(key)
+    return pd.DataFrame({'max |g|':top['max_abs'], 'at':top['iteration'], 'median norm':groups['norm'].median(),
+                         f'|g|>{threshold:g}':sums['above']/sums['numel'], 'zeros':sums['zeros']/sums['numel'], 'not finite':sums['nonfinite']})
+
 @patch
 def summary(self:GradRecord,
             n=20, # how many tensors; None for all
-            phase='fit' # 'fit', 'lr_find' or None for all
+            phase='fit', # 'fit', 'lr_find' or None for all
+            fit=None # number of a `fit` of its phase, or a list; None for all
            )->str:
     "A table for the terminal: each tensor's largest gradient, where it was, its median norm and shares of elements"
-    d = self.select(phase=phase).df
-    if not len(d): return self.sentence(phase)
-    key = [c for c in ('run','kind','name') if c in d]
-    g = d.groupby(key, sort=False, observed=True)
-    t = g[['above','zeros','nonfinite','numel']].sum()
-    top = d.loc[d['max_abs'].fillna(np.inf).groupby([d[c] for c in key], sort=False, observed=True).idxmax()].set_index(key)
-    t = pd.DataFrame({'max |g|':top['max_abs'], 'at':top['iteration'], 'median norm':g['norm'].median(), '|g|>%g'%self.threshold:t['above']/t['numel'], 'zeros':t['zeros']/t['numel'], 'not finite':t['nonfinite']})
-    best = t.index if n is None else t['max |g|'].fillna(np.inf).sort_values(ascending=False, kind='stable').index[:n]
-    shown = t[t.index.isin(best)].reset_index()
-    f = {c:(lambda v: f'{v:.3g}') if c in ('max |g|','median norm') else (lambda v: f'{v:.1%}') for c in shown if shown[c].dtype.kind=='f'}
-    return '\n'.join([self.sentence(phase), '', shown.to_string(index=False, formatters=f)] + ([f'... and {len(t)-len(shown)} more tensors'] if len(t)>len(shown) else []))
+    sentence = self.sentence(phase, fit)
+    df = self.select(phase=phase, fit=fit).frame('tensors')
+    if self.lacks('tensors'): return f"{sentence}\n\nNo table of tensors: GradStatsCallback() records them."
+    if not len(df): return sentence
+    table = _by_tensor(df, self.threshold)
+    ranked = table['max |g|'].fillna(np.inf).sort_values(ascending=False, kind='stable').index
+    shown = table[table.index.isin(table.index if n is None else ranked[:n])].reset_index()
+    def number(v): return f'{v:.3g}'
+    def share(v): return f'{v:.1%}'
+    formats = {c:number if c in ('max |g|','median norm') else share for c in shown if shown[c].dtype.kind=='f'}
+    lines = [sentence, '', shown.to_string(index=False, formatters=formats)]
+    if len(table)>len(shown): lines.append(f'... and {len(table)-len(shown)} more tensors')
+    return '\n'.join(lines)
+
+# %% ../nbs/03_record.ipynb #e6618f48
+_of_writers = ('load','add_facts','facts_since','still')
+delegated = tuple(name for name in [*vars(GradRecord), *views] if not name.startswith('_') and name not in _of_writers)
+
+# %% ../nbs/03_record.ipynb #b8f5a0ea
+_from,_gap = from_iteration,gap_before   # until diagnosis has the new names
+
+@patch
+def _by(self:GradRecord, what, phase): return self.select(phase=phase).frame('params')

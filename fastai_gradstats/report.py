@@ -19,10 +19,10 @@ import numpy as np, pandas as pd
 from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
 from .diagnosis import diagnose,runs
-from .grid import (NotRecorded,boundaries,boundary_name,cells,check_fit,check_which,image,image_columns,kinds_there,matching,no_tensors,places,
+from .grid import (boundaries,boundary_name,cells,check_fit,check_which,image,image_columns,kinds_there,matching,no_tensors,places,
                                    printed,tensors,words)
 from .plot import draw_heatmap,plot_grad_flow,plot_grad_norm
-from .record import GradRecord,as_record
+from .record import GradRecord,NotRecorded,as_record
 
 # %% ../nbs/07_report.ipynb #6c4580ef
 columns,most = 800,700_000   # columns, and values in all: 2.8 MB

@@ -4,10 +4,10 @@ from random import Random
 import numpy as np,pytest,torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastai_gradstats import GradNormCallback,GradStatsCallback,digits_learner,engine
+from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,digits_learner,engine
 from fastai_gradstats.engine import DROP,LOWEST,SAMPLE,Engine,octaves
 from fastai_gradstats.stats import SUM_SQ
-from fastai_gradstats.record import GradRecord,Rows,counts,floats
+from fastai_gradstats.stores import Rows,counts,floats
 from oracles import Spy,fit,paths
 
 def of(g, hist='all', scale=None, **kw):
@@ -117,7 +117,7 @@ def test_hist_survives_keep_and_files(tmp_path):
 def simulate(n, keep, tensors=20, chunk=500, seed=0):
     "A record of `n` made-up iterations; spikes and NaN at known places"
     rows,rng = Rows(floats, counts, keep),np.random.default_rng(seed)
-    for i in range(tensors): rows.key('param', i, f'p{i}')
+    for i in range(tensors): rows.key(i, 'param', f'p{i}')
     peaks = []
     for a in range(0, n, chunk):
         it = np.arange(a, a+chunk)

@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,diagnose
 from fastai_gradstats.files import category,claim,dtype,fixed,schema
-from fastai_gradstats.record import Stream,as_record
+from fastai_gradstats.record import as_record
+from fastai_gradstats.stream import Stream
 
 pytest.importorskip('pyarrow')
 
@@ -114,7 +115,7 @@ def test_golden():
     rec,want = GradRecord.load(ROOT/'tests'/'golden'),golden()
     pd.testing.assert_frame_equal(rec.df, want.df, check_exact=True)
     pd.testing.assert_frame_equal(rec.steps, want.steps, check_exact=True)
-    pd.testing.assert_frame_equal(rec._frame('_params'), want._frame('_params'), check_exact=True)
+    pd.testing.assert_frame_equal(rec.frame('params'), want.frame('params'), check_exact=True)
     assert (rec.threshold,list(rec.breaks),rec.facts)==(want.threshold,want.breaks,want.facts)
 
 odd = ['a,b','q"u\'o',' new\nline','a\r\nb','','NA','nan','None','1.0','ü漢','\\N']
@@ -122,7 +123,7 @@ odd = ['a,b','q"u\'o',' new\nline','a\r\nb','','NA','nan','None','1.0','ü漢','
 def test_formats(tmp_path, format):
     "Both hold the same: odd names, NaN and inf, the smallest number, extra columns in their type"
     want = golden()
-    want._rows = want.df.loc[np.arange(11)%4].reset_index(drop=True).assign(**{'a, "b"':np.float32(.1), 'mean':np.float32([-np.inf,1e-45,*range(9)]), 'name':category(np.arange(11), odd)})
+    want.stores['tensors'] = want.df.loc[np.arange(11)%4].reset_index(drop=True).assign(**{'a, "b"':np.float32(.1), 'mean':np.float32([-np.inf,1e-45,*range(9)]), 'name':category(np.arange(11), odd)})
     want.save(tmp_path/'ü b', format=format)
     rec = GradRecord.load(tmp_path/'ü b')
     for a,b in ((rec.df,want.df), (rec.steps,want.steps), (rec.by(),want.by())): pd.testing.assert_frame_equal(a, b, check_exact=True)

@@ -5,7 +5,8 @@ from torch import nn
 from fastai.basics import Callback,Learner,SGD
 from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,engine
 from fastai_gradstats.engine import Engine,octaves
-from fastai_gradstats.record import Rows,as_record,counts,floats
+from fastai_gradstats.record import as_record
+from fastai_gradstats.stores import Rows,counts,floats
 from fastai_gradstats.stats import finish
 from conftest import ROOT
 from oracles import ByRows,Spy,TrainOnly,fit,loaders,paths
@@ -215,13 +216,14 @@ def test_norms_are_floats():
 def grow(rec, seed, n=60):
     "Appends in bulks of random size, and now and then a new tensor or a skipped step"
     rng,it = np.random.default_rng(seed),0
-    ks = [rec._rows.key('param', i, f'p{i}') for i in range(3)]
+    rows = rec.stores['tensors']
+    ks = [rows.key(i, 'param', f'p{i}') for i in range(3)]
     for _ in range(n):
         m = int(rng.choice([1,1,2,5,40]))
-        if rng.random()<.05: ks.append(rec._rows.key('param', int(rng.integers(9)), f'q{it}'))
-        if rng.random()<.1: rec._rows.skipped.add((-1,int(rng.integers(it+1))))
+        if rng.random()<.05: ks.append(rows.key(int(rng.integers(9)), 'param', f'q{it}'))
+        if rng.random()<.1: rows.skip(0, 0, int(rng.integers(it+1)))
         at = np.arange(it, it+m)
-        rec._rows.append(np.stack([at*0, at*0, at*0, at, at]), np.full(m, len(ks)), np.tile(ks, m), rng.random((5,m*len(ks))).astype(np.float32), np.ones((4,m*len(ks)), np.uint32))
+        rows.append(np.stack([at*0, at*0, at*0, at, at]), np.full(m, len(ks)), np.tile(ks, m), rng.random((5,m*len(ks))).astype(np.float32), np.ones((4,m*len(ks)), np.uint32))
         it += m
         yield rng
 
@@ -231,7 +233,7 @@ def test_no_read_is_stale(keep):
     for seed in range(2):
         rec = GradRecord(Rows(floats, counts, keep))
         for rng in grow(rec, seed):
-            if rng.random()<.5: pd.testing.assert_frame_equal(rec.df, rec._rows.frame())
+            if rng.random()<.5: pd.testing.assert_frame_equal(rec.df, rec.stores['tensors'].frame())
         pd.testing.assert_frame_equal(pickle.loads(pickle.dumps(rec)).df, rec.df)
 
 def test_reading_each_step_is_flat():
@@ -309,10 +311,11 @@ def test_counts_beyond_32_bits(by_rows, hist, tmp_path):
     f,c = finish(s, numel)
     assert c[:,0].tolist()==[g.numel(), g.numel()-128, 0, 128] and c[:,1].tolist()==[5,0,0,0]
     rec = GradRecord(Rows(floats, counts))
-    ks = [rec._rows.key('param', i, n) for i,n in enumerate('ab')]
+    rows = rec.stores['tensors']
+    ks = [rows.key(i, 'param', n) for i,n in enumerate('ab')]
     small = finish(*[o[1:] for o in (s,numel)])
     assert small[1].dtype==np.uint32   # 16 bytes a row, where that is enough
-    for i,(k,o) in enumerate((([ks[1]],small), (ks,(f,c)))): rec._rows.append(np.array([[0,0,0,i,i]]).T, [len(k)], np.array(k), *o)
+    for i,(k,o) in enumerate((([ks[1]],small), (ks,(f,c)))): rows.append(np.array([[0,0,0,i,i]]).T, [len(k)], np.array(k), *o)
     back = GradRecord.load(rec.save(tmp_path/'a'))
     for r in (rec,back):
         assert r.df.query('name=="a"')[['numel','zeros','above']].values.tolist()==[[g.numel(),g.numel()-128,128]]

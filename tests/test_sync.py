@@ -75,14 +75,16 @@ TABLE = dict(
     engine    = 'torch numpy numba fastcore .stats .kernel',
     capture   = 'torch',
     files     = 'numpy pandas fastcore pyarrow',
-    record    = 'numpy pandas fastcore pyarrow .files',
-    callback  = 'fastai torch fastcore numpy pandas .capture .engine .files .record .stats',
-    plot      = 'numpy pandas matplotlib fastcore .record',
-    diagnosis = 'numpy pandas fastcore .record',
-    report    = 'numpy pandas matplotlib fastcore .record .plot .diagnosis',
+    stores    = 'numpy pandas .files',
+    record    = 'numpy pandas fastcore .files .stores',
+    stream    = 'numpy .files .stores .record',
+    callback  = 'fastai torch fastcore numpy pandas .capture .engine .files .stores .record .stream .stats',
+    plot      = 'numpy pandas matplotlib fastcore .stores .record',
+    diagnosis = 'numpy pandas fastcore .stores .record',
+    report    = 'numpy pandas matplotlib fastcore .stores .record .plot .diagnosis',
     probe     = 'torch numpy pandas fastcore .stats',
     demo      = 'fastai torch torchvision sklearn fastcore numpy pandas matplotlib '
-                '.stats .engine .capture .files .record .callback .plot .diagnosis .report .probe')
+                '.stats .engine .capture .files .stores .record .stream .callback .plot .diagnosis .report .probe')
 TABLE['all'] = ' '.join(f'.{m}' for m in TABLE)
 TABLE['__main__'] = TABLE['demo'] + ' .demo'
 TABLE['__init__'] = TABLE['_modidx'] = ''
@@ -90,10 +92,15 @@ TABLE['__init__'] = TABLE['_modidx'] = ''
 MODULES = sorted(p.stem for p in (ROOT/PKG).glob('*.py'))
 LIBRARY = [m for m in MODULES if m in TABLE and m not in ('all','kernel') and not m.startswith('_')]   # `kernel` has no public name
 
+def parsed(mod): return ast.parse((ROOT/PKG/f'{mod}.py').read_text(encoding='utf-8'))
+
+def is_import_call(o): return isinstance(o, ast.Call) and ast.unparse(o.func).rpartition('.')[2]=='import_module'
+
 def imports(mod):
-    "What a module imports, anywhere in it: `.name` for its siblings, else the top-level package."
-    for o in ast.walk(ast.parse((ROOT/PKG/f'{mod}.py').read_text(encoding='utf-8'))):
+    "What a module imports, anywhere in it: `.name` for its siblings, else the top-level package. A name that is put together while the program runs is not seen here: see `test_one_table_points_up`"
+    for o in ast.walk(parsed(mod)):
         names = [a.name for a in o.names] if isinstance(o, (ast.Import, ast.ImportFrom)) else []
+        if is_import_call(o) and isinstance(o.args[0], ast.Constant): names = [o.args[0].value]
         if isinstance(o, ast.ImportFrom):
             base = '.'*o.level + (o.module or '')
             names = [f'.{n}' for n in names] if base in ('.', PKG) else [base]
@@ -107,7 +114,15 @@ def test_imports(mod):
     extra = set(imports(mod)) - set(TABLE[mod].split()) - sys.stdlib_module_names
     assert not extra, f'{mod} may not import {extra}'
 
-@pytest.mark.parametrize('mod', [m for m in ('files', 'record', 'plot', 'diagnosis', 'report') if m in MODULES])
+def test_one_table_points_up():
+    "Only `record` names modules that come after it: in `views`, and nowhere else. (The package itself has a table of all public names)"
+    names = [(mod, o.args[0]) for mod in MODULES for o in ast.walk(parsed(mod)) if is_import_call(o)]
+    assert [(mod, ast.unparse(n)) for mod,n in names if not isinstance(n, ast.Constant)]==[('__init__', "f'.{_home[name]}'"), ('record', "'.' + views[name]")]
+    views = importlib.import_module(f'{PKG}.record').views
+    assert set(views.values())=={'plot','diagnosis','report'}
+    for name,mod in views.items(): assert callable(getattr(importlib.import_module(f'{PKG}.{mod}'), name))
+
+@pytest.mark.parametrize('mod', [m for m in ('files', 'stores', 'record', 'stream', 'plot', 'diagnosis', 'report') if m in MODULES])
 def test_reads_without_torch(mod):
     "A record is read, drawn and diagnosed in a process that imports neither torch nor fastai."
     run(sys.executable, '-c', f"import sys, {PKG}.{mod}; bad={{'torch', 'fastai'}} & sys.modules.keys(); assert not bad, bad")
