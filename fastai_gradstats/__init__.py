@@ -2,21 +2,31 @@
 
 Modules:
 
-- `fastai_gradstats.callback`: `GradStatsCallback` and `GradNormCallback`: when things are read, and nothing else
+- `fastai_gradstats.buffer`: Rows of sums on one device
+- `fastai_gradstats.by_blocks`: Sums on a CPU without numba, and of double precision
+- `fastai_gradstats.by_kernel`: Sums of a gradient on a CPU from one read
+- `fastai_gradstats.by_rows`: Sums of many tensors on any device, without a look at a number
+- `fastai_gradstats.callback`: `GradStatsCallback` and `GradNormCallback`: fastai's events, in the recorder's words
 - `fastai_gradstats.capture`: Where gradients are taken: hooks on outputs, reads of parameters
+- `fastai_gradstats.consumers`: Records say what they want of a training, and take their share of what was read
 - `fastai_gradstats.demo`: Gradients of a real network training on real data, in two minutes on a CPU
 - `fastai_gradstats.diagnosis`: Rules over a record, a table of findings
 - `fastai_gradstats.engine`: The same numbers for many tensors at once, without a sync
 - `fastai_gradstats.files`: Records on disk: complete parts, written once
+- `fastai_gradstats.forward`: Which module's output was the first that is not finite
 - `fastai_gradstats.grid`: The numbers of a picture: which rows, in which order, in which cell
+- `fastai_gradstats.histogram`: Elements per octave, counted from the bits of a number
 - `fastai_gradstats.kernel`: Everything about a gradient in one read, on a CPU
+- `fastai_gradstats.layouts`: The elements of a tensor, however they are stored
 - `fastai_gradstats.plot`: A record in, Axes out
 - `fastai_gradstats.probe`: Gradients away from the training path: along rays through weight space, and sample by sample
 - `fastai_gradstats.record`: What was recorded, as `L`, DataFrame and file
+- `fastai_gradstats.recorder`: Reads the gradients of a training once, whoever wants them, and knows which of what it read counts
 - `fastai_gradstats.report`: A record in, one HTML page out
 - `fastai_gradstats.stats`: What is measured: one small function per statistic
 - `fastai_gradstats.stores`: What training adds to: rows in bulk, in memory that stays bounded
-- `fastai_gradstats.stream`: A record goes to files while training goes on"""
+- `fastai_gradstats.stream`: A record goes to files while training goes on
+- `fastai_gradstats.watch`: An optimizer that tells when it steps and when it clears its gradients"""
 
 __version__ = "0.1.0"
 

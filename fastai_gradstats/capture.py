@@ -12,7 +12,7 @@ __all__ = ['clean_name', 'grad_modules', 'grad_params', 'param_grads', 'OutputHo
 
 # %% ../nbs/02_capture.ipynb #e7292a26
 import inspect, re, sys
-from collections import OrderedDict, UserDict, UserList, deque
+from collections import OrderedDict, UserDict, UserList, deque, namedtuple
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -25,75 +25,87 @@ from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
-from torch.utils.hooks import unserializable_hook
 
 # %% ../nbs/02_capture.ipynb #6a08ae87
 _inner = dict(DistributedDataParallel='module', DataParallel='module', OptimizedModule='_orig_mod',
               FullyShardedDataParallel='_fsdp_wrapped_module', CheckpointWrapper='_checkpoint_wrapped_module',
               AveragedModel='module')
 
-def _child(m:nn.Module # any module
-          ): # name of the module it wraps, or None
-    "Which attribute of `m` holds the wrapped module"
-    return next((_inner[c.__name__] for c in type(m).__mro__ if c.__name__ in _inner and c.__module__.startswith('torch.')), None)
+def wrapped_child(module:nn.Module # any module
+                 ): # name of an attribute; None where the module wraps nothing
+    "Which attribute of a wrapper (DDP, FSDP, `torch.compile`, ...) holds the module that it wraps"
+    for cls in type(module).__mro__:
+        if cls.__name__ in _inner and cls.__module__.startswith('torch.'): return _inner[cls.__name__]
+
+_child = wrapped_child   # its name until `callback` imports the new one
 
 # %% ../nbs/02_capture.ipynb #f68dfa23
 def clean_name(model:nn.Module, # the module that `name` starts from
                name:str # as in `named_modules()` or `named_parameters()`
               )->str: # the same without the components that wrappers add
     "`name` as it would be in the model without the wrappers of torch: DDP, DataParallel, FSDP, `torch.compile`, checkpoints, `AveragedModel`"
-    m,res = model,[]
-    for o in name.split('.') if name else ():
-        if o!=_child(m): res.append(o)
-        m = getattr(m, o, None)
-    return '.'.join(res)
+    module,kept = model,[]
+    for part in name.split('.') if name else ():
+        if part!=wrapped_child(module): kept.append(part)
+        module = getattr(module, part, None)
+    return '.'.join(kept)
 
 # %% ../nbs/02_capture.ipynb #e5d3f23b
-def _has_forward(m):
+def _has_forward(module):
     "Can it be called? A `ParameterList` cannot, a `ModuleList` neither"
-    return 'forward' in m.__dict__ or getattr(type(m), 'forward', None) is not nn.Module.forward
+    return 'forward' in module.__dict__ or getattr(type(module), 'forward', None) is not nn.Module.forward
 
-def _parametrizations(m):
-    "The list of `torch.nn.utils.parametrize`, an empty list where there is none"
-    return m.parametrizations.values() if parametrize.is_parametrized(m) else []
+def _has_parameter(module, recurse=True): return next(module.parameters(recurse), None) is not None
 
-def _owns(m):
+def _parametrizations(module):
+    "What computes the module's weights (`torch.nn.utils.parametrize`)"
+    return module.parametrizations.values() if parametrize.is_parametrized(module) else []
+
+def _owns(module):
     "Has it a parameter of its own, parametrized or in a list that nobody calls?"
-    if next(m.parameters(recurse=False), None) is not None: return True
-    if any(next(p.parameters(), None) is not None for p in _parametrizations(m)): return True
-    return any(_owns(c) for c in m.children() if not _has_forward(c) and not isinstance(c, nn.ModuleList | nn.ModuleDict))
+    if _has_parameter(module, recurse=False): return True
+    if any(_has_parameter(weight) for weight in _parametrizations(module)): return True
+    lists = [child for child in module.children() if not _has_forward(child)]
+    return any(_owns(o) for o in lists if not isinstance(o, nn.ModuleList | nn.ModuleDict))
 
+# %% ../nbs/02_capture.ipynb #60d1ede6
 def _inside_parametrizations(model):
     "Ids of the modules that compute a weight: what they return is no output"
-    lists = [m.parametrizations for m in model.modules() if parametrize.is_parametrized(m)]
-    return {id(m) for o in lists for m in o.modules()}
+    lists = [module.parametrizations for module in model.modules() if parametrize.is_parametrized(module)]
+    return {id(module) for o in lists for module in o.modules()}
 
 def _check_modules(model, modules):
     "Raise where `modules` is not a list of modules of `model`"
     if isinstance(modules, nn.Module): raise TypeError("modules: a list of modules is accepted, got one module: use [module]")
-    known = {id(m) for m in model.modules()}
-    for m in modules:
-        if not isinstance(m, nn.Module): raise TypeError(f"modules: a list of nn.Module is accepted, got an element of type {type(m).__name__}")
-        if id(m) not in known: raise ValueError(f"modules: {type(m).__name__} is not part of the model that is trained; accepted are modules of `learn.model`")
+    known = {id(module) for module in model.modules()}
+    for module in modules:
+        kind = type(module).__name__
+        if not isinstance(module, nn.Module): raise TypeError(f"modules: a list of nn.Module is accepted, got an element of type {kind}")
+        if id(module) not in known:
+            raise ValueError(f"modules: {kind} is not part of the model that is trained; accepted are modules of `learn.model`")
 
-# %% ../nbs/02_capture.ipynb #60d1ede6
 def grad_modules(model:nn.Module,
                  modules=None, # list of modules of `model`; None for all that own a parameter directly or through a parametrization
                 )->dict: # name -> module, in network order; the root is named '(model)'
     "The modules whose output gradients are recorded. A module that stands in several places is listed once"
-    if modules is not None: _check_modules(model, modules)
     if modules is None:
         inside = _inside_parametrizations(model)
-        listed = {id(m) for m in model.modules() if _owns(m) and _has_forward(m) and id(m) not in inside}
-    else: listed = {id(m) for m in modules}
-    return {clean_name(model, n) or '(model)':m for n,m in model.named_modules() if id(m) in listed}
+        listed = {id(module) for module in model.modules() if _owns(module) and _has_forward(module)} - inside
+    else:
+        _check_modules(model, modules)
+        listed = {id(module) for module in modules}
+    return {clean_name(model, name) or '(model)':module for name,module in model.named_modules() if id(module) in listed}
 
+# %% ../nbs/02_capture.ipynb #c1000010
 def grad_params(model:nn.Module,
                 modules=None, # list of modules of `model`, to restrict the result to their parameters; None for all
                )->dict: # name -> parameter, in network order
     "The parameters whose gradients are recorded, frozen ones included: they may be unfrozen later"
-    ids = None if modules is None else {id(p) for m in modules for p in m.parameters()}
-    return {clean_name(model, n):p for n,p in model.named_parameters() if ids is None or id(p) in ids}
+    named = model.named_parameters()
+    if modules is not None:
+        listed = {id(param) for module in modules for param in module.parameters()}
+        named = [(name,param) for name,param in named if id(param) in listed]
+    return {clean_name(model, name):param for name,param in named}
 
 # %% ../nbs/02_capture.ipynb #1c36ebfa
 def pick(pattern, # regular expression (compiled or not), None for everything
@@ -101,108 +113,163 @@ def pick(pattern, # regular expression (compiled or not), None for everything
         )->list: # the same dicts with only the names that match
     "Keep what `pattern` finds; a `ValueError` with near names where it finds nothing at all"
     if pattern is None: return list(named)
-    res = [{n:o for n,o in d.items() if re.search(pattern, n)} for d in named]
-    if not any(res):
-        pattern,names = getattr(pattern, 'pattern', pattern), [n for d in named for n in d]
-        near = get_close_matches(pattern, names, n=5, cutoff=.3) or names[:5]
-        raise ValueError(f"include: {pattern!r} matches no name; names look like {', '.join(near)}")
-    return res
+    found = [{name:o for name,o in d.items() if re.search(pattern, name)} for d in named]
+    if any(found): return found
+    text = getattr(pattern, 'pattern', pattern)
+    names = [name for d in named for name in d]
+    near = get_close_matches(text, names, n=5, cutoff=.3) or names[:5]
+    raise ValueError(f"include: {text!r} matches no name; names look like {', '.join(near)}")
 
 # %% ../nbs/02_capture.ipynb #ba7ac308
 def param_grads(params:list # parameters
                )->list: # [(index in `params`, parameter, its gradient)]
-    "Those that take part in training: a parameter that requires no gradient may still hold one (fastai leaves zeros after `freeze`)"
-    return [(i,p,p.grad) for i,p in enumerate(params) if p.requires_grad and p.grad is not None and not p.grad.is_meta]
+    "The gradients of those that take part in training"
+    res = []
+    for i,param in enumerate(params):
+        if not param.requires_grad or param.grad is None: continue
+        if not param.grad.is_meta: res.append((i, param, param.grad))   # on the meta device there are no numbers
+    return res
 
 # %% ../nbs/02_capture.ipynb #23041b42
-def _stored_attributes(o):
-    try: return object.__getattribute__(o, '__dict__')
+def _stored_attributes(obj):
+    try: return object.__getattribute__(obj, '__dict__')
     except AttributeError: return {}   # it has slots
 
-def _attribute(o, name):
+def _attribute(obj, name):
     "An attribute as it is stored; None where there is none. No property runs"
-    kept = _stored_attributes(o)
-    if name in kept: return kept[name]
-    for c in type(o).__mro__:
-        if name not in c.__dict__: continue
-        value = c.__dict__[name]
+    stored = _stored_attributes(obj)
+    if name in stored: return stored[name]
+    for cls in type(obj).__mro__:
+        if name not in cls.__dict__: continue
+        value = cls.__dict__[name]
         if not isinstance(value, MemberDescriptorType): return value
-        try: return value.__get__(o)
+        try: return value.__get__(obj)
         except AttributeError: return None   # a slot that was never set
     return None
 
-def _names(o):
-    "Names of the fields of a dataclass, of attrs' classes, of a `SimpleNamespace`; None for other objects"
-    if isinstance(o, type): return None
-    if is_dataclass(o): return [f.name for f in fields(type(o))]
-    if '__attrs_attrs__' in type(o).__dict__: return [a.name for a in type(o).__attrs_attrs__]
-    return list(o.__dict__) if type(o) is SimpleNamespace else None
-
 # %% ../nbs/02_capture.ipynb #e3f14b5a
-def _parts(o):
+def _field_names(obj):
+    "Names of the fields of a dataclass, of attrs' classes, of a `SimpleNamespace`; None for other objects"
+    if isinstance(obj, type): return None
+    if is_dataclass(obj): return [field.name for field in fields(type(obj))]
+    if '__attrs_attrs__' in type(obj).__dict__: return [field.name for field in type(obj).__attrs_attrs__]
+    return list(obj.__dict__) if type(obj) is SimpleNamespace else None
+
+def _parts(obj):
     "What a container holds, in order; None for what is no container, or cannot be looked into"
-    kind = type(o)   # `isinstance` would run a property `__class__`
-    if issubclass(kind, OrderedDict): return list(OrderedDict.values(o))
-    if issubclass(kind, dict): return list(dict.values(o))
+    kind = type(obj)   # `isinstance` would run a property `__class__`
+    if issubclass(kind, OrderedDict): return list(OrderedDict.values(obj))
+    if issubclass(kind, dict): return list(dict.values(obj))
     for known in (tuple, list, deque):
-        if issubclass(kind, known): return list(known.__iter__(o))
-    if issubclass(kind, (UserDict,UserList)): return [_attribute(o, 'data')]
-    if kind is MappingProxyType: return get_referents(o)
-    if issubclass(kind, (set,frozenset)) and len(o)==1: return list(o)
-    names = _names(o)
-    return names if names is None else [_attribute(o, n) for n in names]
+        if issubclass(kind, known): return list(known.__iter__(obj))
+    if issubclass(kind, (UserDict,UserList)): return [_attribute(obj, 'data')]
+    if kind is MappingProxyType: return get_referents(obj)
+    if issubclass(kind, (set,frozenset)) and len(obj)==1: return list(obj)
+    names = _field_names(obj)
+    return names if names is None else [_attribute(obj, name) for name in names]
 
 # %% ../nbs/02_capture.ipynb #49e0d801
-MOST = 2**12   # leaves of an output: containers that hold one another in a lattice have no end of them
+MOST = 2**12   # leaves of an output
 
-def _is_tensor(o): return issubclass(type(o), Tensor)
+def _is_tensor(obj): return issubclass(type(obj), Tensor)
 
 class _Leave:
     "Marks the end of a container among what is to be looked at"
-    def __init__(self, o): self.id = id(o)
+    def __init__(self, container): self.id = id(container)
 
-def _leaves(o):
-    "What is no container, in order. A container inside itself is passed over"
-    leaves,inside,todo = [],set(),[o]
+def _leaves(obj):
+    "The leaves in order, at most `MOST`, and whether there are more"
+    leaves = []
+    inside = set()   # ids of the containers that we are in
+    todo = [obj]
     while todo and len(leaves)<MOST:
-        o = todo.pop()
-        if type(o) is _Leave:
-            inside.discard(o.id)
+        obj = todo.pop()
+        if type(obj) is _Leave:
+            inside.discard(obj.id)
             continue
-        if id(o) in inside: continue
-        parts = None if _is_tensor(o) else _parts(o)
-        if parts is None: leaves.append(o)
+        if id(obj) in inside: continue
+        parts = None if _is_tensor(obj) else _parts(obj)
+        if parts is None: leaves.append(obj)
         else:
-            inside.add(id(o))
-            todo.append(_Leave(o))
+            inside.add(id(obj))
+            todo.append(_Leave(obj))
             todo += reversed(parts)
     return leaves,bool(todo)
 
-def tensors(o, # what a module returned
+def tensors(out, # what a module returned
            )->list: # [(place among the leaves, tensor)]
     "The tensors in nested containers, each with its place among the leaves"
-    if isinstance(o, Tensor): return [(0,o)]
-    return [(place,leaf) for place,leaf in enumerate(_leaves(o)[0]) if _is_tensor(leaf)]
+    if isinstance(out, Tensor): return [(0,out)]
+    return [(place,leaf) for place,leaf in enumerate(_leaves(out)[0]) if _is_tensor(leaf)]
 
 # %% ../nbs/02_capture.ipynb #6462974a
-_no_container = (type(None), str, bytes, int, float, complex, type, torch.dtype, torch.device, nn.Module)   # hold no tensor that is an output
+# these hold no tensor that is an output
+_no_container = (type(None), str, bytes, int, float, complex, type, torch.dtype, torch.device, nn.Module)
 
-def _holds_a_gradient(o):
+def _holds_a_gradient(obj):
     "Is there a tensor with a gradient to come among an object's attributes?"
-    if issubclass(type(o), (set,frozenset)): kept = list(o)
+    if issubclass(type(obj), (set,frozenset)): held = list(obj)
     else:
-        names = [n for c in type(o).__mro__ for n,v in c.__dict__.items() if isinstance(v, MemberDescriptorType)]
-        kept = [*_stored_attributes(o).values(), *(_attribute(o, n) for n in names)]
-    return any(_is_tensor(t) and t.requires_grad for t in _leaves(kept)[0])
+        slots = [name for cls in type(obj).__mro__ for name,value in cls.__dict__.items() if isinstance(value, MemberDescriptorType)]
+        held = [*_stored_attributes(obj).values(), *(_attribute(obj, name) for name in slots)]
+    return any(_is_tensor(leaf) and leaf.requires_grad for leaf in _leaves(held)[0])
 
-def sealed(o # what a module returned
+def sealed(out # what a module returned
           )->str: # name of a type, or None
     "Of what `tensors` could not look into and should have"
-    leaves,more = _leaves(o)
-    if more: return f'{type(o).__name__} of more than {MOST} parts'
-    unknown = [l for l in leaves if not _is_tensor(l) and not issubclass(type(l), _no_container)]
-    nothing_else = not any(_is_tensor(l) for l in leaves)
-    return next((type(l).__name__ for l in unknown if nothing_else or _holds_a_gradient(l)), None)
+    leaves,more = _leaves(out)
+    if more: return f'{type(out).__name__} of more than {MOST} parts'
+    nothing_else = not any(map(_is_tensor, leaves))
+    for leaf in leaves:
+        if _is_tensor(leaf) or issubclass(type(leaf), _no_container): continue
+        if nothing_else or _holds_a_gradient(leaf): return type(leaf).__name__
+
+# %% ../nbs/02_capture.ipynb #fedb1c89
+def _take_off(handles):
+    while handles: handles.pop().remove()
+
+class _Listener:
+    "Puts hooks on modules and is what hooks speak to"
+    def __init__(self):
+        self.live = True
+        self.index = {}     # id of a module -> its index, where the one hook of all serves it
+        self.handles = []   # of the hooks on modules
+        self.refused = {}   # index of a module that takes no hook -> why
+        finalize(self, _take_off, self.handles).atexit = False   # when nobody holds the listener any more
+
+    def seen(self, i, out):
+        "Module `i` returned `out`"
+        raise NotImplementedError
+
+    def received(self, hook, grad):
+        "The gradient came that `hook`, a `_TensorHook`, waited for"
+        raise NotImplementedError
+
+    def parameter_used(self, i):
+        "A parameter of module `i` got a gradient"
+        raise NotImplementedError
+
+    def fail(self, i, error):
+        "A hook of module `i` raised `error`"
+        raise NotImplementedError
+
+    def put_on(self, modules, compiled=()):
+        "Hooks on `modules`; `compiled` are the ids of those that run inside `torch.compile`"
+        for i,module in enumerate(modules):
+            if _is_script(module): self.refused[i] = 'TorchScript does not run in Python'
+            elif compiled or module._forward_hooks: self.put_on_one(i, module, id(module) in compiled)
+            else: self.index[id(module)] = i
+        if self.index: self.handles.append(register_module_forward_hook(_HookOfAll(self)))
+
+    def put_on_one(self, i, module, is_compiled):
+        "A hook of its own for module `i`"
+        kind = _compiled_hook() if is_compiled else _ForwardHook
+        try: self.handles.append(module.register_forward_hook(kind(self, i)))
+        except Exception as error: self.refused[i] = f'{type(error).__name__}: {error}'
+
+def _is_script(module):
+    "Is it run by TorchScript, which calls no hook? A traced module at the top is itself called from Python"
+    return isinstance(module, torch.jit.ScriptModule) and not isinstance(module, torch.jit.TopLevelTracedModule)
 
 # %% ../nbs/02_capture.ipynb #ad43244f
 _is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
@@ -212,11 +279,12 @@ def _recording(): return torch.is_grad_enabled() and not torch.jit.is_tracing()
 class _HookOfAll:
     "Runs after the forward of every module"
     def __init__(self, hooks): self.hooks = ref(hooks)
-    def __call__(self, m, inp, out):
+
+    def __call__(self, module, inp, out):
         if _is_compiling(): return   # of a function around the module
         hooks = self.hooks()
         if hooks is None or not hooks.live: return
-        i = hooks.index.get(id(m))
+        i = hooks.index.get(id(module))
         if i is not None and _recording(): hooks.seen(i, out)
 
 # %% ../nbs/02_capture.ipynb #ac0a0ddb
@@ -225,61 +293,160 @@ class _ForwardHook:
     def __init__(self, hooks, i):
         self.hooks = ref(hooks)
         self.i = i
-    def __call__(self, m, inp, out):
+
+    def __call__(self, module, inp, out):
         hooks = self.hooks()
         if hooks is not None and hooks.live and _recording(): hooks.seen(self.i, out)
+
     def __reduce_ex__(self, _): return getattr, (nullcontext(), '__exit__')  # takes three arguments, returns None
 
 # %% ../nbs/02_capture.ipynb #ab74e8f5
 @cache
 def _compiled_hook():
-    "The hook of modules that run inside `torch.compile`, made when there is one: dynamo takes seconds to import. It notes that it ran"
-    why = "fastai_gradstats records this module's output gradient; with kind='param' there is no hook"
-    kw = dict(reason=why) if 'reason' in inspect.signature(torch.compiler.disable).parameters else {}
+    "The class of the hooks on modules inside `torch.compile`, made when there is one: dynamo takes seconds to import"
+    reason = "fastai_gradstats records this module's output gradient; with kind='param' there is no hook"
+    takes_reason = 'reason' in inspect.signature(torch.compiler.disable).parameters
+    disable = partial(torch.compiler.disable, **(dict(reason=reason) if takes_reason else {}))
     class _CompiledHook(_ForwardHook):
-        @partial(torch.compiler.disable, **kw)   # of the class: disabled on the object, a copy would not be the no-op
-        def __call__(self, m, inp, out):
+        @disable   # of the class: disabled on the object, a copy would not be the no-op
+        def __call__(self, module, inp, out):
             hooks = self.hooks()
             if hooks is None or not hooks.live or not torch.is_grad_enabled(): return
             hooks.seen(self.i, out)
     return _CompiledHook
 
 # %% ../nbs/02_capture.ipynb #1ae00011
-_makers = [getattr(nn, n).forward for n in 'Linear LSTM GRU RNN MultiheadAttention InstanceNorm1d InstanceNorm2d InstanceNorm3d Conv1d Conv2d Conv3d'.split()]
-def _fresh(m):
-    forward = getattr(type(m), 'forward', None)   # TorchScript has none
-    return any(forward is f for f in _makers) and 'forward' not in m.__dict__
+_names = 'Linear LSTM GRU RNN MultiheadAttention InstanceNorm1d InstanceNorm2d InstanceNorm3d Conv1d Conv2d Conv3d'
+_makers = [getattr(nn, name).forward for name in _names.split()]
 
-def _detach(t):
+def _fresh(module):
+    "Is its output, where that is a view, one of a tensor that nobody else sees?"
+    forward = getattr(type(module), 'forward', None)   # TorchScript has none
+    return any(forward is maker for maker in _makers) and 'forward' not in module.__dict__
+
+def _detach(tensor):
     "Without graph and, fastai's tensors being subclasses, as a plain tensor"
-    with torch._C.DisableTorchFunctionSubclass(): return t.detach()
+    with torch._C.DisableTorchFunctionSubclass(): return tensor.detach()
 
-def _intact(v, version): return v._version==version
+# %% ../nbs/02_capture.ipynb #c1000020
+# `tensor` gets the hook; `to_output` turns its gradient into the output's (None: it is the same); `intact` tells in backward whether
+# there is one (None: always)
+_Target = namedtuple('_Target', 'tensor to_output intact')
 
-def _of_view(t, # an output that is a view
-             fresh:bool # of a tensor that nobody else sees?
-            ): # the tensor to hook, what turns its gradient into that of `t` (None: nothing), whether there is one in backward (None: always)
-    "All views of a tensor share its version, which counts changes in place: a copy without the memory keeps it in sight"
-    b = t._base
-    if fresh and t.layout is torch.strided and not t.is_nested and b.numel()==t.numel() and b.is_contiguous():
-        size,stride = t.size(),t.stride()
-        if t.is_contiguous(): return b,lambda g: g.reshape(size),None
-        if type(b) is Tensor: return b,lambda g: (g := g.reshape(-1)).as_strided(size, [g.stride(0)*s for s in stride], g.storage_offset()),None
-    v = _detach(t)
-    if type(v) is Tensor and v.layout is torch.strided and not v.is_nested: v.data = v.new_empty(0)
-    return t,None,partial(_intact, v, v._version)
+def _reshaped(size, grad): return grad.reshape(size)
+
+def _restrided(size, stride, grad):
+    "A contiguous gradient as that of a view with another order of the elements"
+    flat = grad.reshape(-1)
+    steps = [flat.stride(0)*step for step in stride]
+    return flat.as_strided(size, steps, flat.storage_offset())
+
+def _covers(view, base):
+    "Has the view all elements of a contiguous tensor?"
+    plain = view.layout is torch.strided and not view.is_nested
+    return plain and base.numel()==view.numel() and base.is_contiguous()
+
+def _unchanged(watch, version): return watch._version==version
+
+def _target(view, # an output that is a view
+            fresh:bool # of a tensor that nobody else sees?
+           )->_Target:
+    "Where the hook for a view's gradient goes"
+    base = view._base
+    if fresh and _covers(view, base):
+        if view.is_contiguous(): return _Target(base, partial(_reshaped, view.size()), None)
+        if type(base) is Tensor: return _Target(base, partial(_restrided, view.size(), view.stride()), None)
+    watch = _detach(view)
+    if type(watch) is Tensor and watch.layout is torch.strided and not watch.is_nested: watch.data = watch.new_empty(0)
+    return _Target(view, None, partial(_unchanged, watch, watch._version))
+
+# %% ../nbs/02_capture.ipynb #bf18a2f2
+def _accumulates(param):
+    "Is the backward that runs now going to add to `param.grad`?"
+    try: return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(param).node)
+    except RuntimeError: return False   # torch's answer where `autograd.grad` was asked for `param` itself
+
+def _is_shard(param): return hasattr(param, 'to_local')
+
+class _LossBackward:
+    "Tells the backward of the loss from others"
+    def __init__(self, params):
+        self.params = params
+        self.forget()
+
+    def forget(self): self.known = {}   # number of a backward -> does it train?
+
+    def trains(self):
+        "Does the backward that runs now add to the `.grad` of a parameter?"
+        number = torch._C._current_graph_task_id()
+        if number not in self.known: self.known[number] = self.find_out()
+        return self.known[number]
+
+    def find_out(self):
+        if any(_accumulates(param) for param in self.trained() if not _is_shard(param)): return True
+        return self.cannot_tell() and torch.autograd._is_checkpoint_valid()   # torch's word for a `backward` without `inputs`
+
+    def trained(self): return (param for param in self.params if param.requires_grad and not is_lazy(param))
+
+    def cannot_tell(self):
+        "Nothing is trained, or FSDP computes with tensors that stand for the shards"
+        trained = list(self.trained())
+        return not trained or any(map(_is_shard, trained))
+
+# %% ../nbs/02_capture.ipynb #317fedc1
+_functorch = getattr(torch._C, '_functorch', None)
+_is_wrapped = getattr(_functorch, 'is_functorch_wrapped_tensor', lambda tensor: False)
+_is_batched = getattr(_functorch, 'is_legacy_batchedtensor', lambda tensor: False)
+
+def _transformed(tensor):
+    "Is it one of `torch.func`'s (vmap, grad, jacrev, ...), or of `autograd.grad(is_grads_batched=True)`?"
+    return _is_wrapped(tensor) or _is_batched(tensor)
+
+def _of_torch_itself(tensor):
+    "Is it a stand-in that torch computes with while it looks at a model (export, fake tensors)?"
+    return type(tensor).__module__.startswith('torch._subclasses')
+
+# %% ../nbs/02_capture.ipynb #317fedbd
+class _TensorHook:
+    "Waits for the gradient of one tensor that module `i` returned"
+    __torch_unserializable__ = True   # a tensor that is saved loses it, and torch need not warn
+    def __init__(self, hooks, i, call, out, to_output=None, intact=None):
+        self.hooks = ref(hooks)
+        self.i = i
+        self.call = call             # which call of the module, from 0
+        self.out = out               # the tensor's place in what it returned
+        self.to_output = to_output   # see `_Target`
+        self.intact = intact
+
+    def __call__(self, grad):
+        hooks = self.hooks()
+        if grad is None: return   # of several outputs of one function, this one was not used
+        if hooks is None or not hooks.live: return
+        try: hooks.received(self, grad)
+        except Exception as error: hooks.fail(self.i, error)
+
+class _UseHook:
+    "Waits for a gradient of a parameter of module `i`"
+    __torch_unserializable__ = True
+    def __init__(self, hooks, i):
+        self.hooks = ref(hooks)
+        self.i = i
+
+    def __call__(self, grad):
+        hooks = self.hooks()
+        if hooks is not None and hooks.live: hooks.parameter_used(self.i)
 
 # %% ../nbs/02_capture.ipynb #aa9f0ca0
-class _Notes:
-    "What is known of the modules, by index"
+class _Notes(_Listener):
+    "A listener with notes on the modules, by index"
     def __init__(self):
+        super().__init__()
         self.ran = set()      # the hook ran
         self.got = set()      # a gradient of the loss came for an output
         self.aside = set()    # one came that was not of the loss
         self.used = set()     # not called so far, and a parameter got a gradient
         self.hidden = set()   # inside a transform of `torch.func`
         self.sealed = {}      # an output could not be looked into: its type
-        self.refused = {}     # takes no hook: why
         self.failed = {}      # a hook of ours raised this exception
         self.broken = set()   # so in this iteration: nothing of it is recorded
 
@@ -291,173 +458,8 @@ class _Notes:
         "Modules whose outputs got gradients of `autograd.grad` only"
         return sorted(self.aside-self.got)
 
-# %% ../nbs/02_capture.ipynb #fedb1c89
-_traced = torch.jit.TopLevelTracedModule   # itself called from Python
-
-class _Hooked(_Notes):
-    "Puts hooks on modules and takes them off again"
-    def register(self, compiled):
-        self.index = {}   # of a module's id: those that the one hook of all serves
-        finalize(self, _take_off, self.handles).atexit = False   # when nobody holds these hooks any more
-        for i,m in enumerate(self.modules):
-            if isinstance(m, torch.jit.ScriptModule) and not isinstance(m, _traced): self.refused[i] = 'TorchScript does not run in Python'
-            elif compiled or m._forward_hooks: self.register_one(i, m, compiled)
-            else: self.index[id(m)] = i
-        if self.index: self.handles.append(register_module_forward_hook(_HookOfAll(self)))
-
-    def register_one(self, i, m, compiled):
-        kind = _compiled_hook() if id(m) in compiled else _ForwardHook
-        try: self.handles.append(m.register_forward_hook(kind(self, i)))
-        except Exception as e: self.refused[i] = f'{type(e).__name__}: {e}'
-
-def _take_off(handles):
-    while handles: handles.pop().remove()
-
-# %% ../nbs/02_capture.ipynb #bf18a2f2
-def _accumulates(p):
-    "Is the backward that runs now going to add to `p.grad`?"
-    try: return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(p).node)
-    except RuntimeError: return False   # torch's answer where `autograd.grad` was asked for `p` itself
-
-class _Watching(_Hooked):
-    "Tells the backward of the loss from others, and layers that are used from those that are called"
-    def trains(self):
-        "Does the backward that runs now add to the `.grad` of a parameter?"
-        task = torch._C._current_graph_task_id()
-        if task not in self.tasks:
-            trained = (p for p in self.params if p.requires_grad and not is_lazy(p))
-            self.tasks[task] = any(not hasattr(p, 'to_local') and _accumulates(p) for p in trained) or self.cannot_tell() and torch.autograd._is_checkpoint_valid()
-        return self.tasks[task]
-
-    def cannot_tell(self):
-        "Nothing is trained, or FSDP computes with tensors that stand for the shards: torch's word for a `backward` without `inputs` counts"
-        trained = [p for p in self.params if p.requires_grad and not is_lazy(p)]
-        return not trained or any(hasattr(p, 'to_local') for p in trained)
-
-    def watch(self):
-        "To be called right before backward: do modules that were not called so far take part?"
-        idle = self.idle-self.ran-self.refused.keys()
-        if not idle: return
-        tied = {id(p) for i in self.ran for p in _own_parameters(self.modules[i])}   # used where the other module is called
-        for i in idle:
-            for p in _own_parameters(self.modules[i]):
-                if p.requires_grad and id(p) not in tied and not is_lazy(p): self.leaves.append(p.register_hook(_UseHook(self, i)))
-
-def _own_parameters(m): return list(m.parameters(recurse=False)) or list(m.parameters())
-
-# %% ../nbs/02_capture.ipynb #317fedc1
-_wrapped,_batched = (getattr(getattr(torch._C, '_functorch', None), n, lambda t: False) for n in ('is_functorch_wrapped_tensor','is_legacy_batchedtensor'))
-
-def _transformed(t):
-    "Is it one of `torch.func`'s (vmap, grad, jacrev, ...), or of `autograd.grad(is_grads_batched=True)`?"
-    return _wrapped(t) or _batched(t)
-
-# %% ../nbs/02_capture.ipynb #317fedbd
-class _TensorHook:
-    "Waits for the gradient of one tensor that module `i` returned"
-    __torch_unserializable__ = True   # a tensor that is saved loses it, and torch need not warn
-    def __init__(self, hooks, i, call, out, to_output=None, intact=None):
-        self.hooks = ref(hooks)
-        self.where = i,call,out
-        self.to_output = to_output   # from the gradient of the tensor that has the hook
-        self.intact = intact         # None: always
-
-    def __call__(self, g):
-        hooks = self.hooks()
-        if g is None or hooks is None or not hooks.live: return   # None: of several outputs of one function, this one was not used
-        try: hooks.received(self, g)
-        except Exception as e: hooks.fail(self.where[0], e)
-
-class _UseHook:
-    "Notes that a parameter of module `i` got a gradient"
-    __torch_unserializable__ = True
-    def __init__(self, hooks, i):
-        self.hooks = ref(hooks)
-        self.i = i
-
-    def __call__(self, g):
-        hooks = self.hooks()
-        if hooks is not None and hooks.live and hooks.trains(): hooks.used.add(self.i)
-
-# %% ../nbs/02_capture.ipynb #eb46693f
-class _Iteration(_Watching):
-    "What hooks know of the iteration that is under way"
-    def start(self):
-        "A new iteration: `call` counts from 0 again"
-        self.calls = [0]*len(self.modules)
-        self.views = []   # (module index, is it unchanged?) of outputs that are views
-        self.tasks = {}   # number of a backward -> does it train?
-        self.broken.clear()
-        _take_off(self.leaves)
-
-    def changed(self)->list: # indices
-        "Modules whose output, a view, was changed in place since: its gradient cannot be had"
-        return sorted({i for i,intact in self.views if not intact()})
-
-    def remove(self):
-        "Take all hooks off. Hooks on tensors of a graph that is still alive do nothing from now on"
-        self.live = False
-        _take_off(self.handles)
-        _take_off(self.leaves)
-
-    def fail(self, i, e):
-        "A hook of ours raised `e`: nothing of module `i` is recorded in this iteration"
-        self.failed.setdefault(i, e)
-        self.broken.add(i)
-        if self.drop: self.drop(i)
-
-# %% ../nbs/02_capture.ipynb #8fc2b73e
-def _of_torch_itself(t):
-    "Is it a stand-in that torch computes with while it looks at a model (export, fake tensors)?"
-    return type(t).__module__.startswith('torch._subclasses')
-
-class _Listening(_Iteration):
-    "What hooks do"
-    def seen(self, i, out):
-        "Module `i` returned `out`"
-        self.ran.add(i)
-        if i in self.broken: return
-        try:
-            found = tensors(out)
-            if not isinstance(out, (Tensor,torch.fx.Proxy)) and i not in self.sealed and (kind := sealed(out)): self.sealed[i] = kind
-            call = self.calls[i]
-            for place,t in found: self.ask(i, call, place, t)
-        except Exception as e: self.fail(i, e)
-
-    def ask(self, i, call, place, t):
-        "Ask for the gradient of a tensor, one of module `i`'s"
-        if _transformed(t): self.hidden.add(i)
-        if _transformed(t) or _of_torch_itself(t): return
-        if t.is_meta: raise TypeError('a tensor on the meta device has no numbers')
-        if self.forward: self.forward(i, t if type(t) is Tensor else _detach(t))
-        if not t.requires_grad: return
-        self.calls[i] = call+1
-        to_output = intact = None
-        if t._is_view():
-            t,to_output,intact = _of_view(t, _fresh(self.modules[i]))
-            if intact: self.views.append((i, intact))
-        handle = t.register_hook(_TensorHook(self, i, call, place, to_output if self.shaped else None, intact))
-        self.leaves.append(handle)   # taken off when the next iteration begins: a tensor may be kept over several
-
-# %% ../nbs/02_capture.ipynb #79fcb2bc
-class _Receiving(_Listening):
-    def received(self, hook, g):
-        "The gradient that a hook waited for"
-        i,call,place = hook.where
-        if i in self.broken or hook.intact is not None and not hook.intact(): return
-        if _transformed(g):
-            self.hidden.add(i)
-            return
-        if not self.trains():
-            self.aside.add(i)
-            return
-        self.got.add(i)
-        if type(g) is not Tensor or g.requires_grad: g = _detach(g)
-        if hook.to_output is not None: g = hook.to_output(g)
-        self.f(i, call, place, g)
-
 # %% ../nbs/02_capture.ipynb #67b0f2c2
-class OutputHooks(_Receiving):
+class OutputHooks(_Notes):
     "Calls `f(i, call, out, grad)` in backward for every tensor that module `i` returned in forward with a gradient to come"
     def __init__(self,
                  modules:list, # modules to hook
@@ -475,18 +477,106 @@ class OutputHooks(_Receiving):
         self.forward = forward
         self.shaped = shaped
         self.drop = drop
-        self.params = [p for m in self.modules for p in m.parameters()] if params is None else list(params)
-        self.idle = {i for i,m in enumerate(self.modules) if id(m) not in lent and id(m) not in compiled}
-        self.live = True
-        self.handles,self.leaves = [],[]   # what is to be taken off: of modules, of parameters
+        self.wanted = None   # indices of the modules whose outputs are asked for from now on; None: all
+        self.idle = {i for i,module in enumerate(self.modules) if id(module) not in lent and id(module) not in compiled}
+        self.params = [param for module in self.modules for param in module.parameters()] if params is None else list(params)
+        self.backward = _LossBackward(self.params)
+        self.tensor_handles = []   # of the hooks on tensors of this iteration
         self.start()
-        try: self.register(compiled)
+        try: self.put_on(self.modules, compiled)
         except BaseException:
             self.remove()
             raise
 
+    def start(self):
+        "A new iteration: `call` counts from 0 again"
+        self.calls = [0]*len(self.modules)
+        self.views = []   # (module index, is it unchanged?) of outputs that are views
+        self.broken.clear()
+        self.backward.forget()
+        _take_off(self.tensor_handles)
+
+    def remove(self):
+        "Take all hooks off. Hooks on tensors of a graph that is still alive do nothing from now on"
+        self.live = False
+        _take_off(self.handles)
+        _take_off(self.tensor_handles)
+
     def __enter__(self): return self
     def __exit__(self, *args): self.remove()
+
+    def seen(self, i, out):
+        self.ran.add(i)
+        if i in self.broken: return
+        if self.wanted is not None and i not in self.wanted: return
+        try:
+            found = tensors(out)
+            if not isinstance(out, (Tensor,torch.fx.Proxy)): self.note_sealed(i, out)
+            call = self.calls[i]
+            for place,tensor in found: self.ask(i, call, place, tensor)
+        except Exception as error: self.fail(i, error)
+
+    def note_sealed(self, i, out):
+        if i in self.sealed: return
+        kind = sealed(out)
+        if kind: self.sealed[i] = kind
+
+    def ask(self, i, call, place, tensor):
+        "Ask for the gradient of a tensor, one of module `i`'s"
+        if _transformed(tensor):
+            self.hidden.add(i)
+            return
+        if _of_torch_itself(tensor): return
+        if tensor.is_meta: raise TypeError('a tensor on the meta device has no numbers')
+        if self.forward: self.forward(i, tensor if type(tensor) is Tensor else _detach(tensor))
+        if not tensor.requires_grad: return
+        self.calls[i] = call+1
+        to_output = intact = None
+        if tensor._is_view():
+            tensor,to_output,intact = _target(tensor, _fresh(self.modules[i]))
+            if intact: self.views.append((i, intact))
+            if not self.shaped: to_output = None
+        hook = _TensorHook(self, i, call, place, to_output, intact)
+        self.tensor_handles.append(tensor.register_hook(hook))
+
+    def received(self, hook, grad):
+        i = hook.i
+        if i in self.broken: return
+        if hook.intact is not None and not hook.intact(): return
+        if _transformed(grad):
+            self.hidden.add(i)
+            return
+        if not self.backward.trains():
+            self.aside.add(i)
+            return
+        self.got.add(i)
+        if type(grad) is not Tensor or grad.requires_grad: grad = _detach(grad)
+        if hook.to_output is not None: grad = hook.to_output(grad)
+        self.f(i, hook.call, hook.out, grad)
+
+    def fail(self, i, error):
+        self.failed.setdefault(i, error)
+        self.broken.add(i)
+        if self.drop: self.drop(i)
+
+    def changed(self)->list: # indices
+        "Modules whose output, a view, was changed in place since: its gradient cannot be had"
+        return sorted({i for i,intact in self.views if not intact()})
+
+    def watch(self):
+        "To be called right before backward: do modules that were not called so far take part?"
+        idle = self.idle-self.ran-self.refused.keys()
+        if not idle: return
+        tied = {id(param) for i in self.ran for param in _own_parameters(self.modules[i])}   # used where the other module is called
+        for i in idle:
+            for param in _own_parameters(self.modules[i]):
+                if not param.requires_grad or id(param) in tied or is_lazy(param): continue
+                self.tensor_handles.append(param.register_hook(_UseHook(self, i)))
+
+    def parameter_used(self, i):
+        if self.backward.trains(): self.used.add(i)
+
+def _own_parameters(module): return list(module.parameters(recurse=False)) or list(module.parameters())
 
 # %% ../nbs/02_capture.ipynb #362ce2dd
 def _installed(cls):
@@ -494,47 +584,52 @@ def _installed(cls):
     file = getattr(sys.modules.get(cls.__module__), '__file__', None) or ''
     return cls.__module__.split('.')[0] in ('torch','fastai') or 'site-packages' in file or 'dist-packages' in file
 
-def _children(m):
-    "Its children, those in lists instead of the lists"
-    for c in m.children(): yield from [c] if _has_forward(c) else [c,*_children(c)]
+def _children(module):
+    "Its children, those in lists as well as the lists"
+    for child in module.children():
+        yield child
+        if not _has_forward(child): yield from _children(child)
 
 def lent_modules(model:nn.Module)->set: # ids
     "Modules inside one of an installed library, which may use their weights as it likes"
-    return {id(c) for m in model.modules() if _has_forward(m) and not isinstance(m, nn.Sequential) and _installed(type(m)) for c in _children(m)}
+    called = [module for module in model.modules() if _has_forward(module) and not isinstance(module, nn.Sequential)]
+    return {id(child) for module in called if _installed(type(module)) for child in _children(module)}
 
 # %% ../nbs/02_capture.ipynb #6f08ff0d
-def _compiled_methods(m):
+def _compiled_methods(module):
     "Has the object or its class a method that `torch.compile` made?"
-    of_classes = (v for c in type(m).__mro__ if not c.__module__.startswith('torch.nn') for v in c.__dict__.values())
-    return any(inspect.isroutine(v) and hasattr(v, '_torchdynamo_orig_callable') for v in (*m.__dict__.values(), *of_classes))
+    classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith('torch.nn')]
+    values = [*module.__dict__.values(), *(value for cls in classes for value in cls.__dict__.values())]
+    return any(inspect.isroutine(value) and hasattr(value, '_torchdynamo_orig_callable') for value in values)
 
 def compiled_modules(model:nn.Module)->set: # ids
     "The modules of `model` that run inside `torch.compile`"
     res = set()
-    for m in model.modules():
-        if _child(m)=='_orig_mod': inside = m._orig_mod.modules()
-        elif getattr(m, '_compiled_call_impl', None) is not None: inside = m.modules()
-        elif _compiled_methods(m): inside = list(m.modules())[1:]
+    for module in model.modules():
+        if wrapped_child(module)=='_orig_mod': inside = module._orig_mod.modules()
+        elif getattr(module, '_compiled_call_impl', None) is not None: inside = module.modules()
+        elif _compiled_methods(module): inside = list(module.modules())[1:]
         else: inside = ()
-        res.update(id(o) for o in inside)
+        res.update(map(id, inside))
     return res
 
 # %% ../nbs/02_capture.ipynb #1eab5081
-def _nonzero(g):
+def _nonzero(grad):
     "Does a gradient, or this process's part of it, hold anything? fastai leaves zeros after `freeze`"
-    if hasattr(g, 'to_local'): g = g.to_local()
-    if g.layout is torch.sparse_coo: g = g._values()
-    elif g.layout is not torch.strided: g = g.values()
-    return g.is_nested or bool(g.any())
+    if hasattr(grad, 'to_local'): grad = grad.to_local()
+    if grad.layout is torch.sparse_coo: grad = grad._values()
+    elif grad.layout is not torch.strided: grad = grad.values()
+    return grad.is_nested or bool(grad.any())
 
 def silent(hooks:OutputHooks,
            modules:list, # those that have the hooks
            compiled:set # ids of those that run compiled
           )->list: # indices
     "The compiled modules that took part in backward and whose hook did not run"
-    ran = {i for i in hooks.ran if id(modules[i]) in compiled}
-    left = compiled - {id(c) for i in ran for c in (modules[i],*modules[i].children())}
-    def used(m):
-        ps = list(m.parameters(recurse=False)) or list(m.parameters())
-        return any(_nonzero(g) for _,_,g in param_grads(ps)) if ps else not ran   # a ReLU says nothing of itself
-    return [i for i,m in enumerate(modules) if id(m) in left and used(m)]
+    ran = [modules[i] for i in hooks.ran if id(modules[i]) in compiled]
+    left = compiled - {id(o) for module in ran for o in (module,*module.children())}
+    def took_part(module):
+        params = _own_parameters(module)
+        if not params: return not ran   # a ReLU says nothing of itself
+        return any(_nonzero(grad) for _,_,grad in param_grads(params))
+    return [i for i,module in enumerate(modules) if id(module) in left and took_part(module)]

@@ -10,246 +10,297 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/engine.html.md"""
 # %% auto #0
 __all__ = ['Engine']
 
-# %% ../nbs/01_engine.ipynb #52b03ed0
+# %% ../nbs/01_engine.ipynb #1170b07b
 import math, os, numpy as np, torch
-from functools import cache, lru_cache, partial, wraps
-from itertools import accumulate
-from operator import add
-from random import Random
-from struct import Struct
+from collections import defaultdict, namedtuple
+from functools import wraps
 from threading import RLock
-from warnings import warn
 from torch import Tensor
-from torch.nn import Parameter
-from fastcore.basics import patch
-from .stats import finish, statistics, sums, MAX, SUM_ABS, SUM_SQ, SUM, M2, Q, ZEROS, NONFINITE, ABOVE, W_SQ, DOT, SCALE
+from .by_kernel import KernelBuffer
+from .by_rows import RowBuffer
+from .histogram import Octaves, octaves
+from .layouts import goes_alone, is_plain, is_sharded, product, stored, wide_dtype
+from .stats import sums, MAX, W_SQ, DOT
 
-# %% ../nbs/01_engine.ipynb #5e3f6c57
-def flat(t:Tensor # any strided tensor
-        )->Tensor: # the same elements in one dimension
-    "A 1-d view in memory order; a copy where the memory has holes or repeats (`expand`)"
-    if t.is_contiguous(): return t.view(-1)
-    t = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
-    return t.view(-1) if t.is_contiguous() else t.reshape(-1).contiguous()
+# %% ../nbs/01_engine.ipynb #3b022676
+Commit = namedtuple('Commit', 'note end')   # what the caller says of these rows; the savepoint behind the last of them
+Fetched = namedtuple('Fetched', 'notes n keys numel sums octaves')   # of each commit: note and number of rows; of each row: key, elements, sums, counts per octave
 
-# %% ../nbs/01_engine.ipynb #b990fc3a
-W = 1024   # elements in a row
+COMMITS,FEW = 500,2**12        # so many are fetched at a time inside an epoch, and fewer rows than that never are
+ROWS,HIST_ROWS = 2**19,2**15   # of a buffer, without and with counts per octave: it grows no further than for one more commit
+GONE = np.iinfo(np.int64).min  # key of a row that does not count
 
-def _row_sums(x, # (rows, W), padded with zeros
-              pad, # (rows, W), True on padding
-              n, # (rows,) elements that are not padding
-              threshold # number or 0-d tensor
-             ):
-    "Sums of each row in float64, and what the row was divided by"
-    wide = torch.float32 if x.device.type=='mps' else torch.float64   # MPS has no float64
-    a = x.abs()
-    mx = a.amax(1)
-    div = torch.where(mx.isfinite() & (mx>0), mx, 1.)
-    xs = x/div[:,None]
-    s,sa,sq = xs.sum(1),xs.abs().sum(1),xs.square().sum(1)
-    n = n.to(wide)
-    m2 = (xs-(s/n)[:,None].to(xs.dtype)).masked_fill_(pad, 0).square_().sum(1)
-    s,sa,sq,m2,d = (o.to(wide) for o in (s,sa,sq,m2,div))
-    s = s*d
-    rest = torch.stack([sa*d, sq*d*d, s, m2*d*d, s*s/n, ((x==0).sum(1)-pad.sum(1)).to(wide), (~x.isfinite()).sum(1).to(wide), (a>threshold).sum(1).to(wide)], 1)
-    return mx.to(wide), rest, xs, d
+# %% ../nbs/01_engine.ipynb #26a78d44
+def locked(f):
+    "A method of `Engine` that no other thread's overlaps"
+    @wraps(f)
+    def alone(self, *args, **kwargs):
+        with self.lock: return f(self, *args, **kwargs)
+    return alone
 
-# %% ../nbs/01_engine.ipynb #ecdd16b0
-class _Plan:
-    "Where tensors of these sizes lie in the scratch"
-    def __init__(self, sizes, device):
-        sizes = np.array(sizes)
-        rows = -(-sizes//W)
-        n,ends = np.full(rows.sum(), W),np.cumsum(rows)-1
-        n[ends[rows>0]] = (sizes[rows>0]-1)%W+1
-        self.rows,self.n,self.of = len(n),*(torch.from_numpy(o).to(device) for o in (n, np.repeat(np.arange(len(sizes)), rows)))
-        self.pad = torch.arange(W, device=device) >= self.n[:,None]
-        self.start,self.views = np.cumsum(rows)-rows,{}
+# %% ../nbs/01_engine.ipynb #260eac58
+class Engine:
+    "Statistics of gradients on any number of devices"
+    lock = RLock()   # of all engines: a backward on a GPU has threads of its own, and a second thread may read while training goes on
+    def __init__(self,
+                 threshold=1., # what `above` counts from
+                 extra=None, # name -> f(gradient) -> 0-d tensor
+                 hist=False, # count elements per octave: True of a sample, 'all' of all
+                 by_rows=None # take the path without a look at any number; None: on all devices but the CPU
+                ):
+        self.threshold = threshold
+        self.extra = extra or {}
+        self.hist = hist
+        self.by_rows = by_rows
+        self.buffers = {}    # device -> its rows
+        self.commits = []    # of what was not fetched yet
+        self.fetched = {}    # savepoint: rows before it are on the host
+        self.largest = {}    # device -> rows of the largest commit
+        self.failed = {}     # key of a parameter, or ('extra', name) -> why it could not be read
 
-    def lay(self, buf, shapes):
-        "Views of these shapes into the scratch"
-        return [buf.view(-1)[s*W:s*W+math.prod(shape)].view(shape) for s,shape in zip(self.start, shapes)]
+    def buffer(self, device):
+        "The buffer of a device, made when the first gradient comes from there"
+        with self.lock:
+            if device not in self.buffers:
+                rows = device.type!='cpu' if self.by_rows is None else self.by_rows
+                kind = RowBuffer if rows else KernelBuffer
+                self.buffers[device] = kind(device, self.threshold, len(sums)+len(self.extra), self.hist)
+            return self.buffers[device]
 
-# %% ../nbs/01_engine.ipynb #41570002
-SAMPLE = 2**12   # elements of a tensor that are counted
-LOWEST,COLUMNS = -149,278   # the octave of float32's smallest number; columns of a row of counts
-DROP = COLUMNS-1   # the column of zeros and of what is not finite
+    # --- put
 
-@lru_cache(2**12)
-def _stride(n):
-    "The smallest step that leaves at most `SAMPLE` of `n` elements and shares no factor with common shapes"
-    s = max(-(-n//SAMPLE), 1)
-    while s>1 and math.gcd(s, 210)>1: s += 1
-    return s
+    @locked
+    def put(self, key, g,
+            scale=None # AMP's, still in `g`: a 0-d tensor on its device, which nobody changes in place
+           ):
+        "One gradient, read or copied at once. Where that fails, nothing of it stays"
+        self._put(key, g, scale)
 
-# %% ../nbs/01_engine.ipynb #3ef14d66
-def _columns(x:Tensor # float32, one dimension without gaps
-            )->Tensor: # int32
-    "The column of each number's octave"
-    bits = x.view(torch.int32) & 0x7fffffff
-    exponent = bits >> 23
-    of_subnormal = (bits.float().view(torch.int32)>>23) - 127   # such a number is its bits times 2**LOWEST
-    columns = torch.where(exponent>0, exponent-127-LOWEST, of_subnormal)
-    return columns.masked_fill_((bits==0) | (exponent==255), DROP)
+    def _put(self, key, g, scale=None, full=True):
+        if is_sharded(g): raise TypeError("it is spread over several processes")
+        b = self.buffers.get(g.device) or self.buffer(g.device)
+        before = b.end
+        try:
+            values,absent = (g,0) if is_plain(g) else stored(g)
+            if g.is_complex(): row = b.by_definition(key, values, absent, scale)
+            else: row = b.put(key, values, absent, scale)
+            if self.extra and full: self._extras(b, row, values, scale)
+            return row
+        except Exception:
+            b.discard(before)
+            raise
 
-def _of_double(x, scale):
-    "The power of two below each float64: rounded to float32, a number just below one would be in the next octave"
-    x = (x if scale is None else x/scale).abs()
-    return (x.view(torch.int64) & 0x7ff0_0000_0000_0000).view(torch.float64)
+    @locked
+    @torch.no_grad()   # instead of `detach`, an operation for each
+    def put_all(self, keys, gs, ws=None,
+                full=True # or are only sum_sq, nonfinite and, with `ws`, w_sq and dot needed?
+               ):
+        "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w. Where that fails, nothing of them stays"
+        before = self.mark()
+        try: self._put_all(keys, gs, ws, full)
+        except Exception:
+            self.discard(before)
+            raise
 
-def octaves(h:np.ndarray # (rows, COLUMNS)
-           )->tuple: # octaves in each row, these octaves (floor of log2 |g|), elements in each
-    "What is not 0"
-    r,column = np.nonzero(h[:,:DROP])
-    n = h[r,column]
-    if not len(n) or n.max()<2**31: n = n.astype(np.int32)
-    return np.bincount(r, minlength=len(h)),(column+LOWEST).astype(np.int16),n
+    def _put_all(self, keys, gs, ws, full):
+        together = defaultdict(list)   # device, dtype -> what is read together
+        sharded = defaultdict(list)    # mesh, placements, dtype -> what is reduced over processes together
+        for one in zip(keys, gs, ws or gs):
+            _,g,w = one
+            if is_sharded(g): sharded[g.device_mesh,g.placements,wide_dtype(g)].append(one)
+            elif goes_alone(g) or goes_alone(w): self._put_alone(*one, full) if ws else self._put_alone(*one[:2], None, full)
+            else: together[g.device,wide_dtype(g)].append(one)
+        for (device,_),some in together.items():
+            some_keys,some_gs,some_ws = zip(*some)
+            b = self.buffer(device)
+            rows = b.put_all(some_keys, some_gs, ws and some_ws, full)
+            if self.extra and full:
+                for row,g in zip(rows, some_gs): self._extras(b, row, g)
+        for some in sharded.values():
+            some_keys,some_gs,some_ws = zip(*some)
+            self._put_shards(some_keys, some_gs, ws and some_ws, full)
 
-# %% ../nbs/01_engine.ipynb #41570004
-class _Octaves:
-    "Elements per octave of |g|, for the rows of a buffer"
-    def __init__(self, device, every):
-        self.every,self.rng,self.waiting,self.used = every,Random(0),[],0   # its own generator: training draws from others
-        self.scratch = torch.zeros(64*SAMPLE, dtype=torch.float32, device=device)
-        self.acc = torch.zeros(2**10, COLUMNS, dtype=torch.int64, device=device)
-        self.counts = self.acc.numpy() if self.acc.is_cpu else None   # the same memory
+    @locked
+    def number(self, key, v:Tensor # 0-d
+              ):
+        "A row that holds a number, in the column of the maximum"
+        self.buffer(v.device).number(key, v.detach())
 
-    def put(self, r, x, scale=None):
-        "Copy a sample of `x`, the gradient of row `r` in one dimension"
-        (start,stride),size = self.sample(len(x)),len(self.scratch)
-        x = x[start::stride]
-        if isinstance(x, Tensor) and x.dtype==torch.float64: x,scale = _of_double(x, scale),None
-        for i in range(0, len(x), size):
-            o = x[i:i+size]
-            if self.used+len(o)>size: self.reduce()
-            at = slice(self.used, self.used+len(o))
-            if isinstance(o, Tensor): self.scratch[at].copy_(o)
-            else: self.scratch.numpy()[at] = o
-            if scale is not None: self.scratch[at].div_(scale)
-            self.waiting.append((r, len(o), stride))
-            self.used += len(o)
+    # --- commit, discard
 
-    def host(self, n):
-        "Counts of the first `n` rows"
-        self.reduce()
-        self.reach(n)
-        return self.acc[:n].cpu().numpy().copy()
+    @locked
+    def mark(self):
+        "A savepoint: how far each buffer has come"
+        return {device:b.end for device,b in self.buffers.items()}
 
-# %% ../nbs/01_engine.ipynb #41570005
-@patch
-def sample(self:_Octaves, n):
-    "Index of the first of `n` elements that are counted, and the step to the next"
-    s = 1 if self.every else _stride(n)
-    return int(self.rng.random()*s),s
+    def committed(self):
+        "The savepoint behind all that counts"
+        return self.commits[-1].end if self.commits else self.fetched
 
-@patch
-def reach(self:_Octaves, n):
-    while n>len(self.acc):
-        self.acc = torch.cat([self.acc, torch.zeros_like(self.acc)])
-        if self.acc.is_cpu: self.counts = self.acc.numpy()
+    @locked
+    def pending(self):
+        "Was anything put since the last commit?"
+        committed = self.committed()
+        return any(end>committed.get(device, 0) for device,end in self.mark().items())
 
-# %% ../nbs/01_engine.ipynb #41570006
-@patch
-def reduce(self:_Octaves):
-    "Count what lies in the scratch"
-    if not self.waiting: return
-    x,(r,n,stride),self.waiting,self.used = self.scratch[:self.used],zip(*self.waiting),[],0
-    self.reach(max(r)+1)
-    e,k = _columns(x),COLUMNS*len(r)
-    if x.device.type=='cpu': c = torch.from_numpy(np.bincount(np.repeat(np.arange(0, k, COLUMNS), n)+e.numpy(), minlength=k))
-    else:
-        e += torch.arange(0, k, COLUMNS, device=x.device).repeat_interleave(torch.tensor(n, device=x.device), output_size=len(x))
-        c = torch.zeros(k, dtype=torch.int64, device=x.device).index_add_(0, e, torch.ones_like(e, dtype=torch.int64))
-    r,stride = (torch.tensor(o, device=x.device) for o in (r,stride))
-    self.acc.index_add_(0, r, c.view(-1,COLUMNS)*stride[:,None])
+    @locked
+    def commit(self, note=None):
+        "What was put since the last commit counts, and belongs to `note`; True where it is time to fetch"
+        for b in self.buffers.values(): b.end_run()
+        end = self.mark()
+        due = self._is_due(end)
+        self.commits.append(Commit(note, end))   # the one line from which on it counts, whatever interrupts
+        return due
 
-@patch
-def cut(self:_Octaves, a, n, to=None):
-    "Move rows `a` to `n` to the front (`to=0`), or forget them"
-    self.reduce()
-    n = min(n, len(self.acc))
-    if to is not None: self.acc[:max(n-a, 0)] = self.acc[a:n].clone()
-    self.acc[a if to is None else max(n-a, 0):n] = 0
+    def _is_due(self, end):
+        "Are there many commits, or might the next one be more than a buffer keeps?"
+        committed = self.committed()
+        for device,position in end.items():
+            self.largest[device] = max(position-committed.get(device, 0), self.largest.get(device, 0))
+        many = len(self.commits)+1>=COMMITS and any(len(b.keys)>=FEW for b in self.buffers.values())
+        limit = HIST_ROWS if self.hist else ROWS
+        return many or any(len(b.keys)+self.largest[device]>limit for device,b in self.buffers.items())
 
-# %% ../nbs/01_engine.ipynb #417bc14a
-class _Buffer:
-    "What both kinds of buffer share: a row of sums per tensor, its key and size, and marks where an iteration ended"
-    kernel,last = None,0   # rows of the iteration that was closed last
-    def __init__(self, device, threshold, extra, norms_only=False, hist=False, rows=2**13):
-        self.device,self.threshold,self.extra,self.norms_only = device,threshold,extra,norms_only
-        self.octaves = _Octaves(device, hist=='all') if hist else None
-        self.scale,self.keys,self.numel,self.absent,self.marks,self.gone = None,[],[],[],{},0   # marks: iteration -> rows at its end
-        self.failed = {}   # ('extra', name) -> what the user's function raised
-        self.acc = self.zeros(rows)
+    @locked
+    def discard(self,
+                to=None # a savepoint; None: the last commit
+               ):
+        "Forget what was put since; never what was committed"
+        committed = self.committed()
+        for device,b in self.buffers.items():
+            position = committed.get(device, 0)
+            if to is not None: position = max(position, to.get(device, 0))
+            b.discard(position)
 
-    def row(self, key, numel, absent=0):
-        "The next free row. `absent` elements are zeros that are not stored"
-        if len(self.keys)==len(self.acc): self.grow()
-        self.keys.append(key)
-        self.numel.append(numel)
-        self.absent.append(absent)
-        return len(self.keys)-1
+    @locked
+    def drop(self, keys):
+        "What was put under one of these keys since the last commit does not count"
+        committed = self.committed()
+        for device,b in self.buffers.items():
+            for row in range(committed.get(device, 0)-b.fetched, len(b.keys)):
+                if b.keys[row] in keys: b.keys[row] = GONE   # rows in the middle cannot be taken out: `fetch` leaves them out
 
-    def rows(self, keys, numel, absent=None):
-        "The next free rows"
-        while len(self.keys)+len(keys)>len(self.acc): self.grow()
-        r = range(len(self.keys), len(self.keys)+len(keys))
-        self.keys += keys
-        self.numel += numel
-        self.absent += absent or [0]*len(keys)
-        return r
+    @locked
+    def rename(self, start, end, key):
+        "What was put between two savepoints gets another key"
+        for device,b in self.buffers.items():
+            first = max(start.get(device, 0)-b.fetched, 0)
+            last = min(end.get(device, 0)-b.fetched, len(b.keys))
+            if last>first: b.keys[first:last] = [key]*(last-first)
 
-    def apart(self): "Rows that come next need not follow on those that wait"
-    def copied(self, b, r, k, n): self.acc[r:r+n,:len(sums)] = b.acc[k:k+n,:len(sums)]
+    # --- fetch
 
-# %% ../nbs/01_engine.ipynb #4d97fe77
-@patch
-def cut(self:_Buffer, n):
-    "Forget all rows from number `n` on, counted over the buffer's life; never those of a closed iteration"
-    n = max(n-self.gone, self.closed())
-    if n==len(self.keys): return
-    self.reduce()
-    self.acc[n:len(self.keys)] = 0
-    if self.octaves: self.octaves.cut(n, len(self.keys))
-    for o in (self.keys,self.numel,self.absent): del o[n:]
+    @locked
+    def fetch(self,
+              count=None # commits, from the first that was not fetched yet; None: all
+             )->Fetched:
+        "What was committed, in the order in which it came, device by device inside a commit: the one place that waits for a device"
+        commits = self.commits[:count]
+        ends = [self.fetched]+[c.end for c in commits]
+        parts = [self._read(device, b, ends) for device,b in self.buffers.items()]   # nothing has changed up to here
+        self.fetched = ends[-1]
+        del self.commits[:len(commits)]
+        for device,b in self.buffers.items(): b.forget(self.fetched.get(device, 0))
+        if not parts: parts = [self._nothing(len(commits))]
+        return Fetched([c.note for c in commits], *self._merged(parts))
 
-@patch
-def closed(self:_Buffer): return next(reversed(self.marks.values()), 0)
+    def _read(self, device, b, ends):
+        "Rows per commit, and of each row key, elements, sums and counts per octave"
+        positions = [end.get(device, 0) for end in ends]
+        n = np.maximum(np.diff(positions), 0)
+        return n,*b.read(positions[0], positions[-1])
 
-@patch
-def close(self:_Buffer, i):
-    "Iteration `i` is over"
-    self.apart()
-    self.last = len(self.keys)-self.closed()
-    self.marks[i] = len(self.keys)
+    def _nothing(self, n):
+        return np.zeros(n, np.int64),np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros((0,len(sums)+len(self.extra))),Octaves.none()
 
-@patch
-def full(self:_Buffer):
-    "Might the next iteration be more than is kept?"
-    return len(self.keys)+self.last > (HIST_ROWS if self.octaves else ROWS)
+    def _merged(self, parts):
+        "Several devices in one, without the rows that were dropped"
+        ns,*of_rows = zip(*parts)
+        n = sum(ns)
+        of_rows = [np.concatenate(o) for o in of_rows] if len(parts)>1 else [o for o, in of_rows]
+        gone = of_rows[0]==GONE
+        if len(parts)==1 and not gone.any(): return n,*of_rows
+        commit = np.concatenate([np.repeat(np.arange(len(n)), n) for n in ns])   # of each row
+        order = np.argsort(commit, kind='stable')
+        order = order[~gone[order]]
+        n = n-np.bincount(commit[gone], minlength=len(n))
+        return n,*(o[order] if len(o) else o for o in of_rows)
 
-# %% ../nbs/01_engine.ipynb #4d97fe78
-@patch
-def fetch(self:_Buffer, count):
-    "Rows per iteration, keys, sizes, sums and counts per octave of the first `count` closed iterations; only what came after them stays"
-    self.reduce()
-    ends = {i:r for i,r in self.marks.items() if i<count}
-    later = {i:r for i,r in self.marks.items() if i>=count}
-    k,n,rows = next(reversed(ends.values()), 0),len(self.keys),np.zeros(count, np.int64)
-    rows[list(ends)] = np.diff(list(ends.values()), prepend=0)
-    s = self.host(k)
-    s[:,ZEROS] += self.absent[:k]
-    h = self.octaves.host(k) if self.octaves else np.zeros((0,COLUMNS), np.int64)
-    res = rows,np.array(self.keys[:k], np.int64),np.array(self.numel[:k], np.int64),s,h
-    if self.octaves: self.octaves.cut(k, n, to=0)
-    self.acc[:n-k] = self.copy(k, n)   # may overlap
-    self.acc[n-k:n] = 0
-    self.marks = {i-count:r-k for i,r in later.items()}
-    self.gone += k
-    for o in (self.keys,self.numel,self.absent): del o[:k]
-    return res
+    # --- what no fast path reads
 
-# %% ../nbs/01_engine.ipynb #9ae45209
+    def _extras(self, b, row, g, scale=None):
+        "The user's own statistics, of the gradient without AMP's scale"
+        if scale is not None: g = (g if g.is_complex() else g.float())/scale
+        for i,(name,f) in enumerate(self.extra.items()):
+            try: value = apart_from_training(f, g)
+            except Exception as e:   # the user's function: its column has no number, and training goes on
+                self.failed['extra',name] = e
+                value = torch.tensor(math.nan)
+            b.write(row, len(sums)+i, value)
+
+    def _put_alone(self, key, g, w, full):
+        "A gradient that may have no numbers for us (a subclass that cannot do arithmetic): then it has no row, and `failed` says why"
+        before = self.mark()
+        try: self._put_odd(key, g, w, full)
+        except Exception as e:
+            self.failed[key] = e
+            self.discard(before)
+
+    @np.errstate(all='ignore')
+    def _put_odd(self, key, g, w, full):
+        "A sparse, nested or complex gradient"
+        row = self._put(key, g, full=full)
+        if w is None: return
+        b = self.buffer(g.device)
+        b.reduce()
+        weights = w if is_plain(w) else stored(w)[0]
+        b.write(row, W_SQ, weights.abs().double().square().sum())
+        b.write(row, DOT, product(g, w))
+
+    def _put_shards(self, keys, gs, ws, full):
+        "Sums over all shards of `DTensor`s of one mesh, placement and dtype: every process takes part"
+        local = [g.to_local() for g in gs]
+        b = self.buffer(local[0].device)
+        rows = b.put_all(keys, local, ws and [w.to_local() for w in ws], full)
+        b.reduce()
+        first,last = rows[0],rows[-1]+1
+        b.numel[first:last] = [g.numel() for g in gs]
+        for dim,placement in enumerate(gs[0].placements):
+            if placement.is_shard(): add_over_processes(b, first, last, gs[0].device_mesh.get_group(dim))
+        if self.extra and full:
+            for row,g in zip(rows, gs): self._extras(b, row, g.full_tensor())
+
+    # --- forward
+
+    def witness(self, t:Tensor # floating point
+               ): # number, or 0-d tensor on its device: finite where all elements are
+        "0 from the kernel, else the sum: NaN where an element is, infinite where one is or where finite elements are huge"
+        if not is_plain(t): t = stored(t.detach())[0]
+        b = self.buffers.get(t.device) or self.buffer(t.device)
+        if b.known_finite(t): return 0.
+        t = t.detach()
+        return (t.float() if t.itemsize<2 else t).sum(dtype=torch.float32 if t.itemsize<4 else None)   # torch has no sum of 8 bits
+
+# %% ../nbs/01_engine.ipynb #a3d5f766
+def _new_lock(): Engine.lock = RLock()
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_new_lock)
+
+# %% ../nbs/01_engine.ipynb #665debf1
+def add_over_processes(b, first, last, group):
+    "Add these rows of buffer `b` up over a group of processes"
+    import torch.distributed as dist
+    if b.octaves:
+        b.octaves.reduce()
+        b.octaves.reach(last)
+        dist.all_reduce(b.octaves.acc[first:last], group=group)
+    acc = torch.as_tensor(b.acc[first:last]).contiguous()
+    top = acc[:,MAX].clone().nan_to_num(torch.inf, torch.inf)   # the maximum of NaN is up to the backend: sum_abs keeps the NaN
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
+    dist.all_reduce(acc, group=group)
+    acc[:,MAX] = top
+    b.acc[first:last] = acc if isinstance(b.acc, Tensor) else acc.numpy()
+
+# %% ../nbs/01_engine.ipynb #605d9a3d
 def apart_from_training(f, # function of a tensor
                         g:Tensor # a gradient that training needs as it is
                        )->Tensor: # 0-d
@@ -263,718 +314,3 @@ def apart_from_training(f, # function of a tensor
     finally:
         torch.set_rng_state(state)
         if device_state is not None: torch.cuda.set_rng_state(device_state, g.device)
-
-# %% ../nbs/01_engine.ipynb #5261a116
-@patch
-def odd(self:_Buffer, key, g):
-    "A gradient that no fast path reads (complex): the definitions themselves"
-    self.apart()
-    r,n = self.row(key, g.numel()),g.numel()
-    if self.octaves: self.octaves.put(r, flat(g.abs()), self.scale)
-    self.extras(r, g)
-    if not n: return r
-    if self.scale is not None: g = g.to(torch.complex128)/self.scale
-    v = {k: f(g, self.threshold) if k=='above' else f(g) for k,f in statistics.items()}
-    m = v['mean']*n
-    for c,o in ((MAX,v['max_abs']), (SUM_ABS,v['mean_abs']*n), (SUM_SQ,v['norm']**2), (SUM,m), (M2,v['std']**2*n), (Q,m*m/n),
-                (ZEROS,v['zeros']), (NONFINITE,v['nonfinite']), (ABOVE,v['above'])): self.write(r, c, o)
-    return r
-
-@patch
-def extras(self:_Buffer, r, g):
-    "The user's own statistics, of the gradient without AMP's scale"
-    if not self.extra: return
-    if self.scale is not None: g = (g if g.is_complex() else g.float())/self.scale
-    for j,(name,f) in enumerate(self.extra.items()):
-        try: value = apart_from_training(f, g)
-        except Exception as e:   # the user's function: its column has no number, and training goes on
-            self.failed['extra', name] = e
-            value = torch.tensor(math.nan)
-        self.write(r, len(sums)+j, value)
-
-# %% ../nbs/01_engine.ipynb #cdf1c0ba
-def _wide(g): return torch.float64 if g.dtype==torch.float64 else torch.float32
-
-class DeviceBuffer(_Buffer):
-    "Sums on any device, by rows"
-    max_rows = 2**13   # of the scratch: 32 MB in float32
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.scratch,self.plans,self.waiting,self.used = {},{},[],0
-
-    def zeros(self, n): return torch.zeros(n, len(sums)+len(self.extra), dtype=torch.float32 if self.device.type=='mps' else torch.float64, device=self.device)
-    def grow(self): self.acc = torch.cat([self.acc, torch.zeros_like(self.acc)])
-    def write(self, r, c, v): self.acc[r,c].copy_(v)
-    def host(self, n): return self.acc[:n].cpu().double().clone().numpy()   # the one sync
-    def copy(self, a, b): return self.acc[a:b].clone()
-
-    def block(self, dtype, which=0):
-        "The scratch of this dtype: 0 for gradients, 1 for weights"
-        k = dtype,which
-        if k not in self.scratch: self.scratch[k] = torch.zeros(self.max_rows, W, dtype=dtype, device=self.device)
-        return self.scratch[k]
-
-    def plan(self, shapes):
-        "The plan for tensors of these shapes, made once"
-        if shapes not in self.plans:
-            if len(self.plans)>=64: self.plans.clear()
-            self.plans[shapes] = _Plan([math.prod(s) for s in shapes], self.device)
-        return self.plans[shapes]
-
-# %% ../nbs/01_engine.ipynb #339b653a
-@patch
-def put(self:DeviceBuffer, key, g, absent=0):
-    "Add a gradient"
-    if not g.numel(): self.reduce()   # waiting rows are consecutive
-    r,x = self.row(key, g.numel()+absent, absent),flat(g)
-    self.extras(r, g)
-    if self.octaves: self.octaves.put(r, x, self.scale)
-    for x in x.split(self.max_rows*W):
-        rows = -(-len(x)//W)
-        if self.waiting and (self.used+rows>self.max_rows or self.waiting[0][2]!=_wide(g)): self.reduce()
-        if rows: self.block(_wide(g)).view(-1)[self.used*W:self.used*W+len(x)].copy_(x)
-        if rows: self.waiting.append((r, len(x), _wide(g)))
-        self.used += rows
-    return r
-
-@patch
-def apart(self:DeviceBuffer): self.reduce()
-
-@patch
-def reduce(self:DeviceBuffer):
-    "Add up what lies in the scratch"
-    if not self.waiting: return
-    rs,sizes,(dtype,*_) = zip(*self.waiting)
-    self.add(rs, self.plan(tuple((n,) for n in sizes)), dtype)
-    self.waiting,self.used = [],0
-
-# %% ../nbs/01_engine.ipynb #88576204
-@patch
-def add(self:DeviceBuffer, rs, p, dtype, weights=False):
-    "Reduce the scratch, in which the tensors of rows `rs` (consecutive) lie by plan `p`, and zero it"
-    if not p.rows: return
-    acc,t,x = self.acc[rs[0]:rs[-1]+1],self.threshold,self.block(dtype)[:p.rows]
-    if dtype!=torch.float64: t = float(_floor32(t))   # AMP's scales are powers of two
-    mx,rest,xs,d = _row_sums(x, p.pad, p.n, t if self.scale is None else t*self.scale)
-    acc[:,MAX].scatter_reduce_(0, p.of, mx, 'amax')
-    acc[:,SUM_ABS:ABOVE+1].index_add_(0, p.of, rest)
-    if weights:
-        w = self.block(dtype, 1)[:p.rows]
-        _,rw,ws,dw = _row_sums(w, p.pad, p.n, t)
-        acc[:,W_SQ].index_add_(0, p.of, rw[:,SUM_SQ-1])
-        acc[:,DOT].index_add_(0, p.of, (xs*ws).sum(1).to(d.dtype)*d*dw)
-        w.zero_()
-    if self.scale is not None: acc[:,SCALE].copy_(self.scale)
-    x.zero_()
-
-# %% ../nbs/01_engine.ipynb #f397670a
-@patch
-def put_all(self:DeviceBuffer, keys, gs, ws=None):
-    "Add gradients of one dtype, and with `ws` their products with the weights"
-    self.reduce()
-    scale,self.scale = self.scale,None
-    todo = list(zip(self.rows(keys, [g.numel() for g in gs]), gs, ws or gs))
-    for r,g,_ in todo: self.extras(r, g)
-    if self.octaves:
-        for r,g,_ in todo: self.octaves.put(r, flat(g))
-    while todo:
-        rows,n = 0,0
-        while n<len(todo) and (rows := rows-(-todo[n][1].numel()//W))<=self.max_rows: n += 1
-        if n: self.several(todo[:n], ws is not None)
-        else: # one tensor that is larger than the scratch, in pieces
-            r,g,w = todo[n]
-            for gw in zip(*(o.reshape(-1).split(self.max_rows*W) for o in (g,w))): self.several([(r,*gw)], ws is not None)
-        todo = todo[max(n,1):]
-    self.scale = scale
-
-@patch
-def several(self:DeviceBuffer, todo, weights):
-    "Copy tensors that fit into the scratch and reduce it"
-    rs,gs,ws = zip(*todo)
-    p,dtype = self.plan(tuple(g.shape for g in gs)),_wide(gs[0])
-    for which,ts in enumerate((gs,ws) if weights else (gs,)):
-        if (dtype,which) not in p.views: p.views[dtype,which] = p.lay(self.block(dtype, which), [g.shape for g in gs])
-        torch._foreach_copy_(p.views[dtype,which], ts)
-    self.add(rs, p, dtype, weights)
-
-# %% ../nbs/01_engine.ipynb #8f031da1
-@cache
-def _kernel():
-    "The module; None without numba, or where numba is told not to compile"
-    try:
-        from numba import config
-        if config.DISABLE_JIT: return
-        from fastai_gradstats import kernel
-        return kernel
-    except Exception as e:   # whatever is wrong with numba is no reason to stop training
-        if not (isinstance(e, ModuleNotFoundError) and e.name=='numba'): warn(f"numba is installed, but cannot be used: gradients on a CPU are read without it ({type(e).__name__}: {e})")
-
-# %% ../nbs/01_engine.ipynb #48fa2569
-class HostBuffer(_Buffer):
-    "Sums on a CPU"
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.some_zero,self.takers,self.sources,self.done,self.part = set(),[],set(),[],{}
-        self.pool,self.pooled,self.used = [torch.from_numpy(np.zeros(BLOCK, np.float32)) for _ in range(2)],[],0   # small gradients, their weights
-        self.arrays,self.limit = [np.zeros(BLOCK, np.float32) for _ in range(2)],_bits(_floor32(self.threshold))
-        self.scratch,self.kernel = torch.from_numpy(self.arrays[0]),_kernel()
-
-    def zeros(self, n): return np.zeros((n, len(sums)+len(self.extra)))
-    def grow(self): self.acc = np.concatenate([self.acc, np.zeros_like(self.acc)])
-    def write(self, r, c, v): self.acc[r,c] = float(v)
-    def host(self, n): return self.acc[:n].copy()
-    def copy(self, a, b): return self.acc[a:b].copy()
-
-# %% ../nbs/01_engine.ipynb #8eb10483
-@patch
-def put(self:HostBuffer, key, g, absent=0):
-    "Add a gradient"
-    n = g.numel()
-    r,scale = self.row(key, n+absent, absent),1. if self.scale is None else float(self.scale)
-    if self.extra: self.extras(r, g)
-    if self.scale is not None: self.acc[r,SCALE] = scale
-    if self.kernel_reads(g): self.by_kernel(r, g, None, scale)
-    elif n>SMALL or g.dtype==torch.float64: self.large(r, g, self.threshold*scale, self.scale)
-    elif n:
-        if self.used+n>BLOCK: self.sum_pool()
-        self.pool[0][self.used:self.used+n].copy_(flat(g))
-        self.pooled.append((r, n, self.threshold*scale, self.scale, False))
-        self.used += n
-    return r
-
-# %% ../nbs/01_engine.ipynb #8eb10484
-def _plain(t): return t.resolve_neg() if t.is_neg() else t   # a lazy minus
-
-def _same(g, w):
-    "Both in one dimension, in the same order"
-    return (flat(g),flat(w)) if g.stride()==w.stride() else (g.reshape(-1).contiguous(),w.reshape(-1).contiguous())
-
-def _own(t): return type(t) in (Tensor,Parameter) and t.numel() and not t._is_zerotensor()
-
-def _pieces(g, w):
-    "Both as float32 without gaps, in one order; half precision in blocks, which keeps the copies small; None where there is no `w`"
-    g,w = _plain(g),w if w is None else _plain(w)
-    if not (g.is_contiguous() and (w is None or w.is_contiguous())): g,w = (flat(g),None) if w is None else _same(g, w)
-    if g.dtype is torch.float32: return ((g,w if w is None or w.dtype is torch.float32 else w.float()),)
-    g,w = flat(g),w if w is None else flat(w)
-    return ((g[i:i+BLOCK].float(),w if w is None else w[i:i+BLOCK].float()) for i in range(0, len(g), BLOCK))
-
-@patch
-def kernel_reads(self:HostBuffer, g, w=None):
-    "Is their memory what it seems?"
-    return self.kernel and g.dtype is not torch.float64 and _own(g) and (w is None or _own(w) and w.numel()==g.numel())
-
-# %% ../nbs/01_engine.ipynb #8eb10481
-@patch
-def by_kernel(self:HostBuffer, r, g, w=None, # row, gradient, weights
-              scale=1. # AMP's, in `g`
-             ):
-    "Sums of one tensor, and with `w` their products"
-    limit,o = self.limit if scale==1 else _bits(_floor32(self.threshold*scale)),self.octaves
-    if o:
-        o.reach(r+1)
-        start,step = o.sample(g.numel())
-    for x,y in _pieces(g, w):
-        at,n = x.data_ptr(),x.numel()
-        self.kernel.read(at, at if y is None else y.data_ptr(), n, limit, not self.norms_only, y is not None, self.acc, r)
-        if o:
-            self.kernel.count_octaves(at, n, start, step, scale, o.counts, r)
-            start = (start-n)%step
-
-# %% ../nbs/01_engine.ipynb #dc18e32b
-@patch
-@np.errstate(all='ignore')   # what overflows is summed again
-def put_all(self:HostBuffer, keys, gs, ws=None):
-    "Add gradients of one dtype, and with `ws` their products with the weights"
-    scale,self.scale,ns,small = self.scale,None,[g.numel() for g in gs],[]
-    rows = self.rows(keys, ns)
-    for i,(r,n,g) in enumerate(zip(rows, ns, gs)):
-        if self.extra: self.extras(r, g)
-        w = ws and ws[i]
-        if self.kernel_reads(g, w): self.by_kernel(r, g, w)
-        elif n<=SMALL and g.dtype!=torch.float64: small += [i]*(n>0)
-        elif w is None: self.large(r, g, self.threshold, dots=True)
-        else:
-            g,w = _same(g, w)
-            self.large(r, g, self.threshold, None, w, True)
-    if small: self.pool_all(*([o[i] for i in small] for o in (rows, ns, gs)), ws and [ws[i] for i in small])
-    self.scale = scale
-
-# %% ../nbs/01_engine.ipynb #8eb10488
-@patch
-def reduce(self:HostBuffer):
-    "Nothing waits any more, here or where rows are taken from"
-    self.sum_pool()
-    if self.done:
-        r,v = zip(*self.done)
-        self.acc[list(r),:DOT+1],self.done = v,[]
-    while self.takers:
-        self.takers[-1]()
-        self.takers.pop()   # not before: an interrupt loses nothing
-    for b in list(self.sources):
-        b.reduce()
-        self.sources.discard(b)
-
-@patch
-def copied(self:HostBuffer, b, *rows):
-    if b.sources: b.reduce()   # rows that it took itself
-    b.takers.append(partial(_Buffer.copied, self, b, *rows))
-    self.sources.add(b)
-
-# %% ../nbs/01_engine.ipynb #8f031d94
-BLOCK,CHUNK,SMALL = 2**17,2**13,2**13   # elements: of a block; of a float32 sum of products; of a tensor that is pooled
-
-def _exact(x:np.ndarray, # 1-d, the segments one after the other
-           at, # where each starts, none empty, and where the last ends
-           threshold # of each
-          )->np.ndarray: # for each max, sum_abs, sum_sq, sum, m2, q, zeros, nonfinite, above
-    "Sums in float64, slow and right"
-    with np.errstate(all='ignore'):
-        x,n,each = x.astype(np.float64, copy=False),np.diff(at),lambda v: np.add.reduceat(v, at[:-1], dtype=np.float64)
-        a,s = np.abs(x),each(x)
-        return np.stack([np.maximum.reduceat(a, at[:-1]), each(a), each(np.square(x)), s, each(np.square(x-np.repeat(s/n, n))), s*s/n,
-                         *map(each, (x==0, ~np.isfinite(x), a>np.repeat(threshold, n)))], 1)
-
-# %% ../nbs/01_engine.ipynb #8f031d96
-def _array(t): return _plain(t).numpy()
-
-class _Dots:
-    "Sum x², and with `w` sum w² and sum x·w, of float32 arrays in one dimension, once all was read"
-    def __init__(self, x, w=None):
-        n,end = divmod(len(x), CHUNK)
-        self.pairs = [(x,x)] if w is None else [(x,w),(w,w),(x,x)]
-        self.out = np.zeros((len(self.pairs),n+1), np.float32)
-        self.rows = [(o[:n].reshape(n,1,1),a[:n*CHUNK].reshape(n,1,CHUNK),b[:n*CHUNK].reshape(n,CHUNK,1)) for o,(a,b) in zip(self.out, self.pairs)]
-        if end: self.out[:,n] = [np.dot(a[-end:], b[-end:]) for a,b in self.pairs]
-
-    def read(self, i, j):
-        "Elements from `i`, where a chunk starts, to `j`"
-        for k in range(i//CHUNK, j//CHUNK, BLOCK//CHUNK):
-            s = slice(k, min(k+BLOCK//CHUNK, j//CHUNK))
-            for o,a,b in self.rows: np.matmul(a[s], b[s], out=o[s])
-
-    def sums(self)->list: # three, zeros without `w`
-        res = [s if 1e-25<abs(s)<1e37 else _wide_dot(*o) for s,o in zip(np.add.reduce(self.out, 1, np.float64).tolist(), self.pairs)]
-        return (res[::-1]+[0,0])[:3]
-
-def _wide_dot(x, y): return sum(float(np.multiply(x[i:i+BLOCK], y[i:i+BLOCK], dtype=np.float64).sum()) for i in range(0, len(x), BLOCK))
-
-# %% ../nbs/01_engine.ipynb #7a94a2a0
-@lru_cache(2**10)   # AMP's scale may take any number of values
-def _floor32(t):
-    "The largest float32 that is not above `t`"
-    with np.errstate(over='ignore'): f = np.float32(t)
-    return f if float(f)<=t else np.nextafter(f, np.float32(-np.inf))
-
-_int,_float = Struct('i'),Struct('f')
-def _bits(v): return _int.unpack(_float.pack(v))[0]
-def _of_bits(i): return _float.unpack(_int.pack(i))[0]
-LOW,HIGH = _bits(1e-16),_bits(1e16)   # of the maximum: between these, float32 holds sums of squares
-
-# %% ../nbs/01_engine.ipynb #e222bdc7
-def _segments(x:np.ndarray, # 1-d float32, the tensors one after the other
-              at:list, # where each starts, none empty, and where the last ends
-              threshold:list, # of each
-              scratch # two float32 arrays, at least as long
-             )->np.ndarray: # for each what `_exact` returns
-    "The sums of `_exact` of many tensors"
-    (a,y),n = (o[:len(x)] for o in scratch),np.diff(at)
-    with np.errstate(all='ignore'):
-        bits = np.abs(x, out=a).view(np.int32)
-        low,top = (f.reduceat(bits, at[:-1]) for f in (np.minimum,np.maximum))
-        top,sa,sq,s = (o.astype(np.float64) for o in (top.view(np.float32), *(np.add.reduceat(o, at[:-1]) for o in (a, np.multiply(x, x, out=y), x))))
-        q = s*s/n
-        res = np.stack([top, sa, sq, s, sq-q, q, *np.zeros((3,len(n)))], 1)
-        right = (top==0) | (1e-16<top) & (top<1e16) & (q<=.9*sq)
-        for k in np.flatnonzero(low==0): res[k,ZEROS] = n[k]-np.count_nonzero(bits[at[k]:at[k+1]])
-        for k in np.flatnonzero(top>threshold): res[k,ABOVE] = np.count_nonzero(a[at[k]:at[k+1]]>_floor32(threshold[k]))
-        if len(k := np.flatnonzero(~right)): res[k] = _exact(np.concatenate([x[at[i]:at[i+1]] for i in k]), [0,*np.cumsum(n[k])], np.array(threshold)[k])
-    return res
-
-def _products(x, y, at, out, wanted=True):
-    "sum x*y of each segment, or of those that are `wanted`; in float64 where float32 is too narrow, without BLAS and its threads"
-    with np.errstate(all='ignore'):
-        s = np.add.reduceat(np.multiply(x, y, out=out[:len(x)]), at[:-1]).astype(np.float64)
-        right = (1e-25<abs(s)) & (abs(s)<1e37)
-        for k in np.flatnonzero(wanted & ~right): s[k] = np.multiply(x[at[k]:at[k+1]], y[at[k]:at[k+1]], dtype=np.float64).sum()
-    return np.where(wanted, s, 0)
-
-# %% ../nbs/01_engine.ipynb #8eb10485
-@patch
-def scratch_of(self:HostBuffer, shape):
-    "The scratch in this shape, as float32 and as int32"
-    if shape not in self.part:
-        if len(self.part)>=256: self.part.clear()
-        a = self.scratch[:shape.numel()].view(shape)
-        self.part[shape] = a,a.view(torch.int32)
-    return self.part[shape]
-
-@patch
-def large(self:HostBuffer, r, x, threshold, scale=None, w=None, dots=False):
-    "Sums of one tensor, and with `w` their products"
-    n,key,v = x.numel(),self.keys[r],None   # `len` of a tensor takes ten times as long
-    if not n: return
-    some_zero = key in self.some_zero
-    if n>BLOCK or not x.is_contiguous(): x = flat(x)
-    if x.dtype==torch.float32: v = self.fast(x, threshold, some_zero, w, dots)
-    if v is None: v = self.by_blocks(flat(x), threshold, some_zero, w, dots)
-    self.done.append((r, v))
-    if self.octaves: self.octaves.put(r, _array(flat(x)) if x.dtype==torch.float32 else flat(x), scale)
-    if some_zero!=(v[ZEROS]>0): self.some_zero ^= {key}   # the next gradient of this tensor will be alike
-
-# %% ../nbs/01_engine.ipynb #8eb10487c
-@patch
-@np.errstate(all='ignore')
-def by_blocks(self:HostBuffer, x, threshold, some_zero, w, dots):
-    "Each block by itself, some in float64; together by Chan, Golub and LeVeque"
-    res,slow = None,x.dtype==torch.float64 or x.dtype==torch.float32 and x.numel()<=BLOCK   # `fast` was tried
-    for i in range(0, x.numel(), BLOCK):
-        b,v = x[i:i+BLOCK],w if w is None else w[i:i+BLOCK]
-        if b.dtype!=torch.float64: b,v = b.float(),v if v is None else v.float()
-        s = None if slow else self.fast(b, threshold, some_zero, v, dots)
-        if s is None: s = _exact(_array(b), [0,b.numel()], [threshold])[0].tolist()+([0,0] if v is None else [_wide_dot(_array(o), _array(v)) for o in (v,b)])
-        if res is None: res = s
-        else:
-            d,n = s[SUM]/b.numel()-res[SUM]/i,i+b.numel()
-            res = [res[MAX] if s[MAX]<=res[MAX] else s[MAX], *map(add, res[1:], s[1:])]   # NaN too
-            res[M2],res[Q] = res[M2]+d*d*i/n*b.numel(),res[SUM]*res[SUM]/n
-    return res
-
-# %% ../nbs/01_engine.ipynb #8eb10486
-@patch
-def fast(self:HostBuffer, x:Tensor, # float32; contiguous, and in one dimension where it is larger than a block
-         threshold:float,
-         some_zero:bool, # are zeros to be expected?
-         w=None, # as in `large`
-         dots=False # sum squares as products, rather than by operations that run in backward anyway?
-        )->list: # what `_exact` returns, sum w² and sum x·w; None where that would not be right
-    n,top,sa,s,sq,zeros,above,rest = x.numel(),0,0.,0.,0.,0,0,[0,0]
-    limit = self.limit if threshold==self.threshold else _bits(_floor32(threshold))
-    if dots or self.norms_only: dots = _Dots(_array(x).reshape(-1), w if w is None else _array(w.float()))
-    if self.norms_only:
-        dots.read(0, n)
-        sq,*rest = dots.sums()
-        return [0,0,sq,0,0,0,0,0,0,*rest] if math.isfinite(sq) else None
-    for i,t in enumerate(x.split(BLOCK) if n>BLOCK else (x,)):
-        a,bits = self.scratch_of(t.shape)
-        if dots: dots.read(i*BLOCK, i*BLOCK+t.numel())
-        torch.abs(t, out=a)
-        low,high = (0,bits.max()) if some_zero else bits.aminmax()
-        top = max(top, high := high.item())
-        if high>=HIGH: return   # NaN too
-        sa += a.sum().item()
-        s += t.sum().item()
-        if not low: zeros += t.numel()-int(np.count_nonzero(bits.numpy()))
-        if high>limit: above += int(np.count_nonzero(bits.numpy()>limit))
-        if not dots: sq += torch.mul(a, a, out=a).sum().item()
-    if dots: sq,*rest = dots.sums()
-    q = s*s/n
-    if top==0 or top>LOW and q<=sq/4: return [_of_bits(top), sa, sq, s, sq-q, q, zeros, 0, above, *rest]
-
-# %% ../nbs/01_engine.ipynb #0fb7d26c
-@patch
-def pool_all(self:HostBuffer, rows, n, gs, ws):
-    "Copy small tensors of `n` elements"
-    while n:
-        k = next((k for k,end in enumerate(accumulate(n, initial=self.used)) if end>BLOCK), len(n)+1)-1   # that fit
-        size = sum(n[:k])
-        for p,ts in zip(self.pool, (gs,ws) if ws else (gs,)):
-            if k: torch.cat([t.reshape(-1) for t in ts[:k]], out=p[self.used:self.used+size])
-        self.pooled += ((r,i,self.threshold,None,bool(ws)) for r,i in zip(rows[:k], n))
-        self.used += size
-        rows,gs,n,ws = rows[k:],gs[k:],n[k:],ws and ws[k:]
-        if n: self.sum_pool()
-
-@patch
-def sum_pool(self:HostBuffer):
-    "Sum what lies there"
-    if not self.pooled: return
-    r,n,t,scales,weights = map(list, zip(*self.pooled))
-    at = [0,*accumulate(n)]
-    (x,w),out = (o.numpy()[:at[-1]] for o in self.pool),self.arrays[0]
-    if not self.norms_only: self.acc[r,:ABOVE+1] = _segments(x, at, t, self.arrays)
-    else:
-        self.acc[r,SUM_SQ] = sq = _products(x, x, at, out)
-        for k,i,j,v in zip(r, at, at[1:], sq):
-            if not math.isfinite(v): self.acc[k,NONFINITE] = j-i-np.isfinite(x[i:j]).sum()
-    if any(weights): self.acc[r,W_SQ],self.acc[r,DOT] = (_products(o, w, at, out, np.array(weights)) for o in (w,x))
-    self.pooled,self.used = [],0   # not before: an interrupt loses nothing
-    if self.octaves:
-        for k,i,j,scale in zip(r, at, at[1:], scales): self.octaves.put(k, x[i:j], scale)
-
-# %% ../nbs/01_engine.ipynb #6168f484
-def _locked(f):
-    "A method of `Engine` that no other thread's overlaps"
-    @wraps(f)
-    def locked(self, *args, **kwargs):
-        with self.lock: return f(self, *args, **kwargs)
-    return locked
-
-# %% ../nbs/01_engine.ipynb #215026b7
-def is_plain(t): return t.layout is torch.strided and not t.is_nested
-
-def _nested(t):
-    "The elements of all parts of a nested tensor"
-    has_gaps = t.layout is not torch.jagged or getattr(t, 'lengths', lambda: None)() is not None
-    if not has_gaps: return t.values()
-    parts = [part.reshape(-1) for part in t.unbind()]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=t.dtype, device=t.device)
-
-def stored(t:Tensor # of a layout other than strided, or nested
-          )->tuple: # a strided tensor, number of zeros that are not in it
-    "The elements that are there"
-    if t.is_nested: return _nested(t),0
-    if t.layout is torch.sparse_coo: values = t.coalesce().values()
-    elif t.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc): values = t.values()
-    else: values = t.to_dense()
-    return values,t.numel()-values.numel()
-
-# %% ../nbs/01_engine.ipynb #f66a8276
-class Engine:
-    "Statistics of gradients on any number of devices"
-    lock = RLock()   # of all engines: one takes rows from another, and with a lock each, two threads could wait for each other
-    def __init__(self,
-                 threshold=1., # what `above` counts from
-                 extra=None, # name -> f(gradient) -> 0-d tensor
-                 norms_only=False, # only sum_sq, nonfinite, w_sq and dot are needed
-                 hist=False, # count elements per octave: True of a sample, 'all' of all
-                 by_rows=None # take the path without a look at any number; None: on all devices but the CPU
-                ):
-        self.threshold,self.extra,self.norms_only,self.hist,self.by_rows,self.buffers,self.scale,self.iterations = threshold,extra or {},norms_only,hist,by_rows,{},None,0
-        self.failed = {}   # key of a parameter, or ('extra', name) -> why it could not be read
-
-    def buffer(self, device):
-        "The buffer of a device; backward runs one thread per device, each has its own"
-        with self.lock:
-            if device not in self.buffers:
-                rows = device.type!='cpu' if self.by_rows is None else self.by_rows
-                self.buffers[device] = (DeviceBuffer if rows else HostBuffer)(device, self.threshold, self.extra, self.norms_only, self.hist)
-                self.buffers[device].failed = self.failed
-            return self.buffers[device]
-
-# %% ../nbs/01_engine.ipynb #c3f26156
-def _new_lock(): Engine.lock = RLock()
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_new_lock)
-
-# %% ../nbs/01_engine.ipynb #a22cae59
-@patch
-@_locked
-def put(self:Engine, key, g):
-    "One gradient, read or copied at once. Where that fails, nothing of it stays"
-    if type(g) is not Tensor and hasattr(g, 'to_local'): raise TypeError("it is spread over several processes")
-    b = self.buffers.get(g.device) or self.buffer(g.device)
-    scale = self.scale(g.device) if self.scale else None
-    if scale is not b.scale:
-        b.apart()   # what waits has the old one
-        b.scale = scale
-    before = b.gone+len(b.keys)
-    try:
-        values,absent = (g,0) if is_plain(g) else stored(g)
-        return b.odd(key, values) if g.is_complex() else b.put(key, values, absent)
-    except Exception:
-        b.cut(before)
-        raise
-
-# %% ../nbs/01_engine.ipynb #6a34cfc0
-def _places(t):
-    "A sparse tensor as COO: values and where they stand"
-    return (t if t.layout is torch.sparse_coo else t.to_sparse()).coalesce()
-
-def product(g, w # one of them sparse, nested or complex
-           )->Tensor: # 0-d, double precision
-    "The sum of g·w, conjugate g where complex"
-    sparse_g,sparse_w = (t.layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc) for t in (g,w))
-    wide = torch.complex128 if g.is_complex() else torch.float64
-    if sparse_g and sparse_w: return (_places(g).to(wide).conj()*_places(w).to(wide)).coalesce().values().sum().real
-    if sparse_g:
-        g = _places(g)
-        g,w = g.values(),w[tuple(g.indices())]
-    elif sparse_w:
-        w = _places(w)
-        g,w = g[tuple(w.indices())],w.values()
-    else: g,w = (t if is_plain(t) else stored(t)[0] for t in (g,w))
-    return (g.to(wide).conj()*w.to(wide)).sum().real
-
-# %% ../nbs/01_engine.ipynb #f614e4fb
-@patch
-@_locked
-@torch.no_grad()   # instead of `detach`, an operation for each
-def put_all(self:Engine, keys, gs, ws=None):
-    "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w"
-    groups = {}
-    for k,g,w in zip(keys, gs, ws or gs):
-        if type(g) is not Tensor and hasattr(g, 'to_local'): groups.setdefault((g.device_mesh,g.placements,_wide(g)), []).append((k,g,w))
-        elif _goes_alone(g) or _goes_alone(w): self._alone(k, g, w if ws else None)
-        else: groups.setdefault((g.device,_wide(g)), []).append((k,g,w))
-    for where,o in groups.items():
-        keys,gs,wl = zip(*o)
-        if len(where)==2: self.buffer(where[0]).put_all(keys, gs, wl if ws else None)
-        else: self._shards(keys, gs, wl if ws else None)
-
-# %% ../nbs/01_engine.ipynb #57d7fe52
-_ordinary = {Tensor,Parameter}
-def _goes_alone(t):
-    "Is it one that no fast path reads: sparse, nested, complex, without memory, or wrapped by a subclass?"
-    if not is_plain(t) or t.is_complex(): return True
-    return type(t) not in _ordinary and hasattr(type(t), '__tensor_flatten__')
-
-@patch
-def _alone(self:Engine, k, g, w):
-    "A gradient that may have no numbers for us: then it has no row, and `failed` says why"
-    mark = self.mark()
-    try: self._odd(k, g, w)
-    except Exception as e:
-        self.failed[k] = e
-        self.rewind(mark)
-
-# %% ../nbs/01_engine.ipynb #099e28b7
-@patch
-@np.errstate(all='ignore')
-def _odd(self:Engine, k, g, w):
-    "A sparse, nested or complex gradient"
-    scale,self.scale = self.scale,None
-    try: r = self.put(k, g)
-    finally: self.scale = scale
-    if w is None: return
-    b = self.buffer(g.device)
-    b.reduce()
-    weights = w if is_plain(w) else stored(w)[0]
-    b.write(r, W_SQ, weights.abs().double().square().sum())
-    b.write(r, DOT, product(g, w))
-
-# %% ../nbs/01_engine.ipynb #d3966236
-@patch
-def _shards(self:Engine, keys, gs, ws):
-    "Sums over all shards of `DTensor`s of one mesh, placement and dtype"
-    import torch.distributed as dist
-    loc = lambda ts: [t.to_local() for t in ts]
-    b,mesh = self.buffer(gs[0].to_local().device),gs[0].device_mesh
-    n0,extra,scale = len(b.keys),b.extra,b.scale
-    b.extra,b.scale = {},None
-    b.put_all(keys, loc(gs), ws and loc(ws))
-    b.reduce()
-    n,b.numel[n0:] = len(b.keys),[g.numel() for g in gs]
-    if b.octaves: b.octaves.reduce(), b.octaves.reach(n)
-    for dim,pl in enumerate(gs[0].placements):
-        if not pl.is_shard(): continue
-        if b.octaves: dist.all_reduce(b.octaves.acc[n0:n], group=mesh.get_group(dim))
-        acc = torch.as_tensor(b.acc[n0:n]).contiguous()
-        mx = acc[:,MAX].clone().nan_to_num(torch.inf, torch.inf)   # MAX of NaN is up to the backend: sum_abs keeps the NaN
-        dist.all_reduce(mx, dist.ReduceOp.MAX, group=mesh.get_group(dim))
-        dist.all_reduce(acc, group=mesh.get_group(dim))
-        acc[:,MAX] = mx
-        b.acc[n0:n] = acc if isinstance(b.acc, Tensor) else acc.numpy()
-    b.extra = extra
-    if extra:
-        for r,g in enumerate(gs, n0): b.extras(r, g.full_tensor())
-    b.scale = scale
-
-# %% ../nbs/01_engine.ipynb #3ed57703
-@patch
-def witness(self:Engine, t:Tensor # floating point
-           ): # number, or 0-d tensor on its device: finite where all elements are
-    "0 from the kernel, else the sum: NaN where an element is, infinite where one is or where finite elements are huge"
-    if not is_plain(t): t = stored(t.detach())[0]
-    k = (self.buffers.get(t.device) or self.buffer(t.device)).kernel
-    if k and t.dtype is torch.float32 and t.layout is torch.strided and _own(t):
-        if not t.is_contiguous(): t = flat(t.detach())
-        if k.finite(t.data_ptr(), t.numel()): return 0.
-    t = t.detach()
-    return (t.float() if t.itemsize<2 else t).sum(dtype=torch.float32 if t.itemsize<4 else None)   # torch has no sum of 8 bits
-
-# %% ../nbs/01_engine.ipynb #f8ed6286
-ITERATIONS,FEW = 500,2**12   # so many are fetched at a time inside an epoch, and fewer rows than that never are
-ROWS,HIST_ROWS = 2**19,2**15   # of a buffer, without and with counts per octave: it grows no further than for one more iteration
-
-# %% ../nbs/01_engine.ipynb #3ed57704
-@patch
-@_locked
-def close(self:Engine):
-    "An iteration is over; True where it is time to fetch"
-    buffers = list(self.buffers.values())
-    for b in buffers: b.close(self.iterations)
-    self.iterations += 1
-    many = self.iterations>=ITERATIONS and any(len(b.keys)>=FEW for b in buffers)
-    return many or any(b.full() for b in buffers)
-
-@patch
-@_locked
-def value(self:Engine, key, v:Tensor # 0-d
-         ):
-    "A row that holds a number, in the column of the maximum"
-    b = self.buffer(v.device)
-    b.apart()
-    b.write(b.row(key, 1), MAX, v.detach())
-
-@patch
-@_locked
-def take(self:Engine, other, mark, keys):
-    "The rows that `other` got since `mark`, under the names `keys`, once they are summed: two readers share one read"
-    for d,b in other.buffers.items():
-        b.apart()
-        o,k = self.buffer(d),mark.get(d, 0)-b.gone
-        r = o.rows([keys[i] for i in b.keys[k:]], b.numel[k:], b.absent[k:])
-        if r: o.copied(b, r[0], k, len(r))
-
-# %% ../nbs/01_engine.ipynb #3ed57705
-@patch
-@_locked
-def mark(self:Engine):
-    "Where each buffer stands"
-    return {d:b.gone+len(b.keys) for d,b in self.buffers.items()}
-
-@patch
-def since(self:Engine, mark):
-    "Was anything put since `mark`?"
-    return any(n>mark.get(d, 0) for d,n in self.mark().items())
-
-@patch
-@_locked
-def settle(self:Engine, n):
-    "At most the first `n` iterations are closed: an interrupt came before the caller noted the next one"
-    for b in self.buffers.values(): b.marks = {i:r for i,r in b.marks.items() if i<n}
-    self.iterations = min(self.iterations, n)   # fewer where another thread has fetched meanwhile
-
-@patch
-@_locked
-def rewind(self:Engine, mark):
-    "Forget what was put since `mark` or since the last iteration was closed"
-    for d,b in self.buffers.items(): b.cut(mark.get(d, 0))
-
-# %% ../nbs/01_engine.ipynb #37158a1c
-GONE = -2   # key of a row that does not count
-
-@patch
-@_locked
-def drop(self:Engine, keys, mark):
-    "What was put under one of `keys` since `mark` does not count"
-    for device,b in self.buffers.items():
-        start = max(mark.get(device, 0)-b.gone, b.closed())
-        for r in range(start, len(b.keys)):
-            if b.keys[r] in keys: b.keys[r] = GONE
-
-# %% ../nbs/01_engine.ipynb #831ec52c
-@patch
-@_locked
-def rename(self:Engine, start, end, key):
-    "What was put between the marks `start` and `end` gets another key"
-    for d,b in self.buffers.items():
-        first = start.get(d, 0)-b.gone
-        last = min(end.get(d, 0)-b.gone, len(b.keys))
-        if last>first: b.keys[first:last] = [key]*(last-first)
-
-# %% ../nbs/01_engine.ipynb #3ed57706
-@patch
-@_locked
-def fetch(self:Engine,
-          count=None # iterations, from the first that was not fetched yet; None: all that are closed
-         ):
-    "Closed iterations: rows per iteration, keys, sizes, sums and counts per octave, in the order in which they came (device by device inside an iteration)"
-    if count is None: count = self.iterations
-    res = [b.fetch(count) for b in self.buffers.values()]
-    self.iterations -= count
-    if not res: return np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros((0,len(sums)+len(self.extra))),np.zeros((0,COLUMNS), np.int64)
-    if len(res)==1: return res[0]
-    ns,*rest = zip(*res)
-    o = np.argsort(np.concatenate([np.repeat(np.arange(len(n)), n) for n in ns]), kind='stable')
-    return sum(ns),*(np.concatenate(a)[o] for a in rest)
