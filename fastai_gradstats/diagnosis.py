@@ -11,277 +11,542 @@ __all__ = ['Findings', 'diagnose']
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60004
 import inspect
+from collections import namedtuple
+from functools import cached_property
 from textwrap import fill
 import numpy as np, pandas as pd
-from .record import GradRecord,_from,_gap,as_record,nothing_there
+from .record import GradRecord,as_record,from_iteration,gap_before,nothing_there,phases
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60007
-_told = 'rule severity tensor iterations evidence try'.split()
+told = 'rule severity tensor iterations evidence try'.split()   # the columns that a text is made of
 
-def _text(f):
+def _paragraph(finding):
+    "A finding in words"
+    iterations = finding['iterations']
+    label = 'iteration' if iterations.isdigit() else 'iterations'
+    place = [str(finding.get('run', '')), finding['tensor'], iterations and f'{label} {iterations}']
+    head = ', '.join([finding['severity'], finding['rule'], *filter(None, place)])
+    text = f"{head}: {finding['evidence']}; try: {finding['try']}"
+    return fill(text, 110, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
+
+def _not_checked(missed):
+    "Names of the rules that were not checked, of a comparison with the run's name"
+    names = [f"{row['rule']} ({row['run']})" if 'run' in row else row['rule'] for row in missed]
+    return 'not checked: ' + ', '.join(dict.fromkeys(names))
+
+# %% ../nbs/06_diagnosis.ipynb #c2a9e4d8
+def _nothing(findings):
+    "Why there is no finding"
+    if not findings.attrs.get('checked'): return 'nothing was recorded that a rule looks at'
+    return 'no findings among these rows' if findings.attrs.get('found') else 'no findings'
+
+def _text(findings):
     "A paragraph for each finding, and last what was not checked"
-    miss = f['severity']=='not checked'
-    res = ['no findings' if f.attrs['checked'] else 'nothing was recorded that a rule looks at'] if miss.all() else []
-    for _,d in f[~miss].iterrows():
-        at = ', '.join(str(o) for o in (d.get('run', ''), d['tensor'], d['iterations'] and f"iteration{'s'*(not d['iterations'].isdigit())} {d['iterations']}") if o!='')
-        res.append(fill(f"{d['severity']}, {d['rule']}{at and ', '+at}: {d['evidence']}; try: {d['try']}", 110, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False))
-    if miss.any(): res.append('not checked: ' + ', '.join(dict.fromkeys(f"{d['rule']} ({d['run']})" if 'run' in f else d['rule'] for _,d in f[miss].iterrows())))
-    return '\n'.join(res)
+    rows = findings.to_dict('records')
+    missed = [row for row in rows if row['severity']=='not checked']
+    paragraphs = [_paragraph(row) for row in rows if row['severity']!='not checked']
+    if not paragraphs: paragraphs = [_nothing(findings)]
+    if missed: paragraphs.append(_not_checked(missed))
+    return '\n'.join(paragraphs)
 
+# %% ../nbs/06_diagnosis.ipynb #e8d1b6a0
 class Findings(pd.DataFrame):
-    "What `diagnose` found: one row per finding"
+    "What `diagnose` found: one row per finding. Rows picked from it are `Findings` too, as long as they have the column `severity`"
     @property
-    def _constructor(self): return pd.DataFrame
+    def _constructor(self): return _findings
     @property
     def ok(self)->bool:
-        "No finding above 'note', and at least one rule had something to look at"
-        return not self['severity'].isin(['error','warning']).any() and self.attrs['checked']>0
-    def __repr__(self): return _text(self) if {*_told}<={*self} else super().__repr__()
+        "No finding above 'note' in these rows, and at least one rule had something to look at"
+        if 'severity' not in self: raise ValueError("ok: without the column 'severity' it is not known")
+        bad = self['severity'].isin(['error','warning'])
+        return not bad.any() and self.attrs.get('checked', 0)>0
+    def __repr__(self): return _text(self) if {*told}<={*self} else super().__repr__()
+
+def _findings(*args, **kwargs):
+    "What pandas makes of findings: findings, or a frame where their columns are gone"
+    frame = pd.DataFrame(*args, **kwargs)
+    return Findings(frame) if 'severity' in frame else frame
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60009
-used = ['fit','iteration','name','numel','max_abs','norm','zeros','nonfinite']   # the columns that rules on tensors read
+def of_fit(df, where):
+    "The rows of one fit: that of `where`, a row of a frame or the facts of a fit"
+    return df[(df['phase']==where['phase'])&(df['fit']==where['fit'])]
 
-class _Run:
-    "The frames of one phase of one run, with the facts of its fits"
-    def __init__(self, rec, phase):
-        s = rec.select(phase=phase)
-        self.rec,self.phase,self.steps,self.by,self.tensors = rec,phase,s.steps,s._by('param', phase),s.df
-        self.param,self.output = (s.df.loc[s.df['kind']==k, used] for k in ('param','output'))
-        seen = {*s.df['fit'].unique(), *s.steps['fit'].unique()}
-        self.facts = [f for f in rec.facts if f['fit'] in seen]
-        self.asked = [f for f in self.facts if any(req for _,req,_ in f['params'])]   # parameters were watched that ask for a gradient
-        self.update = self.by[self.by['update_norm'].notna()] if 'update_norm' in self.by else self.by[:0]
-        self.dim = {n:d for f in self.facts for n,_,d in f['params']}
-        self.order = {n:i for i,n in enumerate(self.dim or rec.df['name'].astype('category').cat.categories)}
+def phase_name(phase):
+    "Facts and breaks may have its number"
+    return phase if isinstance(phase, str) else phases[phase]
 
-def _named(d, f):
-    "Rows of tensors for whose name `f` holds"
-    n = d['name'].astype('category').cat
-    return d[np.array([bool(f(str(o))) for o in n.categories]+[False])[n.codes]]
+def fits_in(df):
+    "(phase, fit) of all rows"
+    return {(phase, fit) for phase in phases for fit in df.loc[df['phase']==phase, 'fit'].unique()}
+
+def taken(df):
+    "The rows of steps that were not skipped"
+    return df[~df['skipped'].astype(bool)]
+
+# %% ../nbs/06_diagnosis.ipynb #c3e5a7b9
+class Run:
+    "What rules look at: the frames of one phase of one run, and the facts of its fits"
+    def __init__(self,
+                 rec, # a `GradRecord` of one run
+                 phase='fit', # 'fit', 'lr_find' or None for all
+                 fit=None # number of a fit, or a list; None for all
+                ):
+        self.rec = rec.select(phase=phase, fit=fit)
+        self.phase = phase
+        self.tensors = self.rec.frame('tensors')
+        self.steps = self.rec.frame('steps')
+        self.by_param = self.rec.frame('params')   # norms per step and parameter
+        self.outputs = self._of_kind('output')
+        self.params = self._of_kind('param')
+        seen = fits_in(self.tensors)|fits_in(self.steps)
+        facts = [{**f, 'phase':phase_name(f['phase'])} for f in rec.facts]
+        self.facts = [f for f in facts if (f['phase'], f['fit']) in seen]
+
+    def _of_kind(self, kind):
+        columns = ['fit','phase','iteration','name','numel','max_abs','norm','zeros','nonfinite']   # the others are not copied
+        return self.tensors.loc[self.tensors['kind']==kind, columns]
+
+    @cached_property
+    def updates(self):
+        "Norms of the steps at which the weights' change was measured"
+        if 'update_norm' not in self.by_param: return self.by_param[:0]
+        return self.by_param[self.by_param['update_norm'].notna()]
+
+    @cached_property
+    def asked(self):
+        "Facts of the fits in which a parameter asked for a gradient"
+        return [f for f in self.facts if any(requires_grad for _,requires_grad,_ in f['params'])]
+
+    @cached_property
+    def dims(self):
+        "name -> dimensions, of each parameter"
+        return {name:dims for f in self.facts for name,_,dims in f['params']}
 
 # %% ../nbs/06_diagnosis.ipynb #d1a6000a
 rules = []
-records = dict(steps='GradNormCallback()', by='GradNormCallback()', update='GradNormCallback(update_every=n)', param="GradStatsCallback(kind='both')",
-               output="GradStatsCallback(kind='both')", tensors='GradStatsCallback()', **{'tensors|steps':'GradStatsCallback() or GradNormCallback()', 'steps|asked':"GradNormCallback() or GradStatsCallback(kind='both')"},
-               facts='GradStatsCallback() during a fit (neither a frame nor a comparison holds it)')
 
-def rule(needs, meaning, do, source):
-    "Add a function to the list, with what its findings mean. `needs`: frames, `a|b` where one of them is enough. It yields severity, tensor, iterations, evidence and, where that depends on them, what to try"
-    def _f(f):
-        f.needs,f.meaning,f.do,f.source = needs.split(),meaning,do,source
+Finding = namedtuple('Finding', 'severity tensor iterations evidence do', defaults=('',))   # `do`: what to try here, where the rule's own advice is too general
+
+def rule(needs, # attributes of `Run`, with blanks between
+         meaning, # of its findings
+         do, # what to try
+         source # who found out
+        ):
+    "Adds a function to the list of rules: it gets a `Run`, and thresholds by name, and yields a `Finding` for each thing it finds"
+    def add(f):
+        f.needs = needs.split()
+        f.meaning,f.do,f.source = meaning,do,source
         rules.append(f)
         return f
-    return _f
+    return add
 
-def _span(its):
+recorded_by = dict(
+    tensors  = 'GradStatsCallback()',
+    outputs  = "GradStatsCallback(kind='both')",
+    params   = "GradStatsCallback(kind='both')",
+    facts    = 'GradStatsCallback() during a fit (a frame does not hold it)',
+    steps    = 'GradNormCallback()',
+    by_param = 'GradNormCallback()',
+    updates  = 'GradNormCallback(update_every=n)')
+recorded_by['tensors|steps'] = 'GradStatsCallback() or GradNormCallback()'
+recorded_by['steps|asked'] = "GradNormCallback() or GradStatsCallback(kind='both')"
+
+# %% ../nbs/06_diagnosis.ipynb #f9b1d3e5
+def span(iterations):
     "Iterations in words"
-    its = np.unique(its)
-    return f'{its[0]}' if len(its)==1 else f'{its[0]} to {its[-1]} ({len(its)})'
+    its = np.unique(iterations)
+    if len(its)==1: return str(its[0])
+    return f'{its[0]} to {its[-1]} ({len(its)})'
 
-def _late(d): return d[d['iteration']>=np.quantile(d['iteration'].unique(), .75)]
+def named(df, matches):
+    "Rows of tensors for whose name `matches` holds"
+    names = df['name'].cat
+    ok = [bool(matches(str(name))) for name in names.categories]
+    return df[np.array(ok+[False])[names.codes]]
+
+def by_tensor(values, df):
+    "Values of the rows of `df`, grouped by tensor"
+    return values.groupby(df['name'], observed=True, sort=False)
+
+# %% ../nbs/06_diagnosis.ipynb #1ce3f5a7
+def at_step(df, step):
+    "The rows of one step, that of a row of `Run.steps`"
+    rows = of_fit(df, step)
+    return rows[rows['step']==step['step']]
+
+def loudest(r, step):
+    "The parameter with the largest gradient at a step; '(all)' where that is not known"
+    rows = at_step(r.by_param, step)
+    if not rows['norm'].notna().any(): return '(all)'
+    return str(rows.loc[rows['norm'].idxmax(), 'name'])
 
 # %% ../nbs/06_diagnosis.ipynb #d1a6000c
-@rule('tensors|steps', 'a NaN or inf destroys every weight it reaches', 'lower the learning rate, clip, look for log or division by 0 at this place', 'IEEE 754')
-def non_finite(r):
-    d,s = ((o['nonfinite']>0)&~o['skipped'].astype(bool) for o in (r.tensors,r.steps))
-    its = _span(r.tensors.loc[d,'iteration'] if d.any() else r.steps.loc[s,'iteration']) if d.any() or s.any() else ''
-    if d.any():
-        n = GradRecord(r.tensors.assign(nonfinite=r.tensors['nonfinite'].where(d, 0)), breaks=r.rec.breaks).first_nonfinite(r.phase)
-        early = r.steps[s&(r.steps['iteration']<n.iteration)&(r.steps['fit']==r.tensors.loc[d,'fit'].iloc[0])]
-        do = []
-        if n.after=='(input)': do = [f'look for a NaN or inf in the batch (the data) and in the weights of {n.before}: both give this place']
-        if n.where=='after backward': do = ['look at the batches and records of the other ranks, and at callbacks and hooks that act after backward']
-        yield 'error', n.before, its, repr(n) + (f"; in the steps from iteration {early['iteration'].iloc[0]} on" if len(early) else ''), *do
-    elif s.any():
-        first = r.steps[s].iloc[0]
-        where,why = _broken(r, first)
-        yield 'error', where, its, f"gradient not finite {_from(first['iteration'], _gap(r.steps[r.steps['fit']==first['fit']], first['iteration']))}, in {s.sum()} of {len(s)} steps{why}"
-    elif (n := r.rec.first_nonfinite(r.phase)) and n.where=='forward' and n.iteration not in {*r.steps['iteration'],*r.tensors['iteration']}:
-        yield 'warning', n.before, str(n.iteration), f'{n}; somebody skipped that batch'
-
 def _broken(r, step):
-    "The parameter of a step that was not finite before its gradient was, or else whose gradient was, nearest the loss"
-    d = r.by[(r.by['fit']==step['fit'])&(r.by['step']==step['step'])]
-    w,g = (d.loc[~np.isfinite(d[c]),'name'] for c in ('weight_norm','norm'))
-    if len(w): return str(w.iloc[0]),'; its weights were not finite before this step'
-    return (str(g.iloc[-1]),f'; in {len(g)} of {len(d)} parameters') if 0<len(g)<len(d) else ('(all)','')
+    "The parameter of a step that was not finite before its gradient was, or else whose gradient was, nearest the loss; and that in words"
+    rows = at_step(r.by_param, step)
+    weights = rows.loc[~np.isfinite(rows['weight_norm']), 'name']
+    gradients = rows.loc[~np.isfinite(rows['norm']), 'name']
+    if len(weights): return str(weights.iloc[0]),'; its weights were not finite before this step'
+    if not 0<len(gradients)<len(rows): return '(all)',''
+    return str(gradients.iloc[-1]),f'; in {len(gradients)} of {len(rows)} parameters'
 
-@rule('steps', 'a gradient scaler skips a step whose gradient overflowed, and some are how it finds its scale; or a callback dropped it', 'nothing, if they are few', 'docs.pytorch.org/docs/stable/amp.html')
+def _what_to_try(broke):
+    "Where the place says more than the rule's own advice"
+    if broke.where=='after backward': return 'look at the batches and records of the other ranks, and at callbacks and hooks that act after backward'
+    if broke.after!='(input)': return ''
+    return f'look for a NaN or inf in the batch (the data) and in the weights of {broke.before}: both give this place'
+
+def _in_tensors(r, bad_rows, bad_steps):
+    "Where a gradient on record broke first"
+    counted = r.tensors['nonfinite'].where(~r.tensors['skipped'].astype(bool), 0)
+    broke = GradRecord(r.tensors.assign(nonfinite=counted), breaks=r.rec.breaks).first_nonfinite(r.phase)
+    evidence = repr(broke)
+    same_fit = of_fit(bad_steps, bad_rows.iloc[0])
+    early = same_fit.loc[same_fit['iteration']<broke.iteration, 'iteration']
+    if len(early): evidence += f'; in the steps from iteration {early.iloc[0]} on'
+    return Finding('error', broke.before, span(bad_rows['iteration']), evidence, _what_to_try(broke))
+
+def _in_steps(r, bad_steps):
+    "Where norms alone tell"
+    first = bad_steps.iloc[0]
+    tensor,more = _broken(r, first)
+    iteration = first['iteration']
+    begin = from_iteration(iteration, gap_before(of_fit(r.steps, first), iteration))
+    evidence = f'gradient not finite {begin}, in {len(bad_steps)} of {len(r.steps)} steps{more}'
+    return Finding('error', tensor, span(bad_steps['iteration']), evidence)
+
+# %% ../nbs/06_diagnosis.ipynb #72e9fb03
+@rule('tensors|steps',
+      meaning='a NaN or inf destroys every weight it reaches',
+      do='lower the learning rate, clip, look for log or division by 0 at this place',
+      source='IEEE 754')
+def non_finite(r):
+    bad_rows,bad_steps = (taken(df[df['nonfinite']>0]) for df in (r.tensors,r.steps))
+    if len(bad_rows): yield _in_tensors(r, bad_rows, bad_steps)
+    elif len(bad_steps): yield _in_steps(r, bad_steps)
+    else:
+        broke = r.rec.first_nonfinite(r.phase)
+        on_record = {*r.steps['iteration'], *r.tensors['iteration']}
+        if broke and broke.where=='forward' and broke.iteration not in on_record:
+            yield Finding('warning', broke.before, str(broke.iteration), f'{broke}; somebody skipped that batch')
+
+# %% ../nbs/06_diagnosis.ipynb #94ab1d25
+@rule('steps',
+      meaning='a gradient scaler skips a step whose gradient overflowed, and some are how it finds its scale; or a callback dropped it',
+      do='nothing, if they are few',
+      source='docs.pytorch.org/docs/stable/amp.html')
 def skipped(r,
             skip=.2 # share of steps above which skipping is a warning
            ):
-    d = r.steps[r.steps['skipped']]
-    if len(d): yield ('warning' if len(d)>max(skip*len(r.steps), 5) else 'note'), '', _span(d['iteration']), f'{len(d)} of {len(r.steps)} steps skipped'
+    gone = r.steps[r.steps['skipped']]
+    if not len(gone): return
+    many = len(gone)>max(skip*len(r.steps), 5)
+    evidence = f'{len(gone)} of {len(r.steps)} steps skipped'
+    yield Finding('warning' if many else 'note', '', span(gone['iteration']), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a6000d
-@rule('output', 'the first layers get a gradient many powers of ten away from the last', 'He or Xavier initialisation, normalisation layers, residual connections', 'Glorot and Bengio 2010; He et al. 2015')
+def _first_iteration(df):
+    "The rows of the first iteration of the first fit"
+    same_fit = df[(df['phase']==df['phase'].iloc[0])]
+    same_fit = same_fit[same_fit['fit']==same_fit['fit'].min()]
+    return same_fit[same_fit['iteration']==same_fit['iteration'].min()]
+
+@rule('outputs',
+      meaning='the first layers get a gradient many powers of ten away from the last',
+      do='He or Xavier initialisation, normalisation layers, residual connections',
+      source='Glorot and Bengio 2010; He et al. 2015')
 def depth(r,
           decades=3. # between first and last tensor at the first iteration; healthy: at most .4
          ):
-    d = r.output[(r.output['fit']==r.output['fit'].min())]
-    d = d[(d['iteration']==d['iteration'].min())&(d['nonfinite']==0)&(d['norm']>0)]
-    if len(d)<2: return
-    rms = np.log10(d['norm'].astype(float)/np.sqrt(d['numel'])).to_numpy()
+    rows = _first_iteration(r.outputs)
+    rows = rows[(rows['nonfinite']==0)&(rows['norm']>0)]
+    if len(rows)<2: return
+    rms = np.log10(rows['norm'].astype(float)/np.sqrt(rows['numel'])).to_numpy()
+    first,last = rows['name'].iloc[0],rows['name'].iloc[-1]
     gap = rms[0]-rms[-1]
     what = 'vanishing' if gap<0 else 'exploding'
-    if abs(gap)>decades: yield 'warning', d['name'].iloc[0], str(d['iteration'].iloc[0]), f"{what}: rms 1e{rms[0]:.1f} at {d['name'].iloc[0]}, 1e{rms[-1]:.1f} at {d['name'].iloc[-1]}"
+    evidence = f'{what}: rms 1e{rms[0]:.1f} at {first}, 1e{rms[-1]:.1f} at {last}'
+    if abs(gap)>decades: yield Finding('warning', first, span(rows['iteration']), evidence)
+
+# %% ../nbs/06_diagnosis.ipynb #d8ef5169
+def _late(df):
+    "The last quarter of the iterations"
+    return df[df['iteration']>=np.quantile(df['iteration'].unique(), .75)]
+
+def _nearest_loss(r, names):
+    "Of some tensors that with the last place in the network"
+    place = {name:i for i,name in enumerate(r.dims or r.tensors['name'].cat.categories)}
+    return max(names, key=lambda name: place.get(name, -1))
 
 # %% ../nbs/06_diagnosis.ipynb #d1a6000e
-@rule('param', 'a unit that is silent on the whole batch has a bias gradient of exactly 0 and cannot learn', 'lower the learning rate, He initialisation, LeakyReLU', 'Lu et al. 2019, Dying ReLU and initialization')
+@rule('params',
+      meaning='a unit that is silent on the whole batch has a bias gradient of exactly 0 and cannot learn',
+      do='lower the learning rate, He initialisation, LeakyReLU',
+      source='Lu et al. 2019, Dying ReLU and initialization')
 def dead_units(r,
                dead=.4, # share of zeros in a bias gradient, median of the last quarter of steps; healthy: at most .15
                batch=8 # in smaller batches a silent unit is no sign
               ):
-    d = _named(_late(r.param), lambda n: n.rpartition('.')[2]=='bias')
-    g = (d['zeros']/d['numel']).groupby(d['name'], observed=True, sort=False).median()
-    g = g[g>dead]
-    if not len(g): return
-    name = max(g.index, key=lambda n: r.order.get(n, -1))   # nearest the loss: behind a dead layer all is 0
+    biases = named(_late(r.params), lambda name: name.rpartition('.')[2]=='bias')
+    silent = by_tensor(biases['zeros']/biases['numel'], biases).median()
+    silent = silent[silent>dead]
+    if not len(silent): return
+    name = _nearest_loss(r, silent.index)   # behind a dead layer all is 0
+    its = biases.loc[(biases['name']==name)&(biases['zeros']>0), 'iteration']
     small = len(r.steps) and r.steps['bs'].median()<batch
-    yield 'note' if small else 'warning', name, _span(d.loc[(d['name']==name)&(d['zeros']>0), 'iteration']), f'{g[name]:.0%} of its units silent' + (f'; {len(g)-1} more tensors' if len(g)>1 else '') + (f'; batches smaller than {batch}' if small else '')
+    evidence = f'{silent[name]:.0%} of its units silent'
+    if len(silent)>1: evidence += f'; {len(silent)-1} more tensors'
+    if small: evidence += f'; batches smaller than {batch}'
+    yield Finding('note' if small else 'warning', name, span(its), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a6000f
-@rule('steps', 'the weights do not move at all', 'look for a detached loss, saturated or dead layers', 'a norm of 0 is 0 in every component')
+@rule('steps',
+      meaning='the weights do not move at all',
+      do='look for a detached loss, saturated or dead layers',
+      source='a norm of 0 is 0 in every component')
 def zero_norm(r):
-    d = r.steps[(r.steps['norm']==0)&~r.steps['skipped']]
-    if len(d): yield 'warning', '(all)', _span(d['iteration']), f'norm exactly 0 in {len(d)} of {len(r.steps)} steps'
+    still = taken(r.steps[r.steps['norm']==0])
+    evidence = f'norm exactly 0 in {len(still)} of {len(r.steps)} steps'
+    if len(still): yield Finding('warning', '(all)', span(still['iteration']), evidence)
 
-@rule('steps|asked', 'the optimizer finds nothing to use, and nothing of it could be looked at', 'zero_grad before the step, a detached loss, or an optimizer that steps inside backward (a hook on the parameters), which leaves nothing to record', 'docs.pytorch.org: register_post_accumulate_grad_hook')
+# %% ../nbs/06_diagnosis.ipynb #1c2395ad
+def _missing_by_rows(r):
+    "The same without norms: fits in which outputs have gradients on record, and no parameter that asked for one has"
+    outputs = taken(r.tensors[r.tensors['kind']=='output'])
+    for fit in r.asked:
+        rows = of_fit(outputs, fit)
+        if not len(rows) or len(of_fit(r.params, fit)): continue
+        evidence = f"no gradient is left at the step in fit {fit['fit']}: outputs have gradients, none of {len(fit['params'])} parameters has"
+        yield Finding('warning', '(all)', span(rows['iteration']), evidence)
+
+@rule('steps|asked',
+      meaning='the optimizer finds nothing to use, and nothing of it could be looked at',
+      do='zero_grad before the step, a detached loss, or an optimizer that steps inside backward (a hook on the parameters), which leaves nothing to record',
+      source='docs.pytorch.org: register_post_accumulate_grad_hook')
 def no_gradient(r):
-    d = r.steps[~r.steps['skipped'].astype(bool)]
-    gone = d[nothing_there(d)]
-    if len(gone): yield 'warning' if 2*len(gone)>=len(d) else 'note', '(all)', _span(gone['iteration']), f'no gradient is left at the step, in {len(gone)} of {len(d)} steps'
-    for f in r.asked if not len(r.steps) else []:
-        out = r.tensors[(r.tensors['fit']==f['fit'])&(r.tensors['kind']=='output')&~r.tensors['skipped'].astype(bool)]
-        if len(out) and not (r.param['fit']==f['fit']).any(): yield 'warning', '(all)', _span(out['iteration']), f"no gradient is left at the step in fit {f['fit']}: outputs have gradients, none of {len(f['params'])} parameters has"
+    if not len(r.steps): yield from _missing_by_rows(r)
+    steps = taken(r.steps)
+    gone = steps[nothing_there(steps)]
+    if not len(gone): return
+    half = 2*len(gone)>=len(steps)
+    evidence = f'no gradient is left at the step, in {len(gone)} of {len(steps)} steps'
+    yield Finding('warning' if half else 'note', '(all)', span(gone['iteration']), evidence)
 
-@rule('facts param', 'these parameters ask for a gradient and no loss depends on them', 'use them in forward, or take them out', 'docs.pytorch.org: find_unused_parameters')
+# %% ../nbs/06_diagnosis.ipynb #3e45b7cf
+@rule('facts params',
+      meaning='these parameters ask for a gradient and no loss depends on them',
+      do='use them in forward, or take them out',
+      source='docs.pytorch.org: find_unused_parameters')
 def unused(r):
-    for f in r.facts:
-        got = set(r.param.loc[r.param['fit']==f['fit'], 'name'].unique())
-        if got and (miss := [n for n,req,_ in f['params'] if req and n not in got]): yield 'warning', miss[0], '', f"no gradient in fit {f['fit']}: " + ', '.join(miss[:5]) + (f' and {len(miss)-5} more' if len(miss)>5 else '')
+    for fit in r.facts:
+        got = set(of_fit(r.params, fit)['name'].unique())
+        idle = [name for name,asks,_ in fit['params'] if asks and name not in got]
+        if not got or not idle: continue
+        more = f' and {len(idle)-5} more' if len(idle)>5 else ''
+        yield Finding('warning', idle[0], '', f"no gradient in fit {fit['fit']}: {', '.join(idle[:5])}{more}")
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60010
-@rule('facts', 'frozen weights do not learn; frozen first layers are usual in fine-tuning, a frozen layer behind trained ones is not', 'learn.unfreeze(), or requires_grad_(True)', 'docs.fast.ai/learner.html')
+@rule('facts',
+      meaning='frozen weights do not learn; frozen first layers are usual in fine-tuning, a frozen layer behind trained ones is not',
+      do='learn.unfreeze(), or requires_grad_(True)',
+      source='docs.fast.ai/learner.html')
 def frozen(r):
-    for f in r.facts:
-        ps = f['params']
-        off = [n for n,req,_ in ps if not req]
+    for fit in r.facts:
+        params = fit['params']
+        off = [name for name,asks,_ in params if not asks]
         if not off: continue
-        first = next((i for i,(_,req,d) in enumerate(ps) if req and d>1), len(ps))
-        late = [n for i,(n,req,_) in enumerate(ps) if not req and i>first]
-        mistake = late and len(off)<len(ps)/2   # most frozen: adapters, a head
-        yield 'warning' if mistake else 'note', (late if mistake else off)[0], '', f"{len(off)} of {len(ps)} parameters frozen in fit {f['fit']}" + (f', {len(late)} of them behind {ps[first][0]}, which is trained' if late else '')
+        first = next((i for i,(_,asks,dims) in enumerate(params) if asks and dims>1), len(params))   # the first weight that is trained
+        behind = [name for name,asks,_ in params[first+1:] if not asks]
+        mistake = behind and len(off)<len(params)/2
+        evidence = f"{len(off)} of {len(params)} parameters frozen in fit {fit['fit']}"
+        if behind: evidence += f', {len(behind)} of them behind {params[first][0]}, which is trained'
+        yield Finding('warning' if mistake else 'note', (behind if mistake else off)[0], '', evidence)
 
-# %% ../nbs/06_diagnosis.ipynb #d1a60011
-@rule('facts param', 'gradients below 6e-8 become 0 in fp16', 'a gradient scaler (learn.to_fp16()), or bf16', 'Micikevicius et al. 2018')
+# %% ../nbs/06_diagnosis.ipynb #7289fb03
+@rule('facts params',
+      meaning='gradients below 6e-8 become 0 in fp16',
+      do='a gradient scaler (learn.to_fp16()), or bf16',
+      source='Micikevicius et al. 2018')
 def fp16_flush(r,
                flush=.5, # share of zeros in the gradient of a weight
                small=1e-5 # only where what is left is about this small
               ):
-    for f in r.facts:
-        if not f['half'] or f['scaled']: continue
-        d = _named(r.param[(r.param['fit']==f['fit'])&(r.param['nonfinite']==0)], lambda n: r.dim.get(n, 0)>1)
-        s = d.groupby('name', observed=True, sort=False)[['zeros','numel']].sum()
-        top = d.groupby('name', observed=True, sort=False)['max_abs'].median()
-        s = (s['zeros']/s['numel'])[lambda o: (o>flush)&(top<small)]
-        if len(s): yield 'warning', s.index[0], _span(d['iteration']), f'{s.iloc[0]:.0%} of its gradient exactly 0 in fp16 without a scaler; {len(s)} tensors so'
+    for fit in r.facts:
+        if not fit['half'] or fit['scaled']: continue
+        rows = of_fit(r.params, fit)
+        weights = named(rows[rows['nonfinite']==0], lambda name: r.dims.get(name, 0)>1)
+        zeros = by_tensor(weights['zeros'], weights).sum()/by_tensor(weights['numel'], weights).sum()
+        largest = by_tensor(weights['max_abs'], weights).median()
+        gone = zeros[(zeros>flush)&(largest<small)]
+        if not len(gone): continue
+        evidence = f'{gone.iloc[0]:.0%} of its gradient exactly 0 in fp16 without a scaler; {len(gone)} tensors so'
+        yield Finding('warning', gone.index[0], span(weights['iteration']), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60012
-@rule('steps', 'one step may throw the weights far away', 'lower the learning rate, longer warm-up, clip', 'Pascanu et al. 2013')
+def _before(values, window):
+    "The values of up to `window` rows that end with each row; NaN where there are too few"
+    return values.rolling(window, min_periods=min(10, window))
+
+@rule('steps',
+      meaning='one step may throw the weights far away',
+      do='lower the learning rate, longer warm-up, clip',
+      source='Pascanu et al. 2013')
 def spike(r,
           factor=10., # times the median norm of the steps before
           window=50 # how many steps before
          ):
-    d = r.steps[~r.steps['skipped']]
-    norm,loss = d['norm'],d['loss']
-    before = lambda o: o.rolling(window, min_periods=min(10, window))
-    med,seen = before(norm).median().shift(),before(norm).count().shift()
-    after,usual = loss[::-1].rolling(5, min_periods=1).mean()[::-1],before(loss).median().shift()
-    hit = d[(norm>factor*med)&(after>1.5*usual)]
-    if len(hit): yield 'warning', _loudest(r, hit['step'].iloc[0]), _span(hit['iteration']), f"norm {hit['norm'].iloc[0]:.2g}, {hit['norm'].iloc[0]/med[hit.index[0]]:.0f} times the median of the {seen[hit.index[0]]:.0f} steps before, and the loss rose"
-
-def _loudest(r, step):
-    "The parameter with the largest gradient at a step"
-    d = r.by[r.by['step']==step]
-    return str(d.loc[d['norm'].idxmax(), 'name']) if d['norm'].notna().any() else '(all)'
+    steps = taken(r.steps)
+    usual = _before(steps['norm'], window).median().shift()
+    usual_loss = _before(steps['loss'], window).median().shift()
+    loss_after = steps['loss'][::-1].rolling(5, min_periods=1).mean()[::-1]   # of this step and the four that follow
+    hit = steps[(steps['norm']>factor*usual)&(loss_after>1.5*usual_loss)]
+    if not len(hit): return
+    first,i = hit.iloc[0],hit.index[0]
+    how_many = _before(steps['norm'], window).count().shift()[i]
+    evidence = f"norm {first['norm']:.2g}, {first['norm']/usual[i]:.0f} times the median of the {how_many:.0f} steps before, and the loss rose"
+    yield Finding('warning', loudest(r, first), span(hit['iteration']), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60013
-@rule('steps', 'training made the loss worse', 'lower the learning rate', 'Goodfellow et al. 2016, Deep Learning, 8.3')
+@rule('steps',
+      meaning='training made the loss worse',
+      do='lower the learning rate',
+      source='Goodfellow et al. 2016, Deep Learning, 8.3')
 def loss_rose(r,
               rose=1.5 # last tenth of the losses over the first five
              ):
     loss = r.steps['loss'].to_numpy(float)
     if len(loss)<10: return
-    a,b = np.median(loss[:5]),np.median(loss[-max(len(loss)//10, 1):])
-    if a>0 and not b<rose*a:
-        top = r.steps.loc[r.steps['norm'].idxmax()] if r.steps['norm'].notna().any() else None
-        yield 'warning', '', _span(r.steps['iteration']), f'loss {a:.3g} at the start, {b:.3g} at the end' + ('' if top is None else f"; largest norm at iteration {top['iteration']}" + (f', in {n}' if (n := _loudest(r, top['step']))!='(all)' else ''))
+    start = np.median(loss[:5])
+    end = np.median(loss[-max(len(loss)//10, 1):])
+    if not start>0 or end<rose*start: return   # an end that is not finite has risen
+    evidence = f'loss {start:.3g} at the start, {end:.3g} at the end'
+    if r.steps['norm'].notna().any():
+        top = r.steps.loc[r.steps['norm'].idxmax()]
+        name = loudest(r, top)
+        evidence += f"; largest norm at iteration {top['iteration']}"
+        if name!='(all)': evidence += f', in {name}'
+    yield Finding('warning', '', span(r.steps['iteration']), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60014
-@rule('update', 'the step is too large or too small for the weights; healthy: 1e-3 to 1e-2', 'change the learning rate of this layer', 'Karpathy 2022, Building makemore part 3')
+@rule('updates',
+      meaning='the step is too large or too small for the weights; healthy: 1e-3 to 1e-2',
+      do='change the learning rate of this layer',
+      source='Karpathy 2022, Building makemore part 3')
 def update_ratio(r,
                  low=1e-4, # a note below this; a warning where it is all tensors
                  high=.1 # a warning above this
                 ):
-    d = _named(r.update[r.update['weight_norm']>0], lambda n: 'bias' not in n)
-    g = (d['update_norm']/d['weight_norm']).groupby(d['name'], observed=True, sort=False).median()
-    for bad,sev,pick in ((g[g>high],'warning','idxmax'),(g[g<low],'warning' if (g<low).all() else 'note','idxmin')):
-        if len(bad): yield sev, str(n := getattr(bad, pick)()), _span(d['iteration']), f'median |update|/|weight| {bad[n]:.1e}; {len(bad)} of {len(g)} tensors'
+    updates = r.updates
+    rows = named(updates[updates['weight_norm']>0], lambda name: 'bias' not in name)
+    ratio = by_tensor(rows['update_norm']/rows['weight_norm'], rows).median()
+    def say(severity, name, n):
+        evidence = f'median |update|/|weight| {ratio[name]:.1e}; {n} of {len(ratio)} tensors'
+        return Finding(severity, str(name), span(rows['iteration']), evidence)
+    large,small = ratio>high,ratio<low
+    if large.any(): yield say('warning', ratio.idxmax(), large.sum())
+    if small.any(): yield say('warning' if small.all() else 'note', ratio.idxmin(), small.sum())
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60015
-@rule('by', 'the scale of these weights does not matter (a normalisation follows)', 'compare |g||w| instead of |g|', 'van Laarhoven 2017')
+@rule('by_param',
+      meaning='the scale of these weights does not matter (a normalisation follows)',
+      do='compare |g||w| instead of |g|',
+      source='van Laarhoven 2017')
 def scale_invariant(r,
                     cos=1e-4 # |cosine| of gradient and weight
                    ):
-    d = r.rec.radial(r.phase)
-    g = d['radial'].abs().groupby(d['name'], observed=True, sort=False).median()
-    if len(g := g[g<cos]): yield 'note', str(g.index[0]), '', f'weight and gradient at right angles in {len(g)} tensors'
+    rows = r.rec.radial(r.phase)
+    angle = by_tensor(rows['radial'].abs(), rows).median()
+    free = angle[angle<cos]
+    if len(free): yield Finding('note', str(free.index[0]), '', f'weight and gradient at right angles in {len(free)} tensors')
 
-@rule('steps', 'clipping is part of this training; alone it is no sign of anything', 'suggest_clip() gives a max_norm from the norms', 'Zhang et al. 2020')
+# %% ../nbs/06_diagnosis.ipynb #fa01738c
+@rule('steps',
+      meaning='clipping is part of this training; alone it is no sign of anything',
+      do='suggest_clip() gives a max_norm from the norms',
+      source='Zhang et al. 2020')
 def clipping(r):
-    d = r.steps[(r.steps['clip_coef']<1)&~r.steps['skipped']]
-    if len(d): yield 'note', '(all)', _span(d['iteration']), f"{len(d)/len(r.steps):.0%} of steps clipped; norm / max_norm {(d['norm']/d['clipped_norm']).median():.2g} (median of those)"
+    clipped = taken(r.steps[r.steps['clip_coef']<1])
+    if not len(clipped): return
+    excess = (clipped['norm']/clipped['clipped_norm']).median()
+    evidence = f'{len(clipped)/len(r.steps):.0%} of steps clipped; norm / max_norm {excess:.2g} (median of those)'
+    yield Finding('note', '(all)', span(clipped['iteration']), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #b6e00001
 def runs(rec):
     "Names of the runs of a comparison; [None] where there is one run"
-    return list(dict.fromkeys(r for d in (rec.df,rec.steps) if 'run' in d for r in d['run'].unique())) or [None]
+    frames = [rec.frame('tensors'), rec.frame('steps')]
+    names = [name for df in frames if 'run' in df for name in df['run'].unique()]
+    return list(dict.fromkeys(names)) or [None]
 
-def _apply(rec, phase, thresholds):
+# %% ../nbs/06_diagnosis.ipynb #3e45b7d0
+def _missing(f, r):
+    "The first of a rule's needs that has no row, or None"
+    there = lambda need: any(len(getattr(r, name)) for name in need.split('|'))
+    return next((need for need in f.needs if not there(need)), None)
+
+def _place(phase, fit):
+    "What was asked for, in words, where it is not all of phase 'fit'"
+    res = '' if phase=='fit' else ' in any phase' if phase is None else f' in phase {phase!r}'
+    return res if fit is None else f'{res}, fit {fit}' if res else f' in fit {fit}'
+
+def _apply(r, thresholds, place=''):
     "What each rule says of one run, and how many rules had something to look at"
-    r,res,checked = _Run(rec, phase),[],0
+    rows,checked = [],0
     for f in rules:
-        row = lambda severity, tensor, its, evidence, do=f.do: res.append((f.__name__, severity, tensor, its, evidence, f.meaning, do, f.source))
-        if miss := [n for n in f.needs if not any(len(getattr(r, o)) for o in n.split('|'))]: row('not checked', '', '', f'not recorded: {records[miss[0]]} records it'); continue
-        checked += 1
-        for x in f(r, **{n:v for n,v in thresholds.items() if n in inspect.signature(f).parameters}): row(*x)
-    return pd.DataFrame(res, columns='rule severity tensor iterations evidence meaning try source'.split()),checked
+        need = _missing(f, r)
+        if need: found = [Finding('not checked', '', '', f'not recorded{place}: {recorded_by[need]} records it')]
+        else:
+            checked += 1
+            mine = {name:value for name,value in thresholds.items() if name in inspect.signature(f).parameters}
+            found = [Finding(*o) for o in f(r, **mine)]
+        rows += [(f.__name__, o.severity, o.tensor, o.iterations, o.evidence, f.meaning, o.do or f.do, f.source) for o in found]
+    return pd.DataFrame(rows, columns='rule severity tensor iterations evidence meaning try source'.split()),checked
 
 # %% ../nbs/06_diagnosis.ipynb #f0a00001
-_shares,_whole = ('skip','dead','flush','cos'),('window','batch')
+shares = 'skip','dead','flush','cos'   # thresholds that are a share
+whole = 'window','batch'               # thresholds that are a number of things
 
-def _check(n, v):
+def _is_number(value, *kinds): return isinstance(value, kinds) and not isinstance(value, bool)
+
+def _check(name, value):
     "Refuse what is no threshold"
-    ok = isinstance(v, (int,np.integer) if n in _whole else (int,float,np.number)) and not isinstance(v, bool) and v>=(n in _whole) and not (n in _shares and v>1)
-    if not ok: raise ValueError(f"{n}: a {'whole number from 1 up' if n in _whole else 'number from 0 to 1' if n in _shares else 'number from 0 up'} is accepted, got {v!r}")
+    if name in whole:
+        right = _is_number(value, int, np.integer) and value>=1
+        accepted = 'a whole number from 1 up'
+    elif name in shares:
+        right = _is_number(value, int, float, np.number) and 0<=value<=1
+        accepted = 'a number from 0 to 1'
+    else:
+        right = _is_number(value, int, float, np.number) and value>=0
+        accepted = 'a number from 0 up'
+    if not right: raise ValueError(f'{name}: {accepted} is accepted, got {value!r}')
 
+def _check_all(thresholds):
+    known = [name for f in rules for name in list(inspect.signature(f).parameters)[1:]]
+    for name,value in thresholds.items():
+        if name not in known: raise ValueError(f"{name}: accepted thresholds are {', '.join(known)}")
+    for name,value in thresholds.items(): _check(name, value)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60017
-def diagnose(o, # a Learner, callback, `GradRecord` or frame
+def diagnose(o, # a Learner, callback, list of callbacks, `GradRecord`, frame or folder
              phase='fit', # 'fit', 'lr_find' or None for all
+             fit=None, # number of a fit of that phase, or a list; None for all
              **thresholds # of the rules, by name: `dead`, `decades`, `spike`'s `factor`, ...
             )->Findings: # rule, severity, tensor, iterations, evidence, meaning, try, source; of a comparison also `run`
     """What the record says is wrong, by severity: 'error', 'warning', 'note', 'not checked'. Of a comparison each run is looked at by itself.
     A Learner brings what all its callbacks recorded, a callback only its own record: `learn.grad_stats.diagnose()` reports the rules on norms as not checked"""
-    ok = [n for f in rules for n in list(inspect.signature(f).parameters)[1:]]
-    if bad := [n for n in thresholds if n not in ok]: raise ValueError(f"{bad[0]}: accepted thresholds are {', '.join(ok)}")
-    for n,v in thresholds.items(): _check(n, v)
+    _check_all(thresholds)
     rec = as_record(o)
-    rs = runs(rec)
-    ds,checked = zip(*(_apply(rec if r is None else rec.select(run=r), phase, thresholds) for r in rs))
-    if rs!=[None]: [d.insert(2, 'run', r) for d,r in zip(ds, rs)]
-    d = pd.concat(ds, ignore_index=True)
-    d = Findings(d.iloc[np.argsort(d['severity'].map(['error','warning','note','not checked'].index), kind='stable')].reset_index(drop=True))
-    d.attrs['checked'] = min(checked)
-    return d
+    tables,counts = [],[]
+    for run in runs(rec):
+        part = rec if run is None else rec.select(run=run)
+        table,checked = _apply(Run(part, phase, fit), thresholds, _place(phase, fit))
+        if run is not None: table.insert(2, 'run', run)
+        tables.append(table)
+        counts.append(checked)
+    res = pd.concat(tables, ignore_index=True)
+    rank = res['severity'].map(['error','warning','note','not checked'].index)
+    res = Findings(res.iloc[np.argsort(rank, kind='stable')].reset_index(drop=True))
+    res.attrs = dict(checked=min(counts), found=int((res['severity']!='not checked').sum()))
+    return res

@@ -108,7 +108,8 @@ def test_text(normed):
     assert 'error, non_finite, a, 3.weight' in two and all(o in two.splitlines()[-1] for o in ('depth (a)', 'depth (b)'))
     assert str(diagnose(GradRecord())).startswith('nothing was recorded')
     assert str(diagnose(GradRecord(steps=steps(norm=np.ones(20))))).startswith('no findings\nnot checked: ')
-    for d in (f[:1], f[['rule','evidence']], f[f['severity']=='error'], f.copy(), f.drop(columns='try'), f.reset_index()): assert type(d) is pd.DataFrame and len(repr(d)) and 'non_finite' in d.to_string()
+    assert str(f).startswith(repr(f[:1])) and not f[:1].ok and not f[f['severity']=='error'].ok and repr(f.copy())==str(f) and type(f[['rule','evidence']]) is pd.DataFrame
+    for d in (f[:1], f[['rule','evidence']], f[f['severity']=='error'], f.copy(), f.drop(columns='try'), f.reset_index()): assert len(repr(d)) and 'non_finite' in d.to_string()
     del f['evidence']
     assert 'non_finite' in repr(f)
 
