@@ -208,11 +208,11 @@ def _findings_html(found):
     return f"{res}<details><summary>{len(rows)} {'rows' if 'run' in found else 'rules'} not checked</summary>{_table(rows)}</details>"
 
 # %% ../nbs/07_report.ipynb #b7e00001
-def _sentences(rec, phase='fit', attr=''):
+def _sentences(rec, phase='fit', fit=None, attr=''):
     "The sentence of each run"
     def one(run):
-        if run is None: return escape(printed(rec.sentence(phase)))
-        return f'<b>{escape(printed(run))}</b>: {escape(printed(rec.select(run=run).sentence(phase)))}'
+        if run is None: return escape(printed(rec.sentence(phase, fit)))
+        return f'<b>{escape(printed(run))}</b>: {escape(printed(rec.select(run=run).sentence(phase, fit)))}'
     return ''.join(f'<p{attr}>{one(run)}</p>' for run in runs(rec))
 
 # %% ../nbs/07_report.ipynb #7bf61576
@@ -349,10 +349,6 @@ def _check(rec, phase, fit):
     known = [rec.frame(t)[['phase','fit']].drop_duplicates() for t in ('tensors','steps')]
     check_fit(pd.concat(known), fit, phase)
 
-def _of_fit(rec, fit):
-    "The record of these fits"
-    return rec if fit is None else rec.select(fit=fit)
-
 # %% ../nbs/07_report.ipynb #b3aafb83
 def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradRecord`, frame or folder
                 path='grads.html', # of the page; its folder must exist
@@ -363,12 +359,11 @@ def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradReco
     "Write one HTML page: what the gradients were, findings, heatmap, norms, flow and a table of tensors"
     rec = as_record(o)
     _check(rec, phase, fit)
-    df,of_fit = rec.frame('tensors'),_of_fit(rec, fit)
-    there = kinds_there(df, 'both', phase, fit)
+    there = kinds_there(rec.frame('tensors'), 'both', phase, fit)
     html = page.format(title=escape(printed(title)),
                        css=css,
-                       sentence=_sentences(of_fit, phase, ' class=lead'),
-                       findings=_findings_html(diagnose(of_fit, phase)),
+                       sentence=_sentences(rec, phase, fit, ' class=lead'),
+                       findings=_findings_html(diagnose(rec, phase, fit)),
                        heatmap=_heat_html(rec, 'max_abs', phase, fit),
                        norm=_svg(plot_grad_norm, rec, 3.2, phase=phase, fit=fit),
                        flow=_svg(plot_grad_flow, rec, 4.2, phase=phase, fit=fit),
@@ -408,9 +403,8 @@ def _tell(run, html, phase, fit, skip):
     "Print what a folder holds, and write its page where one is asked for"
     rec = GradRecord.load(run, 'skip' if skip else 'raise')
     _check(rec, phase, fit)
-    of_fit = _of_fit(rec, fit)
-    print(of_fit.summary(phase=phase))
-    for _,row in _severe(diagnose(of_fit, phase)).iterrows():
+    print(rec.summary(phase=phase, fit=fit))
+    for _,row in _severe(diagnose(rec, phase, fit)).iterrows():
         print(f"\n{row['severity']}: {_finding(row)}\n  {row['meaning']}; try: {row['try']}")
     if html: print(f'\n{save_report(rec, html, phase, fit=fit)}')
 
