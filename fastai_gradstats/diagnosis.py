@@ -15,7 +15,8 @@ from collections import namedtuple
 from functools import cached_property
 from textwrap import fill
 import numpy as np, pandas as pd
-from .record import GradRecord,as_record,from_iteration,gap_before,nothing_there,phases
+from .record import GradRecord,as_record,from_iteration,gap_before,nothing_there
+from .stores import phases
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60007
 told = 'rule severity tensor iterations evidence try'.split()   # the columns that a text is made of
@@ -93,14 +94,13 @@ class Run:
                  fit=None # number of a fit, or a list; None for all
                 ):
         self.rec = rec.select(phase=phase, fit=fit)
-        self.phase = phase
         self.tensors = self.rec.frame('tensors')
         self.steps = self.rec.frame('steps')
         self.by_param = self.rec.frame('params')   # norms per step and parameter
         self.outputs = self._of_kind('output')
         self.params = self._of_kind('param')
         seen = fits_in(self.tensors)|fits_in(self.steps)
-        facts = [{**f, 'phase':phase_name(f['phase'])} for f in rec.facts]
+        facts = [{**f, 'phase':phase_name(f['phase'])} for f in self.rec.facts]
         self.facts = [f for f in facts if (f['phase'], f['fit']) in seen]
 
     def _of_kind(self, kind):
@@ -197,10 +197,15 @@ def _what_to_try(broke):
     if broke.after!='(input)': return ''
     return f'look for a NaN or inf in the batch (the data) and in the weights of {broke.before}: both give this place'
 
+def _first_broken(r, steps=None):
+    "Where a gradient or a forward pass broke first; rows of skipped steps do not count"
+    counted = r.tensors['nonfinite'].where(~r.tensors['skipped'].astype(bool), 0)
+    rec = GradRecord(r.tensors.assign(nonfinite=counted), steps, breaks=r.rec.breaks)
+    return rec.first_nonfinite(phase=None)
+
 def _in_tensors(r, bad_rows, bad_steps):
     "Where a gradient on record broke first"
-    counted = r.tensors['nonfinite'].where(~r.tensors['skipped'].astype(bool), 0)
-    broke = GradRecord(r.tensors.assign(nonfinite=counted), breaks=r.rec.breaks).first_nonfinite(r.phase)
+    broke = _first_broken(r)
     evidence = repr(broke)
     same_fit = of_fit(bad_steps, bad_rows.iloc[0])
     early = same_fit.loc[same_fit['iteration']<broke.iteration, 'iteration']
@@ -225,11 +230,9 @@ def non_finite(r):
     bad_rows,bad_steps = (taken(df[df['nonfinite']>0]) for df in (r.tensors,r.steps))
     if len(bad_rows): yield _in_tensors(r, bad_rows, bad_steps)
     elif len(bad_steps): yield _in_steps(r, bad_steps)
-    else:
-        broke = r.rec.first_nonfinite(r.phase)
-        on_record = {*r.steps['iteration'], *r.tensors['iteration']}
-        if broke and broke.where=='forward' and broke.iteration not in on_record:
-            yield Finding('warning', broke.before, str(broke.iteration), f'{broke}; somebody skipped that batch')
+    elif r.rec.breaks:
+        broke = _first_broken(r, r.steps)
+        if broke: yield Finding('warning', broke.before, str(broke.iteration), f'{broke}; somebody skipped that batch')
 
 # %% ../nbs/06_diagnosis.ipynb #94ab1d25
 @rule('steps',
@@ -455,7 +458,7 @@ def update_ratio(r,
 def scale_invariant(r,
                     cos=1e-4 # |cosine| of gradient and weight
                    ):
-    rows = r.rec.radial(r.phase)
+    rows = r.rec.radial(phase=None)
     angle = by_tensor(rows['radial'].abs(), rows).median()
     free = angle[angle<cos]
     if len(free): yield Finding('note', str(free.index[0]), '', f'weight and gradient at right angles in {len(free)} tensors')

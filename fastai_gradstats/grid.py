@@ -13,7 +13,8 @@ __all__ = []
 from collections import namedtuple
 from difflib import get_close_matches
 import numpy as np, pandas as pd
-from .record import NotRecorded,kinds,nothing_there,phases
+from .record import NotRecorded,nothing_there
+from .stores import kinds,phases
 
 # %% ../nbs/04c_grid.ipynb #ee13dfe1
 words = dict(output='outputs', param='parameters')

@@ -21,7 +21,8 @@ from matplotlib.ticker import LogFormatterSciNotation,MaxNLocator
 from .grid import (Cells,at_iteration,boundaries,boundary_name,cells,check_choice,check_fit,check_stat,check_which,image,iterations,kinds_there,
                                    matching,need_norms,need_octaves,need_tensors,no_norms,no_tensors,norm_steps,octaves,per_iteration,places,points,printed,run_name,shortened,
                                    tensors,words,worst)
-from .record import as_record,kinds
+from .record import as_record
+from .stores import kinds
 
 # %% ../nbs/05_plot.ipynb #2f39a621
 colours = dict(output='#0072B2', param='#E69F00')

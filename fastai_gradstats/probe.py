@@ -28,24 +28,25 @@ from .stats import max_abs, norm, wide
 # %% ../nbs/08_probe.ipynb #13274bd2
 def _devices(model):
     "kind of device -> numbers of those whose random numbers may be drawn: all GPUs in use, and where the model is"
-    res = {'cuda': set(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else set()}
+    res = {'cuda': set()}
+    if torch.cuda.is_initialized(): res['cuda'].update(range(torch.cuda.device_count()))
     for p in model.parameters():
-        kind = getattr(torch, p.device.type, None)   # torch.mps, torch.xpu, ...
-        if hasattr(kind, 'get_rng_state') and kind.is_available(): res.setdefault(p.device.type, set()).add(p.device.index or 0)
+        backend = getattr(torch, p.device.type, None)   # torch.mps, torch.xpu, ...
+        if hasattr(backend, 'get_rng_state') and backend.is_available(): res.setdefault(p.device.type, set()).add(p.device.index or 0)
     return res
 
 @contextmanager
 def _rng(model):
     "torch, numpy and Python draw after the block what they would have drawn before it"
-    py = random.getstate()
-    npy = np.random.get_state()
+    python_state = random.getstate()
+    numpy_state = np.random.get_state()
     with ExitStack() as stack:
         for kind,numbers in _devices(model).items():
             stack.enter_context(torch.random.fork_rng(sorted(numbers), device_type=kind))
         try: yield
         finally:
-            random.setstate(py)
-            np.random.set_state(npy)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 # %% ../nbs/08_probe.ipynb #cc76913d
 def _bytes(storage): return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
@@ -62,7 +63,7 @@ def _keep_storage(storage, most):
 
 def _memory(t):
     "The tensors, or the storage, that a tensor is made of"
-    if hasattr(type(t), '__tensor_flatten__'): return [getattr(t, n) for n in t.__tensor_flatten__()[0]]
+    if hasattr(type(t), '__tensor_flatten__'): return [getattr(t, name) for name in t.__tensor_flatten__()[0]]
     if t.layout==torch.sparse_coo: return [t._indices(), t._values()]
     if t.layout in (torch.sparse_csr, torch.sparse_bsr): return [t.crow_indices(), t.col_indices(), t.values()]
     if t.layout in (torch.sparse_csc, torch.sparse_bsc): return [t.ccol_indices(), t.row_indices(), t.values()]
@@ -75,7 +76,8 @@ def _place(t): return t.data_ptr(),t.dtype,t.shape,t.stride()
 def _keep_tensor(t):
     "Where a tensor's values are, whether it requires a gradient, and its `.grad`"
     plain = t.layout==torch.strided and not t.is_nested and not hasattr(type(t), '__tensor_flatten__')
-    leaf,needs = t.is_leaf,t.requires_grad
+    leaf = t.is_leaf
+    needs = t.requires_grad
     grad = t.grad if leaf else None
     values = t.detach()
     def put(again):
@@ -85,66 +87,75 @@ def _keep_tensor(t):
         if leaf and t.grad is not grad: t.grad = grad
     return put,[*_memory(t), grad, getattr(t, '__dict__', None)]
 
-def _keep_array(a, most):
-    inner = [a.base, *(a.ravel().tolist() if a.dtype.hasobject else [])]
-    if not a.flags.writeable or a.nbytes>most: return None,inner
-    was = a.copy()
+def _keep_array(array, most):
+    inner = [array.base]
+    if array.dtype.hasobject: inner += array.ravel().tolist()
+    if not array.flags.writeable or array.nbytes>most: return None,inner
+    was = array.copy()
+    def unchanged():
+        if array.dtype.hasobject: return all(x is y for x,y in zip(array.ravel(), was.ravel()))
+        return array.tobytes()==was.tobytes()
     def put(again):
-        same = all(x is y for x,y in zip(a.ravel(), was.ravel())) if a.dtype.hasobject else a.tobytes()==was.tobytes()
-        if not same: a[...] = was
+        if not unchanged(): array[...] = was
     return put,inner
 
 # %% ../nbs/08_probe.ipynb #c0de0003
 def _is_iterator(o):
-    t = type(o)
-    return t.__module__ in ('builtins','itertools') and hasattr(t, '__next__') and not isinstance(o, (GeneratorType, CoroutineType, AsyncGeneratorType, io.IOBase))
+    kind = type(o)
+    if kind.__module__ not in ('builtins','itertools') or not hasattr(kind, '__next__'): return False
+    return not isinstance(o, (GeneratorType, CoroutineType, AsyncGeneratorType, io.IOBase))
 
 def _copies(named):
     "name -> copy, of the iterators that can be copied"
     res = {}
-    for k,v in named:
-        if not _is_iterator(v): continue
-        try: res[k] = deepcopy(v)
+    for name,o in named:
+        if not _is_iterator(o): continue
+        try: res[name] = deepcopy(o)
         except Exception: pass   # it is met again as what cannot be put back, and named
     return res
 
 def _same(a, b): return len(a)==len(b) and all(x is y for x,y in zip(a, b))
 
-def _keep_dict(d):
-    was = list(dict.items(d))
+def _keep_dict(held):
+    was = list(dict.items(held))
     spare = _copies(was)
-    kind = OrderedDict if isinstance(d, OrderedDict) else dict
+    kind = OrderedDict if isinstance(held, OrderedDict) else dict
     def put(again):
-        want = [(k, deepcopy(spare[k]) if again and k in spare else v) for k,v in was]
-        if _same(list(dict.keys(d)), [k for k,_ in want]) and _same(list(dict.values(d)), [v for _,v in want]): return
-        kind.clear(d)
-        for k,v in want: kind.__setitem__(d, k, v)
-    return put,[o for k,v in was for o in (k,v) if k not in spare or o is not v]
+        want = [(key, deepcopy(spare[key]) if again and key in spare else value) for key,value in was]
+        keys,values = [key for key,_ in want],[value for _,value in want]
+        if _same(list(dict.keys(held)), keys) and _same(list(dict.values(held)), values): return
+        kind.clear(held)
+        for key,value in want: kind.__setitem__(held, key, value)
+    inner = [key for key,_ in was if key not in spare]
+    for key,value in was:
+        if key not in spare: inner.append(value)
+        elif key is not value: inner.append(key)
+    return put,inner
 
 # %% ../nbs/08_probe.ipynb #c0de0004
-def _keep_list(o):
-    was = list(o)
+def _keep_list(held):
+    was = list(held)
     spare = _copies(enumerate(was))
     def put(again):
-        want = [deepcopy(spare[i]) if again and i in spare else v for i,v in enumerate(was)]
-        if not _same(list(o), want): list.__setitem__(o, slice(None), want)
-    return put,[v for i,v in enumerate(was) if i not in spare]
+        want = [deepcopy(spare[i]) if again and i in spare else o for i,o in enumerate(was)]
+        if not _same(list(held), want): list.__setitem__(held, slice(None), want)
+    return put,[o for i,o in enumerate(was) if i not in spare]
 
-def _keep_many(o):
+def _keep_many(held):
     "A set, or a deque"
-    was = list(o)
-    add = set.update if isinstance(o, set) else deque.extend
+    was = list(held)
+    add = set.update if isinstance(held, set) else deque.extend
     def put(again):
-        if _same(list(o), was): return
-        type(o).clear(o)
-        add(o, was)
+        if _same(list(held), was): return
+        type(held).clear(held)
+        add(held, was)
     return put,was
 
 # %% ../nbs/08_probe.ipynb #c0de0012
-def _keep_bytes(o):
-    was = o[:]
+def _keep_bytes(held):
+    was = held[:]
     def put(again):
-        if o!=was: o[:] = was
+        if held!=was: held[:] = was
     return put,[]
 
 def _keep_cell(cell):
@@ -159,27 +170,27 @@ def _keep_cell(cell):
     return put,inner
 
 # %% ../nbs/08_probe.ipynb #c0de0006
-def _keep_torch_generator(g):
-    was = g.get_state()
-    return (lambda again: g.set_state(was.clone())),[]
+def _keep_torch_generator(rng):
+    was = rng.get_state()
+    return (lambda again: rng.set_state(was.clone())),[]
 
-def _keep_bit_generator(g):
-    was = deepcopy(g.state)
-    def put(again): g.state = deepcopy(was)
+def _keep_bit_generator(rng):
+    was = deepcopy(rng.state)
+    def put(again): rng.state = deepcopy(was)
     return put,[]
 
-def _keep_random_state(g):
-    was = g.get_state(legacy=False)
-    return (lambda again: g.set_state(was)),[]
+def _keep_random_state(rng):
+    was = rng.get_state(legacy=False)
+    return (lambda again: rng.set_state(was)),[]
 
-def _keep_random(g):
-    was = g.getstate()
-    return (lambda again: g.setstate(was)),[getattr(g, '__dict__', None)]
+def _keep_random(rng):
+    was = rng.getstate()
+    return (lambda again: rng.setstate(was)),[getattr(rng, '__dict__', None)]
 
-def _keep_file(f):
-    if f.closed or not f.seekable(): return None,[]
-    was = f.tell()
-    return (lambda again: f.seek(was)),[getattr(f, '__dict__', None)]
+def _keep_file(file):
+    if file.closed or not file.seekable(): return None,[]
+    was = file.tell()
+    return (lambda again: file.seek(was)),[getattr(file, '__dict__', None)]
 
 # %% ../nbs/08_probe.ipynb #c0de0008
 def _is_library(module):
@@ -190,22 +201,41 @@ def _is_library(module):
 
 def _codes(code):
     "The code of functions defined in a function, at any depth"
-    for o in code.co_consts:
-        if isinstance(o, CodeType): yield from (o, *_codes(o))
+    for const in code.co_consts:
+        if isinstance(const, CodeType): yield from (const, *_codes(const))
 
 def _running():
     "The code of functions that were defined in a function that is running now"
-    frame,res = sys._getframe(1),set()
+    frame = sys._getframe(1)
+    res = set()
     while frame is not None:
         if frame.f_code.co_name!='<module>': res.update(_codes(frame.f_code))
         frame = frame.f_back
     return res
 
+# %% ../nbs/08_probe.ipynb #72edf8a6
+def _keep_names(was, names, get, write, remove):
+    "Put back what stands under `names`, where `was` has what stood there"
+    def put(again):
+        for name in names:
+            now = get(name)
+            if name in was and now is not was[name]: write(name, was[name])
+            if name not in was and now is not None: remove(name)
+    return put,list(was.values())
+
+def _keep_globals(f):
+    "The global variables that a function names"
+    variables = f.__globals__
+    names = {name for code in (f.__code__, *_codes(f.__code__)) for name in code.co_names}
+    names = [name for name in names if not isinstance(variables.get(name), ModuleType)]
+    was = {name:variables[name] for name in names if name in variables}
+    return _keep_names(was, names, variables.get, variables.__setitem__, variables.pop)
+
 def _keep_function(f, running):
     cells = f.__closure__ or ()
-    inner = [f.__defaults__, f.__kwdefaults__, f.__dict__]
     put = None
-    if f.__code__ in running: inner += [o for c in cells for o in _keep_cell(c)[1]]
+    inner = [f.__defaults__, f.__kwdefaults__, f.__dict__]
+    if f.__code__ in running: inner += [o for cell in cells for o in _keep_cell(cell)[1]]
     else: inner += cells
     if not _is_library(f.__module__):
         put,named = _keep_globals(f)
@@ -213,79 +243,88 @@ def _keep_function(f, running):
     return put,inner
 
 # %% ../nbs/08_probe.ipynb #c0de0009
-def _keep_names(was, names, get, write, remove):
-    "Put back what stands under `names`, where `was` has what stood there"
-    def put(again):
-        for n in names:
-            now = get(n)
-            if n in was and now is not was[n]: write(n, was[n])
-            if n not in was and now is not None: remove(n)
-    return put,list(was.values())
-
-def _keep_globals(f):
-    "The global variables that a function names"
-    names = {n for c in (f.__code__, *_codes(f.__code__)) for n in c.co_names}
-    g = f.__globals__
-    was = {n:g[n] for n in names if n in g and not isinstance(g[n], ModuleType)}
-    names = [n for n in names if not isinstance(g.get(n), ModuleType)]
-    return _keep_names(was, names, g.get, g.__setitem__, g.pop)
-
-def _keep_class(c):
+def _keep_class(cls):
     "What a user's class holds itself"
-    if _is_library(c.__module__): return None,[]
-    own = lambda: {k:v for k,v in vars(c).items() if not (k.startswith('__') or k=='_abc_impl')}
+    if _is_library(cls.__module__): return None,[]
+    def own(): return {name:o for name,o in vars(cls).items() if not (name.startswith('__') or name=='_abc_impl')}
     was = own()
     def put(again):
         now = own()
-        for k in was.keys()|now.keys():
-            if k not in was: delattr(c, k)
-            elif now.get(k) is not was[k]: setattr(c, k, was[k])
-    return put,[*was.values(), *c.__bases__]
+        for name in was.keys()|now.keys():
+            if name not in was: delattr(cls, name)
+            elif now.get(name) is not was[name]: setattr(cls, name, was[name])
+    return put,[*was.values(), *cls.__bases__]
 
 # %% ../nbs/08_probe.ipynb #c0de000a
-_watchers = ('fastai_gradstats','wandb','tensorboard','matplotlib','IPython','ipykernel','fastprogress','tqdm','PIL','pandas')
-_state = ('builtins','types','collections','functools','argparse')   # modules of Python whose objects may hold a user's state
+watchers = ('fastai_gradstats','wandb','tensorboard','matplotlib','IPython','ipykernel','fastprogress','tqdm','PIL','pandas')
+with_state = ('builtins','types','collections','functools','argparse')   # modules of Python whose objects may hold a user's state
 
 def _attributes(o):
-    try: d = object.__getattribute__(o, '__dict__')
+    try: attributes = object.__getattribute__(o, '__dict__')
     except AttributeError: return None
-    return d if type(d) is dict else None
+    return attributes if type(attributes) is dict else None
+
+def _slots(o):
+    "Names of attributes that are in no `__dict__`"
+    listed = [vars(cls).get('__slots__', ()) for cls in type(o).__mro__]
+    names = [name for slots in listed for name in ([slots] if isinstance(slots, str) else slots)]
+    return [name for name in names if not name.startswith('__')]
 
 def _keep_object(o):
-    "Any other object: its attributes. Not of those that only watch, nor of Python's own threads, queues and locks"
+    "Any other object: its attributes"
     top = type(o).__module__.partition('.')[0]
-    stays = top in _watchers or top in sys.stdlib_module_names and top not in _state
+    stays = top in watchers or top in sys.stdlib_module_names and top not in with_state
     if stays and not isinstance(o, nn.Module): return None,[]
-    slots = [n for c in type(o).__mro__ for n in _listed(vars(c).get('__slots__', ())) if not n.startswith('__')]
-    was = {n:getattr(o, n) for n in slots if hasattr(o, n)}
-    put,inner = _keep_names(was, slots, lambda n: getattr(o, n, None), partial(object.__setattr__, o), partial(object.__delattr__, o))
+    slots = _slots(o)
+    was = {name:getattr(o, name) for name in slots if hasattr(o, name)}
+    def get(name): return getattr(o, name, None)
+    put,inner = _keep_names(was, slots, get, partial(object.__setattr__, o), partial(object.__delattr__, o))
     if isinstance(o, nn.Module): inner += [*o.parameters(recurse=False), *o.buffers(recurse=False)]   # of TorchScript they are no attributes
     return put if slots else None,[type(o), _attributes(o), *inner]
 
-def _listed(o): return [o] if isinstance(o, str) else list(o)
-
 # %% ../nbs/08_probe.ipynb #c0de000b
-_fixed = (type(None),bool,int,float,complex,str,bytes,range,slice,type(...),ModuleType,CodeType,PurePath,re.Pattern,np.generic,np.dtype,torch.dtype,torch.device,torch.layout,weakref.ref)
-_inner = {MethodType: lambda o: [o.__self__, o.__func__], partial: lambda o: [o.func, o.args, o.keywords, o.__dict__], np.random.Generator: lambda o: [o.bit_generator],
-          staticmethod: lambda o: [o.__func__], classmethod: lambda o: [o.__func__], property: lambda o: [o.fget, o.fset], tuple: list, frozenset: list}
-_keepers = {dict:_keep_dict, list:_keep_list, set:_keep_many, deque:_keep_many, bytearray:_keep_bytes, number_array:_keep_bytes, CellType:_keep_cell, type:_keep_class, torch.Generator:_keep_torch_generator,
-            np.random.BitGenerator:_keep_bit_generator, np.random.RandomState:_keep_random_state, random.Random:_keep_random, io.IOBase:_keep_file, Tensor:_keep_tensor}
+fixed = (type(None), bool, int, float, complex, str, bytes, range, slice, type(...), ModuleType, CodeType, PurePath, re.Pattern,
+         np.generic, np.dtype, torch.dtype, torch.device, torch.layout, weakref.ref)   # never change
+
+only_hold = {   # what others are, and what is in them
+    MethodType: lambda o: [o.__self__, o.__func__],
+    partial: lambda o: [o.func, o.args, o.keywords, o.__dict__],
+    np.random.Generator: lambda o: [o.bit_generator],
+    staticmethod: lambda o: [o.__func__],
+    classmethod: lambda o: [o.__func__],
+    property: lambda o: [o.fget, o.fset],
+    tuple: list,
+    frozenset: list}
+
+keepers = {
+    dict: _keep_dict, list: _keep_list, set: _keep_many, deque: _keep_many,
+    bytearray: _keep_bytes, number_array: _keep_bytes,
+    CellType: _keep_cell, type: _keep_class,
+    torch.Generator: _keep_torch_generator, np.random.BitGenerator: _keep_bit_generator,
+    np.random.RandomState: _keep_random_state, random.Random: _keep_random,
+    io.IOBase: _keep_file, Tensor: _keep_tensor}
 
 def _keep(o, running, most):
     "How to put one thing back, and what is inside it"
     if isinstance(o, FunctionType): return _keep_function(o, running)
     if isinstance(o, np.ndarray): return _keep_array(o, most)
     if isinstance(o, torch.UntypedStorage): return _keep_storage(o, most)
-    for kind,inner in _inner.items():
-        if isinstance(o, kind): return None,inner(o)
-    for kind,keeper in _keepers.items():
+    for kind,inside in only_hold.items():
+        if isinstance(o, kind): return None,inside(o)
+    for kind,keeper in keepers.items():
         if not isinstance(o, kind): continue
         put,inner = keeper(o)
-        return put,[*inner, *([type(o), _attributes(o)] if isinstance(o, (dict,list,set,deque)) and type(o) not in (dict,list,set,deque) else [])]
+        containers = (dict,list,set,deque)
+        if isinstance(o, containers) and type(o) not in containers: inner = [*inner, type(o), _attributes(o)]
+        return put,inner
     return _keep_object(o)
 
 # %% ../nbs/08_probe.ipynb #c0de000c
-def _is_lost(o): return _is_iterator(o) or isinstance(o, GeneratorType) and o.gi_frame is not None or isinstance(o, (CoroutineType, AsyncGeneratorType)) or isinstance(o, Tensor) and nn.parameter.is_lazy(o)
+def _is_lost(o):
+    "Can it be neither copied nor put back?"
+    if isinstance(o, GeneratorType): return o.gi_frame is not None
+    if isinstance(o, Tensor): return nn.parameter.is_lazy(o)
+    return _is_iterator(o) or isinstance(o, (CoroutineType, AsyncGeneratorType))
 
 class _Kept:
     "Everything that can be reached from `roots`, as it is now"
@@ -297,29 +336,32 @@ class _Kept:
         todo = [(o, type(o).__name__) for o in roots]
         while todo:
             o,owner = todo.pop()
-            if id(o) in self.seen or isinstance(o, _fixed): continue
+            if id(o) in self.seen or isinstance(o, fixed): continue
             self.seen[id(o)] = o
             if _is_lost(o):
                 self.lost.append(f'{type(o).__name__} in {owner}')
                 continue
             put,inner = _keep(o, running, most)
             if put is not None: self.puts.append(put)
-            owner = owner if type(o).__module__=='builtins' else type(o).__name__
-            todo += [(v, owner) for v in inner]
+            if type(o).__module__!='builtins': owner = type(o).__name__
+            todo += [(held, owner) for held in inner]
 
     def put(self, again=False):
+        "Put all of it back"
         with torch.no_grad():
-            for f in self.puts: f(again)
+            for put in self.puts: put(again)
 
 # %% ../nbs/08_probe.ipynb #c0de000f
+def _is_ours(hook): return str(getattr(hook, '__module__', '')).partition('.')[0]==__package__
+
 @contextmanager
 def _unwatched(model):
     "Hooks of this package are off; all others run, since they may be part of the model (pruning, weight norm)"
-    held = [vars(m).get(n) for m in model.modules() for n in ('_forward_hooks','_forward_pre_hooks')]
-    held = [(hooks, list(hooks.items())) for hooks in held if hooks]
+    dicts = [vars(m).get(name) for m in model.modules() for name in ('_forward_hooks','_forward_pre_hooks')]
+    held = [(hooks, list(hooks.items())) for hooks in dicts if hooks]
     for hooks,was in held:
-        for k,h in was:
-            if str(getattr(h, '__module__', '')).partition('.')[0]==__package__: del hooks[k]
+        for key,hook in was:
+            if _is_ours(hook): del hooks[key]
     try: yield
     finally:
         for hooks,was in held:
@@ -330,24 +372,30 @@ def _unwatched(model):
 def _switches():
     "PyTorch's own switches, which a forward pass may turn"
     cudnn = torch.backends.cudnn
-    was = cudnn.enabled,cudnn.benchmark,cudnn.deterministic,torch.get_default_dtype()
+    names = 'enabled','benchmark','deterministic'
+    was = {name:getattr(cudnn, name) for name in names}
+    dtype = torch.get_default_dtype()
     try: yield
     finally:
-        cudnn.enabled,cudnn.benchmark,cudnn.deterministic = was[:3]
-        torch.set_default_dtype(was[3])
+        for name in names: setattr(cudnn, name, was[name])
+        torch.set_default_dtype(dtype)
 
 # %% ../nbs/08_probe.ipynb #c0de0010
 large = 2**28   # bytes; a larger tensor or array of the data set is taken to be only read
+
+def _warn_of(lost):
+    "Say what cannot be put back"
+    lost = ', '.join(dict.fromkeys(lost))
+    if lost: warn(f"{lost}: can be neither copied nor put back, so what it gives after this probe may differ from a run without; `batch=` leaves the data set alone", stacklevel=6)
 
 @contextmanager
 def _as_it_was(learn, model, batch, set_modes):
     "Gives a function that begins anew from the state before the probe, in the modes of the probe; afterwards all is as it was"
     with _unwatched(model), _rng(model), _switches():
-        resetters = [c for c in learn.cbs if type(c).__name__=='ModelResetter']
+        resetters = [cb for cb in learn.cbs if type(cb).__name__=='ModelResetter']
         state = _Kept([model, learn.loss_func, *resetters])
         data = _Kept([learn.dls.train] if batch is None else [], large, but=state.seen.values())
-        lost = list(dict.fromkeys(state.lost+data.lost))
-        if lost: warn(f"{', '.join(lost)}: can be neither copied nor put back, so what it gives after this probe may differ from a run without; `batch=` leaves the data set alone", stacklevel=5)
+        _warn_of(state.lost+data.lost)
         def begin():
             state.put(again=True)
             model._compiled_call_impl = None
@@ -364,9 +412,10 @@ def _as_it_was(learn, model, batch, set_modes):
 def _map(f, o):
     "`f` of the tensors in nested tuples, lists and dicts"
     if isinstance(o, Tensor): return f(o)
-    if isinstance(o, dict): return {k:_map(f, v) for k,v in o.items()}
-    if hasattr(o, '_fields'): return type(o)(*(_map(f, v) for v in o))
-    return type(o)(_map(f, v) for v in o) if isinstance(o, (tuple,list)) else o
+    if isinstance(o, dict): return {key:_map(f, value) for key,value in o.items()}
+    if not isinstance(o, (tuple,list)): return type(o)(*(_map(f, part) for part in o)) if hasattr(o, '_fields') else o
+    parts = [_map(f, part) for part in o]
+    return type(o)(*parts) if hasattr(o, '_fields') else type(o)(parts)
 
 def _device(model):
     "Where the model's values are: that of its first parameter that has any"
@@ -385,17 +434,20 @@ def _batches(learn, batch=None):
     device = _device(learn.model)
     for b in _alone(learn.dls.train) if batch is None else [batch]:
         b = _map(lambda t: t.to(device), tuple(b))
-        i = getattr(learn.dls, 'n_inp', max(len(b)-1, 1))
-        yield b[:i],b[i:]
+        n_inp = getattr(learn.dls, 'n_inp', max(len(b)-1, 1))
+        yield b[:n_inp],b[n_inp:]
 
 # %% ../nbs/08_probe.ipynb #01a670ce
+wrappers = ('OptimizedModule','DistributedDataParallel','DataParallel','AveragedModel')
+
 def _bare(learn):
     "The Learner's model, out of compile, data-parallel and averaging wrappers"
-    if miss := [a for a in ('model','dls','loss_func') if not hasattr(learn, a)]: raise TypeError(f"learn: a Learner is accepted, got {type(learn).__name__}, which has no {miss[0]}")
+    missing = [name for name in ('model','dls','loss_func') if not hasattr(learn, name)]
+    if missing: raise TypeError(f"learn: a Learner is accepted, got {type(learn).__name__}, which has no {missing[0]}")
     model = learn.model
-    while type(model).__name__ in ('OptimizedModule','DistributedDataParallel','DataParallel','AveragedModel'): model = getattr(model, '_orig_mod', None) or model.module
-    for n,t in (*model.named_parameters(), *model.named_buffers()):
-        if nn.parameter.is_lazy(t): raise ValueError(f"model: {n} has no shape before the model's first batch, so it has no gradient; give it one: learn.model(*xb)")
+    while type(model).__name__ in wrappers: model = getattr(model, '_orig_mod', None) or model.module
+    for name,t in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(t): raise ValueError(f"model: {name} has no shape before the model's first batch, so it has no gradient; give it one: learn.model(*xb)")
     return model
 
 def _scalar(loss):
@@ -406,24 +458,25 @@ def _scalar(loss):
 
 def _loss(learn, model, tensors, xb, yb):
     "The loss with `tensors` in place of the parameters and buffers of these names"
-    cbs = {type(c).__name__ for c in learn.cbs}
+    cbs = {type(cb).__name__ for cb in learn.cbs}
     if 'ModelResetter' in cbs: model.reset()
-    xb,yb = (_map(torch.clone, o) for o in (xb,yb))   # a model may change its input in place
+    xb,yb = (_map(torch.clone, part) for part in (xb,yb))   # a model may change its input in place
     pred = functional_call(model, tensors, xb)
-    pred = pred[0] if 'RNNCallback' in cbs and isinstance(pred, (tuple,list)) else pred
+    if 'RNNCallback' in cbs and isinstance(pred, (tuple,list)): pred = pred[0]
     return _scalar(learn.loss_func(pred, *yb))
 
-def _buffers(model): return {n:b.clone() for n,b in model.named_buffers()}
+# %% ../nbs/08_probe.ipynb #fa65702e
+def _buffers(model): return {name:t.clone() for name,t in model.named_buffers()}
 
 def _grads(loss, ws):
     "The gradient of each of `ws`, None where it takes no part, or where the model froze it in its forward pass"
     asked = [w for w in ws if w.requires_grad]
-    res = iter(torch.autograd.grad(loss, asked, allow_unused=True) if asked else [])
-    return [next(res) if w.requires_grad else None for w in ws]
+    grads = iter(torch.autograd.grad(loss, asked, allow_unused=True) if asked else [])
+    return [next(grads) if w.requires_grad else None for w in ws]
 
 def _at(learn, model, ws, xb, yb):
     "Loss and gradients (None where a weight takes no part) at the weights `ws`"
-    ws = {n:w.detach().requires_grad_() for n,w in ws.items()}
+    ws = {name:w.detach().requires_grad_() for name,w in ws.items()}
     with _rng(model), torch.enable_grad():
         loss = _loss(learn, model, {**_buffers(model), **ws}, xb, yb)
         return loss.item(),_grads(loss, list(ws.values()))
@@ -431,57 +484,70 @@ def _at(learn, model, ws, xb, yb):
 # %% ../nbs/08_probe.ipynb #29b4a72b
 def _chosen(model, params):
     "name -> parameter"
-    ps = dict(model.named_parameters())
-    if params is None: res = {n:p for n,p in ps.items() if p.requires_grad}
-    elif isinstance(params, (str,re.Pattern)): res = {n:p for n,p in ps.items() if re.search(params, n)}
-    else:
-        for n in params:
-            if n not in ps: raise ValueError(f"params: a regular expression or a list of names is accepted, no parameter is named {n!r}; names look like {', '.join(get_close_matches(str(n), ps, n=5, cutoff=.3) or list(ps)[:5])}")
-        res = {n:ps[n] for n in params}
-    if not res: raise ValueError("params: no parameter requires a gradient" if params is None else f"params: {params!r} matches no name; names look like {', '.join(list(ps)[:5])}")
-    return _with_values({n:p.detach() for n,p in res.items()})
+    known = dict(model.named_parameters())
+    if params is None: names = [name for name,p in known.items() if p.requires_grad]
+    elif isinstance(params, (str,re.Pattern)): names = [name for name in known if re.search(params, name)]
+    else: names = list(params)
+    for name in names:
+        if name in known: continue
+        near = get_close_matches(str(name), known, n=5, cutoff=.3) or list(known)[:5]
+        raise ValueError(f"params: a regular expression or a list of names is accepted, no parameter is named {name!r}; names look like {', '.join(near)}")
+    if not names and params is None: raise ValueError("params: no parameter requires a gradient")
+    if not names: raise ValueError(f"params: {params!r} matches no name; names look like {', '.join(list(known)[:5])}")
+    return _with_values({name:known[name].detach() for name in names})
 
 def _with_values(ws):
     "Those not on device 'meta'"
-    res = {n:w for n,w in ws.items() if w.device.type!='meta'}
+    res = {name:w for name,w in ws.items() if w.device.type!='meta'}
     if not res: raise ValueError(f"params: {', '.join(list(ws)[:5])} are on device 'meta', which holds no values")
-    if miss := [n for n in ws if n not in res]: warn(f"left out, on device 'meta' and so without values: {', '.join(miss[:5])}" + (f' and {len(miss)-5} more' if len(miss)>5 else ''), stacklevel=4)
+    left_out = [name for name in ws if name not in res]
+    more = f' and {len(left_out)-5} more' if len(left_out)>5 else ''
+    if left_out: warn(f"left out, on device 'meta' and so without values: {', '.join(left_out[:5])}{more}", stacklevel=4)
     return res
 
 # %% ../nbs/08_probe.ipynb #99694904
+def _total(f, ts): return float(np.sqrt(sum(f(t).item()**2 for t in ts)))
+
+def _of_length(direction, ws):
+    "As long as the weights are; where they are 0, of length 1"
+    length = _total(norm, direction)
+    if not 0<length<np.inf: raise ValueError(f"direction: the gradient here has norm {length}, which is no direction")
+    factor = (_total(norm, ws.values()) or 1.)/length
+    return {name:step*factor for name,step in zip(ws, direction)}
+
+def _towards(there, ws):
+    "From here to a checkpoint: a state dict, or a list of tensors"
+    if isinstance(there, dict):
+        missing = [name for name in ws if name not in there]
+        if missing: raise ValueError(f"direction: the state dict has no {', '.join(missing[:5])}; choose others with `params`")
+        there = [there[name] for name in ws]
+    if len(there)!=len(ws): raise ValueError(f"direction: a tensor for each of the {len(ws)} chosen parameters is accepted, got {len(there)}")
+    for (name,w),end in zip(ws.items(), there):
+        if end.shape!=w.shape: raise ValueError(f"direction: {name} has shape {tuple(w.shape)}, got {tuple(end.shape)}")
+    return {name:end.detach().to(w)-w for (name,w),end in zip(ws.items(), there)}
+
 def _direction(direction, ws, grads):
     "name -> tensor to add `t` times; `grads()` gives the gradients at `ws`"
-    if isinstance(direction, str):
-        if direction=='random': d = [torch.randn_like(w) for w in ws.values()]
-        elif direction=='gradient': d = [torch.zeros_like(w) if g is None else g for w,g in zip(ws.values(), grads())]
-        else: raise ValueError(f"direction: accepted are None, 'random', 'gradient', a state dict and a list of tensors, got {direction!r}")
-        length = _total(norm, d)
-        if not 0<length<np.inf: raise ValueError(f"direction: the gradient here has norm {length}, which is no direction")
-        return {n:o*((_total(norm, ws.values()) or 1.)/length) for n,o in zip(ws, d)}
-    if isinstance(direction, dict):
-        if miss := [n for n in ws if n not in direction]: raise ValueError(f"direction: the state dict has no {', '.join(miss[:5])}; choose others with `params`")
-        direction = [direction[n] for n in ws]
-    if len(direction)!=len(ws): raise ValueError(f"direction: a tensor for each of the {len(ws)} chosen parameters is accepted, got {len(direction)}")
-    for (n,w),o in zip(ws.items(), direction):
-        if o.shape!=w.shape: raise ValueError(f"direction: {n} has shape {tuple(w.shape)}, got {tuple(o.shape)}")
-    return {n:o.detach().to(w)-w for (n,w),o in zip(ws.items(), direction)}
-
-def _total(f, ts): return float(np.sqrt(sum(f(t).item()**2 for t in ts)))
+    if not isinstance(direction, str): return _towards(direction, ws)
+    if direction=='random': return _of_length([torch.randn_like(w) for w in ws.values()], ws)
+    if direction!='gradient': raise ValueError(f"direction: accepted are None, 'random', 'gradient', a state dict and a list of tensors, got {direction!r}")
+    return _of_length([torch.zeros_like(w) if g is None else g for w,g in zip(ws.values(), grads())], ws)
 
 # %% ../nbs/08_probe.ipynb #957f2626
 def _slope(t, y):
     "d log y / d log |t| from the neighbours on the same side of 0; NaN where y or t is 0 or not finite"
-    s = np.full(len(t), np.nan)
+    slope = np.full(len(t), np.nan)
     for side in (t>0, t<0):
         i = np.flatnonzero(side & (y>0) & np.isfinite(y))
         i = i[np.argsort(np.abs(t[i]))]
-        if len(i)>1: s[i] = np.gradient(np.log(y[i]), np.log(np.abs(t[i])))
-    return s
+        if len(i)>1: slope[i] = np.gradient(np.log(y[i]), np.log(np.abs(t[i])))
+    return slope
 
 def _scales(scales):
     try: ts = np.atleast_1d(np.asarray(scales, np.float64))
     except (TypeError,ValueError): ts = np.empty(0)
-    if ts.ndim>1 or not len(ts) or not np.isfinite(ts).all() or len(np.unique(ts))<len(ts): raise ValueError(f"scales: one or more different finite numbers are accepted, got {scales!r}")
+    numbers = ts.ndim==1 and len(ts) and np.isfinite(ts).all()
+    if not numbers or len(np.unique(ts))<len(ts): raise ValueError(f"scales: one or more different finite numbers are accepted, got {scales!r}")
     return ts
 
 # %% ../nbs/08_probe.ipynb #62ff96e7
@@ -501,53 +567,66 @@ def grad_along_ray(learn, # a Learner
         def at(ws):
             begin()
             return _at(learn, model, ws, xb, yb)
-        d = None if direction is None else _direction(direction, ws, lambda: at(ws)[1])
+        step = None if direction is None else _direction(direction, ws, lambda: at(ws)[1])
         for t in ts.tolist():
-            loss,gs = at({n: w*t if d is None else w+t*d[n] for n,w in ws.items()})
-            gs = [g for g in gs if g is not None]
-            rows.append((t, loss, _total(norm, gs), float(np.max([max_abs(g).item() for g in gs], initial=0))))
+            moved = {name: w*t if step is None else w+t*step[name] for name,w in ws.items()}
+            loss,grads = at(moved)
+            grads = [g for g in grads if g is not None]
+            largest = np.max([max_abs(g).item() for g in grads], initial=0)
+            rows.append((t, loss, _total(norm, grads), float(largest)))
     df = pd.DataFrame(rows, columns=['scale','loss','norm','max_abs'])
     return df.assign(slope=_slope(ts, df['norm'].to_numpy()))
 
 # %% ../nbs/08_probe.ipynb #ed172273
 def _vmapped(learn, model, ws, rest, xb, yb):
     "Gradients with a leading axis of samples, all at once"
-    plain = lambda t: t.as_subclass(Tensor)   # `vmap` does not know fastai's tensors
-    f = lambda ws,x,y: _loss(learn, model, {**rest, **ws}, _map(lambda t: t[None], x), _map(lambda t: t[None], y))
-    gs,_ = vmap(grad_and_value(f), in_dims=(None,0,0), randomness='different')(ws, _map(plain, xb), _map(plain, yb))
-    return list(gs.values())
+    def plain(t): return t.as_subclass(Tensor)   # `vmap` does not know fastai's tensors
+    def loss(ws, x, y):
+        x,y = (_map(lambda t: t[None], part) for part in (x,y))
+        return _loss(learn, model, {**rest, **ws}, x, y)
+    of_samples = vmap(grad_and_value(loss), in_dims=(None,0,0), randomness='different')
+    grads,_ = of_samples(ws, _map(plain, xb), _map(plain, yb))
+    return list(grads.values())
+
+def _one_grad(learn, model, ws, rest, x, y):
+    "The gradient of a batch of one"
+    ps = {name:w.clone().requires_grad_() for name,w in ws.items()}
+    others = {name:t.clone() for name,t in rest.items()}
+    grads = _grads(_loss(learn, model, {**others, **ps}, x, y), list(ps.values()))
+    return [torch.zeros_like(w) if g is None else g for w,g in zip(ps.values(), grads)]
+
+def _len(o):
+    if isinstance(o, Tensor): return len(o)
+    return _len(next(iter(o.values() if isinstance(o, dict) else o)))
 
 def _looped(learn, model, ws, rest, xb, yb, begin):
     "The same, one after the other, each from the same state"
-    gs = []
+    grads = []
     for i in range(_len(yb)):
         begin()
-        ps = {n:w.clone().requires_grad_() for n,w in ws.items()}
-        one = [_map(lambda t: t[i:i+1], o) for o in (xb,yb)]
-        loss = _loss(learn, model, {**{n:b.clone() for n,b in rest.items()}, **ps}, *one)
-        grads = _grads(loss, list(ps.values()))
-        gs.append([torch.zeros_like(w) if g is None else g for w,g in zip(ps.values(), grads)])
-    return [torch.stack(g) for g in zip(*gs)]
-
-def _len(o): return len(o) if isinstance(o, Tensor) else _len(next(iter(o.values() if isinstance(o, dict) else o)))
+        x,y = (_map(lambda t: t[i:i+1], part) for part in (xb,yb))
+        grads.append(_one_grad(learn, model, ws, rest, x, y))
+    return [torch.stack(of_param) for of_param in zip(*grads)]
 
 # %% ../nbs/08_probe.ipynb #04f846e4
 def _samples(learn, model, ws, n, batch, begin, mem=2**25):
     "Yields (how, gradients) of `n` samples, as many at a time as `mem` numbers hold"
-    rest = {**{k:p.detach() for k,p in model.named_parameters() if k not in ws}, **_buffers(model)}
-    k = max(1, mem//sum(w.numel() for w in ws.values()))
-    how,seen = 'torch.func.vmap',0
+    rest = {name:p.detach() for name,p in model.named_parameters() if name not in ws}
+    rest |= _buffers(model)
+    at_a_time = max(1, mem//sum(w.numel() for w in ws.values()))
+    how = 'torch.func.vmap'
+    seen = 0
     with closing(_batches(learn, batch)) as batches:
         for xb,yb in batches:
             todo = min(_len(yb), n-seen)
-            for i in range(0, todo, k):
-                part = [_map(lambda t: t[i:min(i+k, todo)], o) for o in (xb,yb)]
+            for i in range(0, todo, at_a_time):
+                part = [_map(lambda t: t[i:min(i+at_a_time, todo)], o) for o in (xb,yb)]
                 begin()
                 if not how.startswith('loop'):
-                    try: gs = _vmapped(learn, model, ws, rest, *part)
+                    try: grads = _vmapped(learn, model, ws, rest, *part)
                     except Exception as e: how = f'loop, since vmap raised {type(e).__name__}: {e}'   # what is wrong in itself raises in the loop too
-                if how.startswith('loop'): gs = _looped(learn, model, ws, rest, *part, begin)
-                yield how,gs
+                if how.startswith('loop'): grads = _looped(learn, model, ws, rest, *part, begin)
+                yield how,grads
             seen += todo
             if seen==n: return
     raise ValueError(f"n: at most {seen} samples are there, got {n}")
@@ -559,25 +638,40 @@ def _alone_modes(model):
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
 
-def _squares(g):
+def _squares(grads):
     "Sum of squares of each sample's gradient"
-    return wide(g).abs().reshape(len(g), -1).square().sum(1).cpu()
+    return wide(grads).abs().reshape(len(grads), -1).square().sum(1).cpu()
+
+# %% ../nbs/08_probe.ipynb #83fe09b8
+class SampleNorms(pd.Series):
+    "The norm of each sample's gradient. `mean_norm` is the norm of the mean gradient of all of them, `how` says by what they were computed"
+    _metadata = ['how','mean_norm']   # fields that pandas hands on
+    how = None
+    mean_norm = None
+    @property
+    def _constructor(self): return SampleNorms
+    def __repr__(self):
+        if self.mean_norm is None: return super().__repr__()
+        return f'{super().__repr__()}\nnorm of their mean: {self.mean_norm:.4g} (by {self.how})'
 
 # %% ../nbs/08_probe.ipynb #c0de0011
 def per_sample_norms(learn, # a Learner
                      n:int, # how many samples
                      params=None, # whose gradient: as in `grad_along_ray`
                      batch=None # as of `dls.one_batch()`; None for the training data
-                    )->pd.Series: # the norm of each sample's gradient; `.attrs` has `how` they were computed and the `mean_norm`, the norm of their mean gradient
+                    )->pd.Series: # the norm of each sample's gradient; `.mean_norm` is the norm of their mean gradient, and `.how` says how they were computed
     "Gradient norm of single samples, by `torch.func.vmap`, or by a loop where the model does not allow it. The Learner is left as it was, as by `grad_along_ray`"
     if isinstance(n, bool) or not isinstance(n, (int,np.integer)) or n<1: raise ValueError(f"n: a whole number from 1 up is accepted, got {n!r}")
     n,model = int(n),_bare(learn)
     ws = _chosen(model, params)
-    norms,total = [],[0]*len(ws)
+    norms = []
+    total = [0]*len(ws)
     with _as_it_was(learn, model, batch, _alone_modes) as begin, closing(_samples(learn, model, ws, n, batch, begin)) as parts:
-        for how,gs in parts:
-            norms += torch.stack([_squares(g) for g in gs]).sum(0).sqrt().tolist()
-            total = [wide(g).sum(0)+t for g,t in zip(gs, total)]
-    res = pd.Series(norms, name='norm', index=pd.RangeIndex(n, name='sample'))
-    res.attrs = dict(how=how, mean_norm=_total(norm, [t/n for t in total]))
+        for how,grads in parts:
+            norms += torch.stack([_squares(g) for g in grads]).sum(0).sqrt().tolist()
+            total = [wide(g).sum(0)+t for g,t in zip(grads, total)]
+    res = SampleNorms(norms, name='norm', index=pd.RangeIndex(n, name='sample'))
+    res.how = how
+    res.mean_norm = _total(norm, [t/n for t in total])
+    res.attrs = dict(how=res.how, mean_norm=res.mean_norm)
     return res
