@@ -74,7 +74,7 @@ def test_odd(rec, tmp_path):
         warnings.simplefilter('error')
         assert page(rec, tmp_path).rstrip().endswith('</html>')
         h = rec._repr_html_()
-    assert h.startswith('<p>') and ('data:image/png' in h)==(len(rec.df)>0) and '\n' not in repr(rec) and not plt.get_fignums()
+    assert h.startswith('<p>') and ('data:image/png' in h)==(len(rec.frame('tensors'))>0) and '\n' not in repr(rec) and not plt.get_fignums()
 
 def test_repr_names_findings():
     h = record(bad=(1,50))._repr_html_()

@@ -85,12 +85,13 @@ TABLE = dict(
     record    = 'numpy pandas fastcore .files .stores',
     stream    = 'numpy .files .stores .record',
     callback  = 'fastai torch fastcore numpy pandas .capture .engine .files .stores .record .stream .stats',
-    plot      = 'numpy pandas matplotlib fastcore .stores .record',
+    grid      = 'numpy pandas .stores .record',
+    plot      = 'numpy pandas matplotlib fastcore .stores .record .grid',
     diagnosis = 'numpy pandas fastcore .stores .record',
-    report    = 'numpy pandas matplotlib fastcore .stores .record .plot .diagnosis',
+    report    = 'numpy pandas matplotlib fastcore .stores .record .grid .plot .diagnosis',
     probe     = 'torch numpy pandas fastcore .stats',
     demo      = 'fastai torch torchvision sklearn fastcore numpy pandas matplotlib '
-                '.stats .engine .capture .files .stores .record .stream .callback .plot .diagnosis .report .probe')
+                '.stats .engine .capture .files .stores .record .stream .callback .grid .plot .diagnosis .report .probe')
 TABLE['all'] = ' '.join(f'.{m}' for m in TABLE)
 TABLE['__main__'] = TABLE['demo'] + ' .demo'
 TABLE['__init__'] = TABLE['_modidx'] = ''
@@ -128,7 +129,7 @@ def test_one_table_points_up():
     assert set(views.values())=={'plot','diagnosis','report'}
     for name,mod in views.items(): assert callable(getattr(importlib.import_module(f'{PKG}.{mod}'), name))
 
-@pytest.mark.parametrize('mod', [m for m in ('files', 'stores', 'record', 'stream', 'plot', 'diagnosis', 'report') if m in MODULES])
+@pytest.mark.parametrize('mod', [m for m in ('files', 'stores', 'record', 'stream', 'grid', 'plot', 'diagnosis', 'report') if m in MODULES])
 def test_reads_without_torch(mod):
     "A record is read, drawn and diagnosed in a process that imports neither torch nor fastai."
     run(sys.executable, '-c', f"import sys, {PKG}.{mod}; bad={{'torch', 'fastai'}} & sys.modules.keys(); assert not bad, bad")
