@@ -4,14 +4,9 @@ from random import Random
 import numpy as np,pytest,torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-<<<<<<< HEAD
-from fastai_gradstats import GradNormCallback,GradStatsCallback,digits_learner
+from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,digits_learner,engine
 from fastai_gradstats.engine import Engine
 from fastai_gradstats.histogram import DROP,LOWEST,SAMPLE,octaves,stride_of
-=======
-from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,digits_learner,engine
-from fastai_gradstats.engine import DROP,LOWEST,SAMPLE,Engine,octaves
->>>>>>> wR
 from fastai_gradstats.stats import SUM_SQ
 from fastai_gradstats.stores import Rows,counts,floats
 from oracles import Spy,fit,paths

@@ -4,15 +4,10 @@ import numpy as np,pandas as pd,pytest,torch
 from torch import nn
 from fastai.basics import Callback,Learner,SGD
 from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,engine
-<<<<<<< HEAD
 from fastai_gradstats.engine import Engine
 from fastai_gradstats.histogram import octaves
-from fastai_gradstats.record import Rows,as_record,counts,floats
-=======
-from fastai_gradstats.engine import Engine,octaves
 from fastai_gradstats.record import as_record
 from fastai_gradstats.stores import Rows,counts,floats
->>>>>>> wR
 from fastai_gradstats.stats import finish
 from conftest import ROOT
 from oracles import ByRows,Spy,TrainOnly,fit,loaders,paths
