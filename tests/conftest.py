@@ -1,37 +1,37 @@
-"The tests' common ground: no display, one project root, copies of it, processes that start fast."
+"The tests' common ground: no display, processes that start fast, fixtures of several files. Helpers are in `tests/helpers`."
 import multiprocessing,os
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
-import subprocess
-from pathlib import Path
+import inspect
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+pytest.register_assert_rewrite('helpers')
+from helpers.project import ROOT
 
-multiprocessing.set_forkserver_preload(['fastai.callback.all', 'torch.distributed.fsdp', 'torch.distributed.tensor', 'pyarrow.parquet', 'fastai_gradstats.all', 'hypothesis'])   # tests with several processes import these once
+# Tests with several processes import these once
+multiprocessing.set_forkserver_preload(['fastai.callback.all', 'torch.distributed.fsdp', 'torch.distributed.tensor', 'pyarrow.parquet',
+                                        'fastai_gradstats.all', 'hypothesis'])
 
-def run(*args, **kw):
-    "Run a command and return its output, which is also the failure message."
-    res = subprocess.run([str(a) for a in args], capture_output=True, text=True, **kw)
-    assert res.returncode==0, f"{' '.join(map(str, args))}\n{res.stdout}\n{res.stderr}"
-    return res.stdout
-
-def project_files():
-    "What git tracks, and what is new and not ignored."
-    files = run('git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard', cwd=ROOT).split('\0')
-    return [f for f in files if f and (ROOT/f).is_file()]
-
-def checkout(dest):
-    "Copy the project, as `project_files` lists it, to `dest`."
-    for f in project_files():
-        (dest/f).parent.mkdir(parents=True, exist_ok=True)
-        (dest/f).write_bytes((ROOT/f).read_bytes())
-    return dest
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector, name, obj):
+    "A test is what its own file defines: `from fastai.basics import *` brings fastcore's `test_eq` and others"
+    if inspect.isfunction(obj) and obj.__module__!=collector.module.__name__: return []
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
 
 @pytest.fixture
 def by_rows(request):
-    from oracles import by
-    with by(request.param) as res: yield res
+    "`Engine`'s argument, for a test that is marked `each_reader`"
+    from helpers.callbacks import read_by   # it imports torch, which many a test does without
+    with read_by(request.param) as res: yield res
+
+@pytest.fixture
+def fresh_dynamo():
+    "Nothing compiled before the test, nor left behind"
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()

@@ -5,17 +5,18 @@ from torch import nn
 from fastai.basics import Learner,SGD
 from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,compare
 from fastai_gradstats.record import as_record
-from oracles import TrainOnly,fit,loaders
+from helpers.callbacks import TrainOnly
+from helpers.training import fit,loaders
 
 pytest.importorskip('pyarrow')
 
-def learner(*cbs, layers=2, n=3):
+def layers_learner(*cbs, layers=2, n=3):
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)], nn.Linear(4, 3))
     return Learner(loaders(torch.randn(8*n, 4), torch.randint(0, 3, (8*n,)), bs=8), model, loss_func=nn.CrossEntropyLoss(), cbs=[*cbs,TrainOnly()], opt_func=SGD)
 
 @pytest.fixture(scope='module')
-def trained(): return as_record(fit(learner(GradStatsCallback(hist=True), GradNormCallback())))
+def trained(): return as_record(fit(layers_learner(GradStatsCallback(hist=True), GradNormCallback())))
 
 def everything(rec): return [o.to_csv() for o in (rec.df, rec.steps, rec.by(), rec.hist_df)]+[rec.threshold, rec.facts]
 
@@ -50,13 +51,13 @@ def test_damaged_mark(format, trained, tmp_path):
 def from_csv(df): return pd.read_csv(io.StringIO(df.to_csv(index=False)))
 def nullable(df): return from_csv(df).convert_dtypes()
 def objects(df): return df.astype(object)
-def polars(df): return pytest.importorskip('polars').from_pandas(from_csv(df))
-def duck(df):
+def polars_frame(df): return pytest.importorskip('polars').from_pandas(from_csv(df))
+def duckdb_frame(df):
     con,rows = pytest.importorskip('duckdb').connect(),from_csv(df)
     return con.from_df(rows).df()
 
 @pytest.mark.parametrize('format', ('parquet','csv'))
-@pytest.mark.parametrize('via', (from_csv, nullable, objects, polars, duck))
+@pytest.mark.parametrize('via', (from_csv, nullable, objects, polars_frame, duckdb_frame))
 def test_frames_from_elsewhere(via, format, trained, tmp_path):
     "What becomes a record can be saved and loaded, and has the same numbers"
     rec = GradRecord(via(trained.df), via(trained.steps), via(trained.by()), hist=via(trained.hist_df))
@@ -75,7 +76,7 @@ def test_parts_are_one_table(tmp_path):
     "Other tools read all parts together, though later ones know more names"
     import pyarrow.dataset as ds
     stats = GradStatsCallback(folder=tmp_path/'a', hist=True)
-    learn = learner(stats, layers=70)
+    learn = layers_learner(stats, layers=70)
     learn.model[:70].requires_grad_(False)
     fit(learn)
     learn.model.requires_grad_(True)
@@ -87,7 +88,7 @@ def test_parts_are_one_table(tmp_path):
 def test_many_fits_cost_the_same(tmp_path):
     "The folder's mark does not grow; facts of every fit come back"
     stats,norms = GradStatsCallback(folder=tmp_path/'a'),GradNormCallback(folder=tmp_path/'a')
-    learn,sizes = learner(stats, norms),[]
+    learn,sizes = layers_learner(stats, norms),[]
     for i in range(8):
         fit(learn)
         sizes.append((tmp_path/'a'/'gradstats.json').stat().st_size)

@@ -3,10 +3,8 @@ import importlib.util,re,shutil,subprocess,sys,threading
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler,ThreadingHTTPServer
-
 import pytest
-
-from conftest import checkout,run
+from helpers.project import checkout,run_command
 
 pytestmark = [pytest.mark.slow,
     pytest.mark.skipif(not importlib.util.find_spec('smalldocs'), reason='smalldocs is not installed: pip install "fastai-gradstats[docs]"'),
@@ -33,18 +31,18 @@ class Handler(SimpleHTTPRequestHandler):
 def site(tmp_path_factory):
     "The site, built in a copy of the project; its address, and what was asked for and is not there"
     dest,missing = checkout(tmp_path_factory.mktemp('site')),[]
-    run(sys.executable, 'docs/build.py', cwd=dest)
+    run_command(sys.executable, 'docs/build.py', cwd=dest)
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=dest/'_docs', missing=missing))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield dest/'_docs',f'http://127.0.0.1:{server.server_port}',missing
     server.shutdown()
 
-flags = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update '
+chromium_flags = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update '
          '--disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=3000 --dump-dom').split()
 
 def visit(url, profile):
     "The page's final DOM, and what it wrote to the console"
-    res = subprocess.run(['chromium', *flags, f'--user-data-dir={profile}', url], capture_output=True, text=True, timeout=120)
+    res = subprocess.run(['chromium', *chromium_flags, f'--user-data-dir={profile}', url], capture_output=True, text=True, timeout=120)
     assert res.returncode==0 and '</html>' in res.stdout, res.stderr
     return res.stdout,[l for l in res.stderr.splitlines() if 'CONSOLE' in l]
 
