@@ -42,12 +42,14 @@ class TwiceBackward(Callback):
             self.learn.loss_grad = self.loss_grad + .1*sum(o.square().sum() for o in g)
 
 def test_second_backward():
-    "A penalty on the gradient: what `autograd.grad` computes for it on the way is no gradient of the loss and has no row; the rows are those of loss and penalty together."
+    """A penalty on the gradient: what `autograd.grad` computes for it on the way is no gradient of the loss and has no row; the rows
+    are those of loss and penalty together."""
     def loss(learn, model):
         l = learn.loss_func(model(*learn.xb), *learn.yb)
         return l + .1*sum(o.square().sum() for o in torch.autograd.grad(l, list(model.parameters()), create_graph=True))
     spy,twin = GradSpy(),Twin(loss=loss)
-    learn = fit(image_learner(lambda: nn.Sequential(nn.Flatten(), nn.Linear(192,9), nn.Tanh(), nn.Linear(9,10)), [*both_callbacks(), spy, twin, TwiceBackward()]))
+    learn = fit(image_learner(lambda: nn.Sequential(nn.Flatten(), nn.Linear(192,9), nn.Tanh(), nn.Linear(9,10)),
+                              [*both_callbacks(), spy, twin, TwiceBackward()]))
     check_against_spy(learn, spy)
     check_outputs(learn.grad_stats.df, twin, ['1','3'])
     assert len(twin.grads)==4
@@ -94,7 +96,9 @@ def of_input(learn):
     learn.pred.sum().backward(inputs=[learn.xb[0].requires_grad_()], retain_graph=True) if learn.xb[0].requires_grad else None
 
 @pytest.mark.parametrize('how', (hessian,per_task))
-@pytest.mark.parametrize('event,order', (('after_loss',0), ('before_backward',-20), ('before_backward',20), ('after_backward',-20), ('after_backward',20), ('before_step',0), ('before_step',20), ('after_step',0)))
+@pytest.mark.parametrize('event,order',
+                         (('after_loss',0), ('before_backward',-20), ('before_backward',20), ('after_backward',-20),
+                          ('after_backward',20), ('before_step',0), ('before_step',20), ('after_step',0)))
 def test_gradients_beside_the_backward(event, order, how):
     "They leave no row: the record is that of the run without them."
     if event=='after_step' and how is hessian: how = lambda l: torch.autograd.grad(l.pred.sum()*1e3, l.pred, retain_graph=True)

@@ -59,7 +59,9 @@ def test_edges():
     assert octave_counts(x)==octaves_by_numpy(x)
     assert octave_counts(torch.zeros(9))=={} and octave_counts(torch.full((9,), torch.nan))=={} and octave_counts(torch.empty(0))=={}
 
-def test_amp_scale(): assert octave_counts(torch.randn(1000, generator=torch.Generator().manual_seed(0))*2**12, scale=2.**12)==octaves_by_numpy(torch.randn(1000, generator=torch.Generator().manual_seed(0)))
+def test_amp_scale():
+    g = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert octave_counts(g*2**12, scale=2.**12)==octaves_by_numpy(g)
 
 @pytest.mark.parametrize('shape', ((64,64,3,3), (512,288), (7,4099)))
 def test_sample_is_unbiased(shape):
@@ -79,10 +81,13 @@ def test_sample_is_unbiased(shape):
     assert abs(got.sum()-x.numel())<.01*x.numel()
     assert 0<h.std(0)[ok].max()      # a sample indeed
 
-def test_small_tensors_are_counted_whole(): x = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0)); assert octave_counts(x, True)==octaves_by_numpy(x)
+def test_small_tensors_are_counted_whole():
+    x = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0))
+    assert octave_counts(x, True)==octaves_by_numpy(x)
 
 def test_training():
-    "Of each tensor all elements that are finite and not 0, at each iteration; parameter rows those of the gradients the optimizer got; training is the same without"
+    """Of each tensor all elements that are finite and not 0, at each iteration; parameter rows those of the gradients the optimizer
+    got; training is the same without"""
     def go(*cbs): return fit(digits_learner(cbs=[*cbs]))
     learn,plain = go(GradStatsCallback(hist='all'), spy := GradSpy()),go()
     assert all(torch.equal(a, b) for a,b in zip(learn.model.state_dict().values(), plain.model.state_dict().values()))

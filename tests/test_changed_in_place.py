@@ -1,4 +1,5 @@
-"Outputs that are views, changed in place by what comes next: autograd's numbers where there is one right answer, else no row and a warning; training is never touched."
+"""Outputs that are views, changed in place by what comes next: autograd's numbers where there is one right answer, else no row and a
+warning; training is never touched."""
 import gc,warnings,weakref
 import pytest,torch
 import torch.nn.functional as F
@@ -22,9 +23,17 @@ def run_batch(net, x, names=('m',), cbs=True):
     return cb.df,[str(o.message) for o in w if 'changed in place' in str(o.message)],[p.detach().clone() for p in net.parameters()],want
 
 rows_shape,picture_shape = (2,5,8),(2,8,6,6)
-fresh_views = dict(linear=(lambda: nn.Linear(8,8), rows_shape), one=(lambda: nn.Linear(6,6), picture_shape), instance_norm=(lambda: nn.InstanceNorm2d(8, affine=True), picture_shape), instance_norm1=(lambda: nn.InstanceNorm1d(5, affine=True), rows_shape),
-             lstm=(lambda: nn.LSTM(8,4, 2, batch_first=True, bidirectional=True), rows_shape), proj=(lambda: nn.LSTM(8,9, batch_first=True, proj_size=8), rows_shape),
-             gru=(lambda: nn.GRU(8,8, batch_first=True), rows_shape), rnn=(lambda: nn.RNN(8,8, batch_first=True), rows_shape), attention=(lambda: nn.MultiheadAttention(8,2, batch_first=True), rows_shape), seq_first=(lambda: nn.MultiheadAttention(8,2), rows_shape))
+fresh_views = dict(
+    linear=(lambda: nn.Linear(8,8), rows_shape),
+    one=(lambda: nn.Linear(6,6), picture_shape),
+    instance_norm=(lambda: nn.InstanceNorm2d(8, affine=True), picture_shape),
+    instance_norm1=(lambda: nn.InstanceNorm1d(5, affine=True), rows_shape),
+    lstm=(lambda: nn.LSTM(8,4, 2, batch_first=True, bidirectional=True), rows_shape),
+    proj=(lambda: nn.LSTM(8,9, batch_first=True, proj_size=8), rows_shape),
+    gru=(lambda: nn.GRU(8,8, batch_first=True), rows_shape),
+    rnn=(lambda: nn.RNN(8,8, batch_first=True), rows_shape),
+    attention=(lambda: nn.MultiheadAttention(8,2, batch_first=True), rows_shape),
+    seq_first=(lambda: nn.MultiheadAttention(8,2), rows_shape))
 
 @pytest.mark.parametrize('name', fresh_views)
 def test_fresh(name):
@@ -50,13 +59,21 @@ class Sliced(nn.Linear):
     "Its class says Linear, its output is part of one"
     def forward(self, x): return super().forward(x)[:,1:]
 
-other_views = dict(permute=lambda: FunctionNet(lambda s,x: s.n(x.transpose(1,2)).transpose(1,2), n=nn.LayerNorm(5)), sliced=lambda: Sliced(8,8), transposed=lambda: FunctionWithWeight(lambda w,x: (x*w).transpose(1,2), 8), flat=lambda: nn.Flatten(1,2), unflat=lambda: nn.Unflatten(2, (2,4)),
-             identity=nn.Identity, block=lambda: nn.Sequential(nn.Linear(8,8), nn.Dropout(0.)), pool=lambda: nn.AdaptiveAvgPool1d(4))
+other_views = dict(
+    permute=lambda: FunctionNet(lambda s,x: s.n(x.transpose(1,2)).transpose(1,2), n=nn.LayerNorm(5)),
+    sliced=lambda: Sliced(8,8),
+    transposed=lambda: FunctionWithWeight(lambda w,x: (x*w).transpose(1,2), 8),
+    flat=lambda: nn.Flatten(1,2),
+    unflat=lambda: nn.Unflatten(2, (2,4)),
+    identity=nn.Identity,
+    block=lambda: nn.Sequential(nn.Linear(8,8), nn.Dropout(0.)),
+    pool=lambda: nn.AdaptiveAvgPool1d(4))
 
 @pytest.mark.parametrize('change', ('none','early','late'))
 @pytest.mark.parametrize('name', other_views)
 def test_views(name, change):
-    "Other views: right while nobody changes them. Changed, there is no row, also not one of the uses before the change, and a warning; what else is recorded is right, and weights are those of the run without us."
+    """Other views: right while nobody changes them. Changed, there is no row, also not one of the uses before the change, and a
+    warning; what else is recorded is right, and weights are those of the run without us."""
     def f(s, x):
         o = s.m(s.l(x))
         early = o.sum()*3 if change=='early' else None
@@ -84,8 +101,10 @@ class CountsOutputs(Callback):
 def test_outputs_are_not_kept():
     "With our hooks, outputs of the last batch go when they would go without, with Python's garbage collector off."
     def go(cbs):
-        net = nn.Sequential(Sliced(8,8), nn.LayerNorm(8), FunctionNet(lambda s,x: (s.l(x)[0], x), l=nn.LSTM(8,8, batch_first=True)), FunctionNet(lambda s,x: x[0]), nn.Linear(8,1))
-        learn = Learner(loaders(torch.randn(12,5,8), torch.zeros(12), 2), net, loss_func=lambda o,y: o.square().mean(), opt_func=SGD, cbs=[*cbs,(a := CountsOutputs()),TrainOnly()])
+        net = nn.Sequential(Sliced(8,8), nn.LayerNorm(8), FunctionNet(lambda s,x: (s.l(x)[0], x), l=nn.LSTM(8,8, batch_first=True)),
+                            FunctionNet(lambda s,x: x[0]), nn.Linear(8,1))
+        learn = Learner(loaders(torch.randn(12,5,8), torch.zeros(12), 2), net, loss_func=lambda o,y: o.square().mean(),
+                        opt_func=SGD, cbs=[*cbs,(a := CountsOutputs()),TrainOnly()])
         fit(learn)
         return a.counts
     gc.collect()

@@ -21,9 +21,24 @@ class EMAInMidFit(Callback):
             for e,p in zip(self.learn.avg_model.parameters(), self.model.parameters()): e.lerp_(p, .1)
         self.learn.avg_model(self.x).sum().backward()   # hooks that had come along would add rows
 
-fastai_companions = dict(none=list, mixup=MixUp, cutmix=CutMix, channels_last=ChannelsLast, bn_freeze=BnFreeze, csv=CSVLogger, clip=lambda: GradientClip(.1), accumulate=lambda: GradientAccumulation(32),
-                  save=lambda: SaveModelCallback(every_epoch=False), ema=EMAInMidFit, amp=lambda: CPUAmp(init_scale=1024.), bf16=lambda: CPUAmp(torch.bfloat16, enabled=False), fetch=lambda: FetchPredsCallback(cbs=[]),
-                  reduce_lr=lambda: ReduceLROnPlateau(patience=1), tracker=lambda: TrackerCallback(), show_graph=ShowGraphCallback, schedule=lambda: ParamScheduler({'lr':SchedCos(.1,.01)}))
+fastai_companions = dict(
+    none=list,
+    mixup=MixUp,
+    cutmix=CutMix,
+    channels_last=ChannelsLast,
+    bn_freeze=BnFreeze,
+    csv=CSVLogger,
+    clip=lambda: GradientClip(.1),
+    accumulate=lambda: GradientAccumulation(32),
+    save=lambda: SaveModelCallback(every_epoch=False),
+    ema=EMAInMidFit,
+    amp=lambda: CPUAmp(init_scale=1024.),
+    bf16=lambda: CPUAmp(torch.bfloat16, enabled=False),
+    fetch=lambda: FetchPredsCallback(cbs=[]),
+    reduce_lr=lambda: ReduceLROnPlateau(patience=1),
+    tracker=lambda: TrackerCallback(),
+    show_graph=ShowGraphCallback,
+    schedule=lambda: ParamScheduler({'lr':SchedCos(.1,.01)}))
 
 def losses_and_weights(learn): return [l.item() for l in learn.recorder.losses],[t.clone() for t in learn.model.state_dict().values()]
 
@@ -42,7 +57,8 @@ def check_beside(make, path, steps=4, bar=False):
     assert len(learn.grad_norm.norms)==2*steps and len(learn.grad_stats.stats)==8
 
 @pytest.mark.parametrize('name', fastai_companions)
-def test_companion(name, tmp_path): check_beside(fastai_companions[name], tmp_path, steps={'accumulate':2}.get(name, 4), bar=name=='show_graph')   # it draws on the bar
+def test_companion(name, tmp_path):
+    check_beside(fastai_companions[name], tmp_path, steps={'accumulate':2}.get(name, 4), bar=name=='show_graph')   # it draws on the bar
 
 def test_tensorboard(tmp_path):
     pytest.importorskip('tensorboard')

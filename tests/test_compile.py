@@ -36,7 +36,8 @@ def first_child(m): m[0] = torch.compile(m[0], backend='eager'); return m
 def first_child_in_place(m): m[0].compile(backend='eager'); return m
 def first_two(m): m[0],m[1] = (torch.compile(o, backend='eager') for o in m[:2]); return m
 compile_ways = [whole_model,aot_eager,in_place_compiled,forward_only,first_child,first_child_in_place,first_two]
-hidden_inside = {whole_model:'0 1 5', aot_eager:'0 1 5', in_place_compiled:'0 1 5', forward_only:'0 1 5', first_child:'0', first_two:'0 1'}   # what is inside a compiled part
+# what is inside a compiled part
+hidden_inside = {whole_model:'0 1 5', aot_eager:'0 1 5', in_place_compiled:'0 1 5', forward_only:'0 1 5', first_child:'0', first_two:'0 1'}
 
 def check_plain_run(learn, spy, ref, outputs=None):
     "Rows of parameters are the gradients the optimizer got; rows of outputs (of the modules `outputs`) those of the plain run"
@@ -87,7 +88,8 @@ def test_validated_first(wrap):
 
 @pytest.mark.parametrize('wrap', compile_ways)
 def test_hooks_too_late(wrap):
-    "Trained before without the callback: dynamo runs the graph that has no hooks. One warning a fit names the remedy; what is compiled alone is missing alone; parameters are right."
+    """Trained before without the callback: dynamo runs the graph that has no hooks. One warning a fit names the remedy; what is
+    compiled alone is missing alone; parameters are right."""
     ref,learn = wrapped_learner(cbs=both_callbacks()),wrapped_learner(wrap, both_callbacks())
     for l in (learn,ref):
         mine = take_ours_off(l)
@@ -204,7 +206,8 @@ def test_unused_modules_do_not_warn():
 
 @pytest.mark.parametrize('wrap', [whole_model,in_place_compiled])
 def test_weights_read_by_a_parent(wrap):
-    "A plain parent that uses a compiled child's weights and never calls it looks like code compiled too early: the warning names this case too, and all that ran is right."
+    """A plain parent that uses a compiled child's weights and never calls it looks like code compiled too early: the warning names
+    this case too, and all that ran is right."""
     class Reads(nn.Module):
         def __init__(self): super().__init__(); self.a,self.b = nn.Linear(192,10),wrap(nn.Linear(192,10))
         def forward(self, x): x = x.flatten(1); return self.a(x)+F.linear(x, self.b.weight, self.b.bias)
@@ -239,7 +242,9 @@ def test_price_of_outputs():
 def test_fullgraph():
     "fullgraph=True cannot be had with output hooks: torch raises, and its message names what to do. Parameters only: works."
     with pytest.raises(torch._dynamo.exc.Unsupported, match='kind=.param.'): fit(wrapped_learner(partial(whole_model, fullgraph=True), both_callbacks()))
-    learn,ref = wrapped_learner(partial(whole_model, fullgraph=True), [*both_callbacks(dict(kind='param')), (spy := GradSpy())]),wrapped_learner(cbs=both_callbacks(dict(kind='param')))
+    spy = GradSpy()
+    learn = wrapped_learner(partial(whole_model, fullgraph=True), [*both_callbacks(dict(kind='param')), spy])
+    ref = wrapped_learner(cbs=both_callbacks(dict(kind='param')))
     torch._dynamo.reset()
     fit(learn); fit(ref)
     check_plain_run(learn, spy, ref)
@@ -293,7 +298,11 @@ class Blocks(nn.Module):
     "Two blocks that may be checkpointed; the second calls one Linear twice"
     def __init__(self, reentrant=None, p=0.):
         super().__init__()
-        self.stem,self.a,self.b,self.drop,self.head = nn.Conv2d(3,4,3),nn.Sequential(nn.Conv2d(4,4,3), nn.ReLU(inplace=True), nn.Dropout(p)),nn.Linear(64,64),nn.Dropout(p),nn.Linear(64,10)
+        self.stem = nn.Conv2d(3,4,3)
+        self.a = nn.Sequential(nn.Conv2d(4,4,3), nn.ReLU(inplace=True), nn.Dropout(p))
+        self.b = nn.Linear(64,64)
+        self.drop = nn.Dropout(p)
+        self.head = nn.Linear(64,10)
         self.reentrant = reentrant
     def twice(self, x): return self.b(self.drop(torch.tanh(self.b(x))))
     def forward(self, x):
@@ -305,7 +314,8 @@ block_names = ['stem','a.0','b','head']
 @pytest.mark.parametrize('p', (0., .3))
 @pytest.mark.parametrize('reentrant', (False, True))
 def test_checkpointing(reentrant, p):
-    "Each tensor once, with the values of the run without checkpoints; `call` counts in order, except that a reentrant checkpoint counts in the order of its recomputation."
+    """Each tensor once, with the values of the run without checkpoints; `call` counts in order, except that a reentrant checkpoint
+    counts in the order of its recomputation."""
     a = fit(wrapped_learner(cbs=[*both_callbacks(), Seed(), (spy := GradSpy())], model=partial(Blocks, reentrant, p)), 2)
     b = fit(wrapped_learner(cbs=[*both_callbacks(), Seed()], model=partial(Blocks, None, p)), 2)
     check_plain_run(a, spy, b)

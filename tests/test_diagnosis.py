@@ -20,7 +20,8 @@ class DigitRows(nn.Module):
     def __init__(self, kind):
         super().__init__()
         self.inp = nn.Linear(8,32)
-        self.body = nn.LSTM(32,32,batch_first=True) if kind=='lstm' else nn.TransformerEncoder(nn.TransformerEncoderLayer(32,4,64,dropout=0.,batch_first=True), 2)
+        if kind=='lstm': self.body = nn.LSTM(32,32,batch_first=True)
+        else: self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(32,4,64,dropout=0.,batch_first=True), 2)
         self.out = nn.Linear(32,10)
     def forward(self, x):
         x = self.body(self.inp(x[:,0]))
@@ -35,7 +36,11 @@ def diagnose_run(model, lr=.1, epochs=3, cbs=(), opt_func=SGD):
     f = diagnose(learn)
     return f, {r: d for r,d in zip(f['rule'], f.to_dict('records'))}
 
-@pytest.mark.parametrize('model,lr,opt', [(deep_mlp,.01,SGD),(deep_mlp,.1,SGD),(deep_mlp,.3,SGD),(strided_cnn,.1,SGD),(partial(strided_cnn,True),.1,SGD),(partial(strided_cnn,True),1,SGD),(partial(DigitRows,'lstm'),.01,Adam),(partial(DigitRows,'transformer'),.01,SGD)], ids=str)
+@pytest.mark.parametrize('model,lr,opt',
+                         [(deep_mlp,.01,SGD), (deep_mlp,.1,SGD), (deep_mlp,.3,SGD), (strided_cnn,.1,SGD),
+                          (partial(strided_cnn,True),.1,SGD), (partial(strided_cnn,True),1,SGD),
+                          (partial(DigitRows,'lstm'),.01,Adam), (partial(DigitRows,'transformer'),.01,SGD)],
+                         ids='mlp-.01 mlp-.1 mlp-.3 cnn-.1 batchnorm-.1 batchnorm-1 lstm transformer'.split())
 def test_healthy(model, lr, opt):
     f,_ = diagnose_run(model, lr, opt_func=opt)
     assert f.ok, f.to_string()
@@ -123,7 +128,8 @@ def test_update_ratio_threshold():
     assert not findings_of('update_ratio', rec) and findings_of('update_ratio', rec, high=.01)[0][:2]==('warning','a.weight')
 
 def test_zero_norm():
-    assert findings_of('zero_norm', GradRecord(steps=calm_steps(norm=filled(100, 7, 8, 9, of=0., else_=1.))))==[('warning', '(all)', '7 to 9 (3)', 'norm exactly 0 in 3 of 100 steps')]
+    rec = GradRecord(steps=calm_steps(norm=filled(100, 7, 8, 9, of=0., else_=1.)))
+    assert findings_of('zero_norm', rec)==[('warning', '(all)', '7 to 9 (3)', 'norm exactly 0 in 3 of 100 steps')]
     assert not findings_of('zero_norm', GradRecord(steps=calm_steps(norm=1e-30)))
     skip = filled(100, 7)
     assert not findings_of('zero_norm', GradRecord(steps=calm_steps(norm=np.where(skip, 0., 1.), skipped=skip)))

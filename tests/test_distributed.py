@@ -124,7 +124,8 @@ def accumulate(): return GradientAccumulation(32//dist.get_world_size() if dist.
 def hybrid(m): return fully_shard(m, mesh=init_device_mesh('cpu', (1,2), mesh_dim_names=('copy','shard')))
 
 cubes = {'cubes': lambda g: (g.float()**3).abs().max()}
-coarse_adam = partial(Adam, eps=.01)   # with the default 1e-5, elements whose gradient is rounding noise move by noise, which differs between one process and two
+# with the default 1e-5, elements whose gradient is rounding noise move by noise, which differs between one process and two
+coarse_adam = partial(Adam, eps=.01)
 # name -> (wrap, callbacks, arguments); the single process runs the same with neither wrap nor `Half`
 shared_cases = {'plain': ((), {}),
         'two epochs': ((), dict(n=2)),
@@ -146,19 +147,26 @@ shared_cases = {'plain': ((), {}),
         'updates, own clip': ((OwnClip,), dict(stats=False, norm=dict(every=2, update_every=2))),
         'nan in 0': ((partial(Poison, 0),), {}),
         'nan in 1': ((partial(Poison, 1),), {})}
-process_cases = {('ddp',k): (noop, (DDP,*c), kw) for k,(c,kw) in shared_cases.items() if k in ('plain','two epochs','every 2 and 3','clip','own clip','norm alone')}
+of_ddp = 'plain','two epochs','every 2 and 3','clip','own clip','norm alone'
+process_cases = {('ddp',k): (noop, (DDP,*c), kw) for k,(c,kw) in shared_cases.items() if k in of_ddp}
 process_cases |= {('fsdp',k): (shard_layers, (HalfOfTraining,*c), kw) for k,(c,kw) in shared_cases.items()}
-process_cases |= {('fsdp','whole'): (partial(shard_layers, each=False), (HalfOfTraining,), {}), ('fsdp','kept'): (partial(shard_layers, reshard_after_forward=False), (HalfOfTraining,), dict(n=2)),
-          ('fsdp','columns'): (shard_columns, (HalfOfTraining,), {}), ('fsdp','hybrid'): (hybrid, (HalfOfTraining,), {}), ('fsdp','ignored'): (shard_some, (HalfOfTraining,Sum), dict(model=PartlySharded))}
+process_cases |= {('fsdp','whole'): (partial(shard_layers, each=False), (HalfOfTraining,), {}),
+                  ('fsdp','kept'): (partial(shard_layers, reshard_after_forward=False), (HalfOfTraining,), dict(n=2)),
+                  ('fsdp','columns'): (shard_columns, (HalfOfTraining,), {}), ('fsdp','hybrid'): (hybrid, (HalfOfTraining,), {}),
+                  ('fsdp','ignored'): (shard_some, (HalfOfTraining,Sum), dict(model=PartlySharded))}
 
-process_cases |= {('ddp','none'): (noop, (DDP,), dict(stats=False, norm=False)), ('fsdp','none'): (shard_layers, (HalfOfTraining,), dict(stats=False, norm=False))}
-if importlib.util.find_spec('accelerate'): process_cases |= {('accelerate','plain'): (noop, (Accelerated,), {}), ('distrib_ctx','plain'): (noop, (Distrib,), dict(n=2, data=halved_data))}
+process_cases |= {('ddp','none'): (noop, (DDP,), dict(stats=False, norm=False)),
+                  ('fsdp','none'): (shard_layers, (HalfOfTraining,), dict(stats=False, norm=False))}
+if importlib.util.find_spec('accelerate'):
+    process_cases |= {('accelerate','plain'): (noop, (Accelerated,), {}), ('distrib_ctx','plain'): (noop, (Distrib,), dict(n=2, data=halved_data))}
 
 engine_cases = {('engine',k): (None, (), dict(by_rows=v)) for k,v in (('host',False), ('rows',True))}
 
 def odd_tensors():
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(s, generator=g).to(d) for s,d in (((5,7),torch.float32), ((1,3),torch.float32), ((100,70),torch.float64), ((4,6),torch.bfloat16), ((9,),torch.float32), ((3000,3),torch.float32))]
+    kinds = [((5,7),torch.float32), ((1,3),torch.float32), ((100,70),torch.float64), ((4,6),torch.bfloat16), ((9,),torch.float32),
+             ((3000,3),torch.float32)]
+    return [torch.randn(s, generator=g).to(d) for s,d in kinds]
 
 def engine_rows(by_rows):
     "Shards, copies, both dtypes and a plain tensor in one call; an earlier row must not be touched"
@@ -246,7 +254,9 @@ def test_spy(ranks, name):
         for _,r in rows.iterrows():
             g = gs[r['name']]
             if not np.isfinite(g).all(): assert np.isnan(r['max_abs']) and np.isnan(r['norm']) and r['nonfinite']==(~np.isfinite(g)).sum()
-            else: np.testing.assert_allclose(r[['max_abs','mean_abs','norm','std']].astype(float), [np.abs(g).max(), np.abs(g).mean(), np.linalg.norm(g), g.std()], rtol=2e-5, atol=1e-8)
+            else:
+                np.testing.assert_allclose(r[['max_abs','mean_abs','norm','std']].astype(float),
+                                           [np.abs(g).max(), np.abs(g).mean(), np.linalg.norm(g), g.std()], rtol=2e-5, atol=1e-8)
             assert r['numel']==g.size
 
 @pytest.mark.parametrize('name', [('ddp','two epochs'),('fsdp','two epochs')], ids='-'.join)

@@ -71,7 +71,8 @@ class Rows:
         n,keys,numel,s,h = self.e.fetch()
         f,c = finish(s, numel)
         assert keys.tolist()==[k for k,*_ in self.rows[:self.closed]] and n.sum()==self.closed
-        for i,(_,g,w) in enumerate(self.rows[:self.closed]): check_engine_row(g.ravel(), w, s[i], f[:,i], c[:,i], h[i] if self.hist else None, self.e.norms_only)
+        for i,(_,g,w) in enumerate(self.rows[:self.closed]):
+            check_engine_row(g.ravel(), w, s[i], f[:,i], c[:,i], h[i] if self.hist else None, self.e.norms_only)
         self.rows,self.closed = self.rows[self.closed:],0
 
 @np.errstate(all='ignore')
@@ -79,7 +80,8 @@ def check_engine_row(g, w, s, f, c, h, norms_only):
     "One row"
     ok = np.isfinite(g).all()
     if norms_only: np.testing.assert_allclose([s[SUM_SQ],s[NONFINITE]], [np.square(np.abs(g)).sum(),(~np.isfinite(g)).sum()], rtol=2e-5)
-    elif ok or not np.iscomplexobj(g): compare_row(dict(zip(['max_abs','mean_abs','norm','mean','std','numel','zeros','nonfinite','above'], [*f,*c]), name='row'), g)
+    elif ok or not np.iscomplexobj(g):
+        compare_row(dict(zip(['max_abs','mean_abs','norm','mean','std','numel','zeros','nonfinite','above'], [*f,*c]), name='row'), g)
     if w is not None and ok:
         w = w.ravel()
         np.testing.assert_allclose(s[W_SQ], np.square(np.abs(w)).sum(), rtol=2e-5)
@@ -113,7 +115,9 @@ def hard_values(n):
     "Values whose float32 sums go wrong: one huge among many that vanish beside it, halves of two sizes, constants, ulps apart"
     huge,i = np.full(n, 5.9e-8**.5),np.arange(n)
     huge[0] = 1
-    return dict(huge=huge, halves=np.where(i<n//2, 1, .01), tenths=np.full(n, .1), alternating=(-1.)**i*.1, sorted=np.linspace(1, 0, n)**4, ulps=1+i%5*2**-23, powers=2.**-(i%60), subnormal=i%9*1e-45, faint=np.linspace(1, 2, n)*1e-21)
+    return dict(huge=huge, halves=np.where(i<n//2, 1, .01), tenths=np.full(n, .1), alternating=(-1.)**i*.1,
+                sorted=np.linspace(1, 0, n)**4, ulps=1+i%5*2**-23, powers=2.**-(i%60), subnormal=i%9*1e-45,
+                faint=np.linspace(1, 2, n)*1e-21)
 
 @each_reader
 @pytest.mark.parametrize('n', (10, SMALL, SMALL+1, BLOCK+1, 3_000_000))
@@ -192,7 +196,9 @@ def test_default_dtype_and_device(n, hist, by_rows):
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
-    np.testing.assert_allclose(engine_floats(e)[:5,0], [3, np.abs(as_float64(x)).mean(), np.linalg.norm(as_float64(x)), 0, as_float64(x).std()], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(engine_floats(e)[:5,0],
+                               [3, np.abs(as_float64(x)).mean(), np.linalg.norm(as_float64(x)), 0, as_float64(x).std()], rtol=1e-5,
+                               atol=1e-6)
 
 @pytest.mark.parametrize('mean', (1e3, 1e7, 1e9))
 def test_double_far_from_zero(mean):

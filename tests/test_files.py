@@ -90,22 +90,39 @@ def test_elsewhere(tmp_path):
         learn.create_opt()
         fit(learn); fit(learn)
         f,rec = diagnose(learn),as_record(learn)
-        assert {'frozen','dead_units','unused'}-({'unused'} if include else set()) <= set(f['rule']) and not {'unused','frozen','fp16_flush'} & set(f.query('severity=="not checked"')['rule'])
-        if include: assert 'unused' not in set(f['rule']) and [n for n,*_ in rec.facts[0]['params']]==['a.weight','a.bias','dead.weight','dead.bias','frozen.weight','frozen.bias']
+        assert {'frozen','dead_units','unused'}-({'unused'} if include else set()) <= set(f['rule'])
+        assert not {'unused','frozen','fp16_flush'} & set(f.query('severity=="not checked"')['rule'])
+        if include:
+            assert 'unused' not in set(f['rule'])
+            of_facts = [n for n,*_ in rec.facts[0]['params']]
+            assert of_facts==['a.weight','a.bias','dead.weight','dead.bias','frozen.weight','frozen.bias']
         rec.save(tmp_path/f'{i}b'); rec.save(tmp_path/f'{i}c', format='csv')
         folders += [str(tmp_path/f'{i}{n}') for n in 'abc']
         want += [f.to_json()]*3
-    code = "import sys; from fastai_gradstats import diagnose,plot_grad_log10,plot_grad_norm; [(diagnose(d).to_json(d+'.json'), plot_grad_log10(d), plot_grad_norm(d)) for d in sys.argv[1:]]; assert not {'torch','fastai'} & sys.modules.keys()"
+    code = """if True:
+        import sys
+        from fastai_gradstats import diagnose,plot_grad_log10,plot_grad_norm
+        for d in sys.argv[1:]:
+            diagnose(d).to_json(d+'.json')
+            plot_grad_log10(d)
+            plot_grad_norm(d)
+        assert not {'torch','fastai'} & sys.modules.keys()
+    """
     run_command(sys.executable, '-c', code, *folders, cwd=ROOT)
     assert [open(d+'.json').read() for d in folders]==want
 
 def golden_record():
     "A record with every table, both phases, NaN and inf, a skipped step, an extra column and facts"
-    def table(t, n, **cols): return pd.DataFrame({c:cols[c] if c in cols else category([0]*n, fixed[c]) if c in fixed else np.arange(n).astype(d) for c in schema[t] if (d := dtype(t, c))})
+    def table(t, n, **cols):
+        def column(c, d):
+            if c in cols: return cols[c]
+            return category([0]*n, fixed[c]) if c in fixed else np.arange(n).astype(d)
+        return pd.DataFrame({c:column(c, d) for c in schema[t] if (d := dtype(t, c))})
     phase = category([0,0,1,0], fixed['phase'])
     rows = table('tensors', 4, phase=phase, kind=category([0,1,0,1], fixed['kind']), name=category([0,1,0,1], ['body.0','body.0.weight']),
                  max_abs=np.float32([.5,np.inf,np.nan,1e-20]), skipped=[False,True,False,False], numel=[2**40,3,4,5]).assign(cubes=np.float32([1,2,3,np.nan]))
-    steps = table('steps', 4, phase=phase, norm=[.1,np.nan,3.,1e300], skipped=[False,True,False,False]).assign(update_norm=[.1,np.nan,.3,.4], update_ratio=[1.,np.nan,3,4])
+    steps = table('steps', 4, phase=phase, norm=[.1,np.nan,3.,1e300], skipped=[False,True,False,False]).assign(
+        update_norm=[.1,np.nan,.3,.4], update_ratio=[1.,np.nan,3,4])
     params = table('params', 4, phase=phase, name=category([0,1,0,1], ['body.0.weight','body.0.bias']))
     facts = [dict(fit=i, phase=0, params=[['body.0.weight',True,2],['body.0.bias',False,1]], half=False, scaled=False) for i in (0,1,3)]
     return GradRecord(rows, steps, params, .5, [(1,'fit',1,'(input)','body.0')], facts)
@@ -123,7 +140,8 @@ odd_names = ['a,b','q"u\'o',' new\nline','a\r\nb','','NA','nan','None','1.0','ü
 def test_formats(tmp_path, format):
     "Both hold the same: odd names, NaN and inf, the smallest number, extra columns in their type"
     want = golden_record()
-    want._rows = want.df.loc[np.arange(11)%4].reset_index(drop=True).assign(**{'a, "b"':np.float32(.1), 'mean':np.float32([-np.inf,1e-45,*range(9)]), 'name':category(np.arange(11), odd_names)})
+    want._rows = want.df.loc[np.arange(11)%4].reset_index(drop=True).assign(
+        **{'a, "b"':np.float32(.1), 'mean':np.float32([-np.inf,1e-45,*range(9)]), 'name':category(np.arange(11), odd_names)})
     want.save(tmp_path/'ü b', format=format)
     rec = GradRecord.load(tmp_path/'ü b')
     for a,b in ((rec.df,want.df), (rec.steps,want.steps), (rec.by(),want.by())): pd.testing.assert_frame_equal(a, b, check_exact=True)
@@ -142,13 +160,17 @@ def _part(d, format=1):
     t = pq.read_table(fn)
     pq.write_table(t.replace_schema_metadata({'fastai_gradstats':json.dumps(dict(format=format))} if format else {}), fn)
 
-@pytest.mark.parametrize('spoil,say', [
-    (_empty, 'no record; expected are files like tensors-0-000000.parquet, found nothing'), (_other, 'found notes.txt'), (shutil.rmtree, 'no such folder'),
-    (_file, 'is a file, expected a folder'), (partial(_mark, format=2), 'gradstats.json: format 2 found, this version reads format 1'),
-    (partial(_mark, facts=[1]), "'facts' is not"), (partial(_part, format=7), 'steps-0-000000.parquet: format 7 found, this version reads format 1'),
-    (partial(_part, format=None), 'not a gradstats file'), (lambda d: (d/'params-0-000000.parquet').write_bytes(b'hello'), 'params-0-000000.parquet: damaged'),
-    (lambda d: (d/'gradstats.json').write_text('{"format": 1, "tab'), 'gradstats.json: damaged'), (lambda d: (d/'gradstats.json').write_text('[1]'), 'not a gradstats file')],
-    ids='empty other none file mark facts part foreign damaged cut list'.split())
+@pytest.mark.parametrize('spoil,say',
+                         [(_empty, 'no record; expected are files like tensors-0-000000.parquet, found nothing'),
+                          (_other, 'found notes.txt'), (shutil.rmtree, 'no such folder'), (_file, 'is a file, expected a folder'),
+                          (partial(_mark, format=2), 'gradstats.json: format 2 found, this version reads format 1'),
+                          (partial(_mark, facts=[1]), "'facts' is not"),
+                          (partial(_part, format=7), 'steps-0-000000.parquet: format 7 found, this version reads format 1'),
+                          (partial(_part, format=None), 'not a gradstats file'),
+                          (lambda d: (d/'params-0-000000.parquet').write_bytes(b'hello'), 'params-0-000000.parquet: damaged'),
+                          (lambda d: (d/'gradstats.json').write_text('{"format": 1, "tab'), 'gradstats.json: damaged'),
+                          (lambda d: (d/'gradstats.json').write_text('[1]'), 'not a gradstats file')],
+                         ids='empty other none file mark facts part foreign damaged cut list'.split())
 def test_bad_input(tmp_path, spoil, say):
     spoil(d := copy_golden(tmp_path))
     with pytest.raises((ValueError,FileNotFoundError), match=re.escape(say)) as e: GradRecord.load(d)
@@ -189,7 +211,8 @@ def full_disk(f=lambda name, n: True):
         warnings.simplefilter('always')
         yield w
 
-@pytest.mark.parametrize('f,n', [(lambda name, n: True, 2), (lambda name, n: n%3, 2), (lambda name, n: name.startswith('hist'), 1)], ids=['all','two of three','hist'])
+@pytest.mark.parametrize('f,n', [(lambda name, n: True, 2), (lambda name, n: n%3, 2), (lambda name, n: name.startswith('hist'), 1)],
+                         ids=['all','two of three','hist'])
 def test_disk_full(tmp_path, f, n):
     "One warning for each callback, nothing half written; when there is space again all is written, each row once"
     cbs = GradStatsCallback(folder=tmp_path/'a', hist=True),GradNormCallback(folder=tmp_path/'a')
@@ -341,7 +364,8 @@ class Ready(Callback):
     def __init__(self, event): self.event = event
     def before_batch(self): self.event.set()
 
-parallel_wraps = dict(ddp=torch.nn.parallel.DistributedDataParallel, fsdp=lambda m: fully_shard(m, mesh=init_device_mesh('cpu', (2,)), reshard_after_forward=True))
+parallel_wraps = dict(ddp=torch.nn.parallel.DistributedDataParallel,
+                      fsdp=lambda m: fully_shard(m, mesh=init_device_mesh('cpu', (2,)), reshard_after_forward=True))
 
 def train_rank(r, folder, events, queue):
     "One of two ranks; the second makes its callbacks when the first is training"

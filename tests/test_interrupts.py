@@ -16,35 +16,44 @@ class Traced(Learner):
     def _backward(self): super()._backward(); self.events.append(('backward', self.epoch, self.iter))
     def _step(self): super()._step(); self.events.append(('step', nn.utils.get_total_norm([p.grad for p in self.model.parameters()]).item()))
 
-@pytest.mark.parametrize('order', (5, 20))
-@pytest.mark.parametrize('event', cancel_events)
-def test_cancel(event, order):
+# Each event once, each exception once more where it belongs; all of the matrix is slow. What a state does with an event needs no Learner
+belongs = {CancelBatchException:'before_batch', CancelBackwardException:'before_backward', CancelStepException:'before_step',
+           CancelTrainException:'after_batch', CancelEpochException:'after_train', CancelFitException:'after_epoch',
+           KeyboardInterrupt:'after_backward', RuntimeError:'after_loss'}
+usual = {(event, cancel_exceptions[i%len(cancel_exceptions)], (5,20)[i%2]) for i,event in enumerate(cancel_events)}
+usual |= {(event, exc, (20,5)[i%2]) for i,(exc,event) in enumerate(belongs.items())}
+cancelled = [pytest.param(event, exc, order, marks=[] if (event, exc, order) in usual else pytest.mark.slow)
+             for event in cancel_events for exc in cancel_exceptions for order in (5, 20)]
+
+@pytest.mark.parametrize('event,exc,order', cancelled, ids=lambda o: getattr(o, '__name__', o))
+def test_cancel(event, exc, order):
     "Whatever is raised wherever: rows for each backward and step that happened, none else, no hook left, and the next fit works."
-    for exc in cancel_exceptions:
-        learn = image_learner(linear_classifier, [*both_callbacks(), RaisesAt(exc, event, 1, order)], cls=Traced, n=48, valid=4)
-        learn.events = []
-        try: fit(learn, 2)
-        except (Exception,KeyboardInterrupt) as e: assert isinstance(e, exc)
-        assert not any(m._forward_hooks for m in learn.model.modules()) and '_do_epoch_train' not in learn.__dict__, exc
-        fit(learn)
-        what = f'{exc.__name__} in {event}, order {order}'
-        done = [o for o in learn.events if o[0]=='backward']
-        steps = [o[1] for o in learn.events if o[0]=='step']
-        out = learn.grad_stats.select(kind='output').df
-        assert len(out)==len(done)==out['iteration'].nunique(), what
-        assert out['iteration'].is_monotonic_increasing
-        s = learn.grad_norm.df
-        np.testing.assert_allclose(s.loc[~s['skipped'],'norm'], steps, rtol=1e-5, err_msg=what)
-        assert s['step'].tolist()==list(range(len(s))), what
-        par = learn.grad_stats.select(kind='param').df
-        read = s.loc[s['norm'].notna(),'step'].tolist()
-        assert par['step'].unique().tolist()==read and len(par)==2*len(read), what
-        assert set(par.loc[par['skipped'],'step'])<=set(s.loc[s['skipped'],'step'])
+    learn = image_learner(linear_classifier, [*both_callbacks(), RaisesAt(exc, event, 1, order)], cls=Traced, n=48, valid=4)
+    learn.events = []
+    try: fit(learn, 2)
+    except (Exception,KeyboardInterrupt) as e: assert isinstance(e, exc)
+    assert not any(m._forward_hooks for m in learn.model.modules()) and '_do_epoch_train' not in learn.__dict__
+    fit(learn)
+    done = [o for o in learn.events if o[0]=='backward']
+    steps = [o[1] for o in learn.events if o[0]=='step']
+    out = learn.grad_stats.select(kind='output').df
+    assert len(out)==len(done)==out['iteration'].nunique()
+    assert out['iteration'].is_monotonic_increasing
+    s = learn.grad_norm.df
+    np.testing.assert_allclose(s.loc[~s['skipped'],'norm'], steps, rtol=1e-5)
+    assert s['step'].tolist()==list(range(len(s)))
+    par = learn.grad_stats.select(kind='param').df
+    read = s.loc[s['norm'].notna(),'step'].tolist()
+    assert par['step'].unique().tolist()==read and len(par)==2*len(read)
+    assert set(par.loc[par['skipped'],'step'])<=set(s.loc[s['skipped'],'step'])
 
 class StopsFit(Callback):
     def after_epoch(self): raise CancelFitException('enough')
 
-@pytest.mark.parametrize('cb,n', ((lambda: ShortEpochCallback(.5), 6), (lambda: EarlyStoppingCallback(min_delta=100, patience=1), 8), (TerminateOnNaNCallback, 8), (StopsFit, 4)), ids='short early nan stop'.split())
+@pytest.mark.parametrize('cb,n',
+                         ((lambda: ShortEpochCallback(.5), 6), (lambda: EarlyStoppingCallback(min_delta=100, patience=1), 8),
+                          (TerminateOnNaNCallback, 8), (StopsFit, 4)),
+                         ids='short early nan stop'.split())
 def test_stoppers(cb, n):
     spy = GradSpy()
     learn = fit(image_learner(cbs=[*both_callbacks(), spy, cb()]), 2)
@@ -80,7 +89,8 @@ def test_exception(where):
     assert not any(m._forward_hooks for m in learn.model.modules())
     learn.model(torch.randn(4,3,8,8)).sum().backward()
     learn.opt.zero_grad()
-    for f,d in zip(('grad_stats','grad_norm'), before): pd.testing.assert_frame_equal(getattr(learn, f).df[:len(d)].astype({'fit':int}), d.astype({'fit':int}), check_categorical=False)
+    for f,d in zip(('grad_stats','grad_norm'), before):
+        pd.testing.assert_frame_equal(getattr(learn, f).df[:len(d)].astype({'fit':int}), d.astype({'fit':int}), check_categorical=False)
     assert len(learn.grad_stats.df)-len(before[0])==(2 if where=='optimizer' else 0)   # its backward was complete
     spy = GradSpy()
     fit(learn, cbs=spy)
@@ -147,7 +157,9 @@ def interrupted_fit(at, monkeypatch):
             with stop: fit(learn)
         except KeyboardInterrupt: pass
     assert torch.is_grad_enabled(), stop.where
-    frames = [d.astype({c:object for c in d.select_dtypes('category')}) for d in (learn.grad_stats.df, learn.grad_norm.df, *([learn.grad_norm.by('param')] if len(learn.grad_norm.df) else []))]
+    frames = [learn.grad_stats.df, learn.grad_norm.df]
+    if len(learn.grad_norm.df): frames.append(learn.grad_norm.by('param'))
+    frames = [d.astype({c:object for c in d.select_dtypes('category')}) for d in frames]
     fit(learn)
     assert learn.grad_norm.df['step'].is_monotonic_increasing and learn.grad_stats.df['iteration'].is_monotonic_increasing, stop.where
     return frames,stop

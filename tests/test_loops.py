@@ -142,7 +142,8 @@ def test_a_step_ahead_of_fastais(event, opt_func):
     truth = OptimizerTruth(learn)
     fit(learn)
     np.testing.assert_allclose(learn.grad_norm.df['norm'], truth.norms, rtol=1e-5)
-    np.testing.assert_allclose(learn.grad_norm.df['update_norm'].dropna(), [m for m,n in zip(truth.moved, learn.grad_norm.df['update_norm'].notna()) if n], rtol=1e-4)
+    np.testing.assert_allclose(learn.grad_norm.df['update_norm'].dropna(),
+                               [m for m,n in zip(truth.moved, learn.grad_norm.df['update_norm'].notna()) if n], rtol=1e-4)
     check_against_optimizer(learn, truth)
 
 # --- calls within a fit
@@ -187,8 +188,14 @@ class GivenBatches:
     def to(self, device): return self
 
 def dict_target(i): return dict(boxes=torch.rand(3+i,4))
-odd_batches = dict(detection=(([torch.randn(6)]*2, [dict_target(0), dict_target(1)]), 2), empty_list=((torch.randn(5,6), []), 5), empty_dict=((torch.randn(5,6), {}), 5), dict_x=((dict(x=torch.randn(7,6)), torch.zeros(7)), 7),
-               texts=((torch.randn(4,6), ['a','b','c','d']), 4), scalar=((torch.randn(3,6), torch.tensor(1.)), 3), tuple_y=((torch.randn(4,6), (torch.zeros(4,2),torch.zeros(4))), 4))
+odd_batches = dict(
+    detection=(([torch.randn(6)]*2, [dict_target(0), dict_target(1)]), 2),
+    empty_list=((torch.randn(5,6), []), 5),
+    empty_dict=((torch.randn(5,6), {}), 5),
+    dict_x=((dict(x=torch.randn(7,6)), torch.zeros(7)), 7),
+    texts=((torch.randn(4,6), ['a','b','c','d']), 4),
+    scalar=((torch.randn(3,6), torch.tensor(1.)), 3),
+    tuple_y=((torch.randn(4,6), (torch.zeros(4,2),torch.zeros(4))), 4))
 
 @pytest.mark.parametrize('name', odd_batches)
 def test_batch_size(name):

@@ -15,7 +15,13 @@ from helpers.training import fit,loaders
 def aux_loss(o, y): return sum(F.cross_entropy(t, y)*w for t,w in zip([o] if isinstance(o, Tensor) else o.values() if isinstance(o, dict) else o, (1,.4,.3)))
 def pixel_loss(o, y): return aux_loss({k:t.mean((2,3)) for k,t in o.items()}, y)
 
-small_models = dict(resnet18=tv.resnet18, densenet121=tv.densenet121, mobilenet_v3_small=tv.mobilenet_v3_small, efficientnet_b0=tv.efficientnet_b0, shufflenet=tv.shufflenet_v2_x0_5, squeezenet=tv.squeezenet1_1)
+small_models = dict(
+    resnet18=tv.resnet18,
+    densenet121=tv.densenet121,
+    mobilenet_v3_small=tv.mobilenet_v3_small,
+    efficientnet_b0=tv.efficientnet_b0,
+    shufflenet=tv.shufflenet_v2_x0_5,
+    squeezenet=tv.squeezenet1_1)
 small_models = {k:partial(f, num_classes=10) for k,f in small_models.items()} | dict(vit=vit, swin=swin, convnext=convnext)
 
 def randomise(model):
@@ -42,7 +48,8 @@ def test_several_outputs(name):
     "Auxiliary heads and dicts: each tensor of the root's output too."
     f,size,loss = models_with_aux[name]
     model,(x,y) = f(),random_pictures(2, size)
-    if name=='inception_v3': model,x,loss = model.double(),x.double(),lambda o,y: aux_loss(o, y).float()   # 94 convolutions in float32 leave 1e-5 between any two routes
+    if name=='inception_v3':
+        model,x,loss = model.double(),x.double(),lambda o,y: aux_loss(o, y).float()   # 94 convolutions in float32 leave 1e-5 between any two routes
     df = check_batch(model, x, y, loss)
     if name=='vgg11_bn': return
     outs = dict(googlenet=3, lraspp=1, fcn=2, inception_v3=2)[name]
@@ -78,8 +85,18 @@ def test_every_module(name):
 def mean_square(o, y): return (o*o).mean()
 def weighted_squares(o, y=None): return sum((i+1)*(t*t).sum() for i,t in enumerate(tensor_leaves(o)))
 
-nested_outputs = dict(tuple=lambda a,b: (a,b), list=lambda a,b: [a,b], dict=lambda a,b: dict(x=a, y=b), ordered=lambda a,b: OrderedDict({'y.1':a, 'x':b}), namedtuple=NamedPair, dataclass=DataPair,
-             deep=lambda a,b: (a, dict(k=[b, 3, None], j=DataPair(a*b)), ('s', NamedPair(a+b, a.detach()))), same=lambda a,b: (a,a), ints=lambda a,b: (a.argmax(1), a, b), one=lambda a,b: (a,), empty=lambda a,b: (a, (), {}, [b]))
+nested_outputs = dict(
+    tuple=lambda a,b: (a,b),
+    list=lambda a,b: [a,b],
+    dict=lambda a,b: dict(x=a, y=b),
+    ordered=lambda a,b: OrderedDict({'y.1':a, 'x':b}),
+    namedtuple=NamedPair,
+    dataclass=DataPair,
+    deep=lambda a,b: (a, dict(k=[b, 3, None], j=DataPair(a*b)), ('s', NamedPair(a+b, a.detach()))),
+    same=lambda a,b: (a,a),
+    ints=lambda a,b: (a.argmax(1), a, b),
+    one=lambda a,b: (a,),
+    empty=lambda a,b: (a, (), {}, [b]))
 
 @pytest.mark.parametrize('nest', nested_outputs)
 def test_nested(nest):
@@ -112,7 +129,13 @@ def test_packed_sequence():
     torch.manual_seed(0)
     check_batch(FunctionNet(f, l=nn.Linear(3,2), r=nn.LSTM(4,3)), torch.randn(3,5,4), torch.zeros(3), loss=mean_square, n_rows=2)
 
-split_views = dict(chunk=lambda x: x.chunk(2, 1), unbind=lambda x: x.unbind(1), split=lambda x: x.split([1,3], 1), max=lambda x: x.max(1), svd=lambda x: torch.linalg.svd(x, full_matrices=False), var_mean=lambda x: torch.var_mean(x, 1))
+split_views = dict(
+    chunk=lambda x: x.chunk(2, 1),
+    unbind=lambda x: x.unbind(1),
+    split=lambda x: x.split([1,3], 1),
+    max=lambda x: x.max(1),
+    svd=lambda x: torch.linalg.svd(x, full_matrices=False),
+    var_mean=lambda x: torch.var_mean(x, 1))
 
 @pytest.mark.parametrize('split', split_views)
 def test_views(split):
@@ -158,7 +181,9 @@ def test_shared():
 
 def test_identity_modules():
     "Modules that hand on what they got, a parent that returns its child's tensor, in-place changes in between."
-    net = nn.Sequential(nn.Linear(4,4), nn.Sequential(nn.Identity(), nn.Linear(4,4), nn.Dropout(.5, inplace=True), nn.ReLU(inplace=True)), nn.Identity(), nn.Linear(4,3))
+    net = nn.Sequential(nn.Linear(4,4),
+                        nn.Sequential(nn.Identity(), nn.Linear(4,4), nn.Dropout(.5, inplace=True), nn.ReLU(inplace=True)),
+                        nn.Identity(), nn.Linear(4,3))
     check_batch(net, *random_vectors(), listed=['(model)',*(n for n,_ in net.named_modules() if n)], n_rows=9)
     def f(s, x):
         o = s.l(x)
@@ -176,7 +201,9 @@ def test_checkpoint():
     from torch.utils.checkpoint import checkpoint
     def net(reentrant):
         torch.manual_seed(0)
-        return FunctionNet(lambda s,x: s.h(checkpoint(s.b, s.l(x), use_reentrant=reentrant)), l=nn.Linear(4,4), b=nn.Sequential(nn.Linear(4,5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5,4)), h=nn.Linear(4,3))
+        return FunctionNet(lambda s,x: s.h(checkpoint(s.b, s.l(x), use_reentrant=reentrant)), l=nn.Linear(4,4),
+                           b=nn.Sequential(nn.Linear(4,5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Linear(5,4)),
+                           h=nn.Linear(4,3))
     x,y = random_vectors()
     want = output_grads(FunctionNet(lambda s,x: s.h(s.b(s.l(x))), **net(False)._modules), lambda m: F.cross_entropy(m(x), y), ['l','b.0','b.1','b.3','h'])
     for reentrant in (True,False):

@@ -1,20 +1,44 @@
-"Names are text: in plots, the report, the notebook's view and files they are shown as they are, and begin no formula, tag or comment; what is not there is not called 'not finite'."
-import html,json,re,shutil,subprocess,warnings
+"""Names are text: in plots, the report, the notebook's view and files they are shown as they are, and begin no formula, tag or
+comment; what is not there is not called 'not finite'."""
+import html,json,re,shutil,warnings
 from functools import partial
 import numpy as np,pandas as pd,pytest,torch
 import torch.nn.functional as F
 from fastai.basics import *
 from matplotlib import pyplot as plt
 from torch import nn
-from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,compare,diagnose,plot_grad_flow,plot_grad_heatmap,plot_grad_hist,plot_grad_log10,plot_grad_lr,plot_grad_norm,plot_ray,save_report
+from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,compare,diagnose,save_report
+from fastai_gradstats import plot_grad_flow,plot_grad_heatmap,plot_grad_hist,plot_grad_log10,plot_grad_lr,plot_grad_norm,plot_ray
 from fastai_gradstats.plot import printed
 from helpers.callbacks import TrainOnly
 from helpers.oracles import GradSpy
+from helpers.project import visit_page
 from helpers.training import fit,loaders
 
-hostile = {'two dollars':'$\\frac$', 'four dollars':'$x$ and $\\frac{$', 'backslash':'a\\b\\', 'caret':'x^_{', 'comment':'<!--<script>', 'end of script':'</script><b>', 'end of comment':'--><i>', 'ampersand':'a&lt;b&', 'quotes':'"\'`',
-           'attribute':'id="x" href="#y" url(#z)', 'colour':'#000000', 'underscore':'_hidden', 'child':'_child1', 'line breaks':'a\nb\r\n\tc', 'long':'w'*300, 'accents':'ünïcode', 'right to left':'שלום', 'direction':'a\u202eb',
-           'percent':'%s %(x)d 100%', 'braces':'{title}{0}{}', 'empty line':' ', 'clash':'clipped', 'comma':'a,b;c"d'}
+hostile = {
+    'two dollars':'$\\frac$',
+    'four dollars':'$x$ and $\\frac{$',
+    'backslash':'a\\b\\',
+    'caret':'x^_{',
+    'comment':'<!--<script>',
+    'end of script':'</script><b>',
+    'end of comment':'--><i>',
+    'ampersand':'a&lt;b&',
+    'quotes':'"\'`',
+    'attribute':'id="x" href="#y" url(#z)',
+    'colour':'#000000',
+    'underscore':'_hidden',
+    'child':'_child1',
+    'line breaks':'a\nb\r\n\tc',
+    'long':'w'*300,
+    'accents':'ünïcode',
+    'right to left':'שלום',
+    'direction':'a\u202eb',
+    'percent':'%s %(x)d 100%',
+    'braces':'{title}{0}{}',
+    'empty line':' ',
+    'clash':'clipped',
+    'comma':'a,b;c"d'}
 
 def named_learner(model, *cbs, **kw):
     torch.manual_seed(0)
@@ -61,7 +85,8 @@ def test_module_names(rec):
     for f in (plot_grad_log10, plot_grad_norm): texts_drawn(f(rec))
     for f in (partial(plot_grad_heatmap, figsize=(9,12)), partial(plot_grad_flow, figsize=(12,5)), partial(plot_grad_heatmap, kind='param', figsize=(9,16))):
         shown = texts_drawn(f(rec))
-        for n in hostile_names: assert is_shown(shown, n.replace('.', '_')) or f.keywords.get('kind')=='param' and any(t.endswith('.weight') for t in shown) and len(n)>40, n
+        for n in hostile_names:
+            assert is_shown(shown, n.replace('.', '_')) or f.keywords.get('kind')=='param' and any(t.endswith('.weight') for t in shown) and len(n)>40, n
 
 @pytest.mark.parametrize('name', hostile_names, ids=hostile)
 def test_histogram_title(rec, name):
@@ -129,7 +154,8 @@ def test_report(rec, small, some, tmp_path):
     pages = save_report(rec, tmp_path/'a.html', title=some[0]), save_report(compare({n:small for n in some}), tmp_path/'b.html')
     for f,wanted in zip(pages, (hostile_names, some)):
         page = f.read_text(encoding='utf-8')
-        assert page.count('<svg')==2 and page.count('<script')==2==page.count('</script>') and page.count('<!--')==page.count('-->') and page.rstrip().endswith('</html>')
+        assert page.count('<svg')==2 and page.count('<script')==2==page.count('</script>')
+        assert page.count('<!--')==page.count('-->') and page.rstrip().endswith('</html>')
         text = visible(page)
         for n in wanted:
             shown = printed(n if wanted is some else n.replace('.', '_'))
@@ -167,11 +193,11 @@ def test_browser(tmp_path):
     assert shutil.which('chromium'), 'Debian: apt-get install chromium'
     learn = fit(named_learner(modules_named(hostile_names), GradStatsCallback(), GradNormCallback()))
     f = save_report(learn, tmp_path/'a.html', title='<!--<script>')
-    f.write_text(f.read_text(encoding='utf-8').replace('</html>', """<script>{const c=$('heat'),r=c.getBoundingClientRect(), rows=document.querySelectorAll('.sort tbody tr').length
+    code = """<script>{const c=$('heat'),r=c.getBoundingClientRect(),rows=document.querySelectorAll('.sort tbody tr').length
       c.dispatchEvent(new MouseEvent('mousemove',{clientX:r.left+5,clientY:r.top+2}))
-      document.title=[document.querySelectorAll('svg').length,c.width,rows,tip.textContent.split('\\n')[0]].join('|')}</script></html>"""), encoding='utf-8')
-    p = subprocess.run(['chromium', *'--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split(), f'--user-data-dir={tmp_path}/profile',
-                        *'--enable-logging=stderr --v=0 --virtual-time-budget=3000 --dump-dom'.split(), f.as_uri()], capture_output=True, text=True, timeout=120)
+      document.title=[document.querySelectorAll('svg').length,c.width,rows,tip.textContent.split('\\n')[0]].join('|')}</script></html>"""
+    f.write_text(f.read_text(encoding='utf-8').replace('</html>', code), encoding='utf-8')
+    p = visit_page(f, tmp_path)
     assert p.returncode==0 and 'CONSOLE' not in p.stderr, p.stderr
     title = html.unescape(re.search(r'<title>(.*?)</title>', p.stdout, re.S)[1])
     assert title==f'2|6|{3*len(hostile_names)}|$\\frac$ (output)', title
@@ -195,7 +221,9 @@ class Zeroes(Callback):
     def before_step(self):
         for p in self.model.parameters(): p.grad = None
 def relu_mlp(): return nn.Sequential(nn.Linear(4,8), nn.ReLU(), nn.Linear(8,3))
-without_gradient = dict(inside_backward=lambda *cbs: named_learner(stepping_in_backward(relu_mlp()), *cbs), no_part=lambda *cbs: named_learner(Free(), *cbs), taken_away=lambda *cbs: named_learner(relu_mlp(), Zeroes(), *cbs))
+without_gradient = dict(inside_backward=lambda *cbs: named_learner(stepping_in_backward(relu_mlp()), *cbs),
+                        no_part=lambda *cbs: named_learner(Free(), *cbs),
+                        taken_away=lambda *cbs: named_learner(relu_mlp(), Zeroes(), *cbs))
 
 @pytest.mark.parametrize('name', without_gradient)
 def test_nothing_at_the_step(name):
@@ -250,13 +278,16 @@ class NanAfterBackward(Callback):
             for n,p in self.model.named_parameters():
                 if n in self.names: p.grad.fill_(np.nan)
 
-@pytest.mark.parametrize('names,before', [(('0.weight','0.bias','2.weight','2.bias'),'(parameters)'), (('0.weight','2.bias'),'(parameters)'), (('2.weight',),'2.weight'), (('0.bias',),'0.bias')])
+@pytest.mark.parametrize('names,before',
+                         [(('0.weight','0.bias','2.weight','2.bias'),'(parameters)'), (('0.weight','2.bias'),'(parameters)'),
+                          (('2.weight',),'2.weight'), (('0.bias',),'0.bias')])
 def test_after_backward(names, before):
     "All outputs finite, parameters not: no layer is blamed, the reader is sent to the other ranks and to what acts after backward"
     learn = fit(named_learner(relu_mlp(), NanAfterBackward(names), GradStatsCallback(), GradNormCallback()))
     n = learn.grad_stats.first_nonfinite()
     assert n==(2, '(outputs)', before) and n.where=='after backward'
-    for s in (repr(n), str(diagnose(learn)).replace('\n    ', ' ')): assert 'outputs of this process are finite' in s and 'other ranks' in s and 'after backward' in s
+    for s in (repr(n), str(diagnose(learn)).replace('\n    ', ' ')):
+        assert 'outputs of this process are finite' in s and 'other ranks' in s and 'after backward' in s
     assert 'lower the learning rate' not in str(diagnose(learn).query("rule=='non_finite'")['try'].item()) and not diagnose(learn).ok
 
 def test_unseen_output():

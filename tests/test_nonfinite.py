@@ -108,18 +108,27 @@ def test_text(normed):
     assert 'error, non_finite, a, 3.weight' in two and all(o in two.splitlines()[-1] for o in ('depth (a)', 'depth (b)'))
     assert str(diagnose(GradRecord())).startswith('nothing was recorded')
     assert str(diagnose(GradRecord(steps=calm_steps(norm=np.ones(20))))).startswith('no findings\nnot checked: ')
-    for d in (f[:1], f[['rule','evidence']], f[f['severity']=='error'], f.copy(), f.drop(columns='try'), f.reset_index()): assert type(d) is pd.DataFrame and len(repr(d)) and 'non_finite' in d.to_string()
+    for d in (f[:1], f[['rule','evidence']], f[f['severity']=='error'], f.copy(), f.drop(columns='try'), f.reset_index()):
+        assert type(d) is pd.DataFrame and len(repr(d)) and 'non_finite' in d.to_string()
     del f['evidence']
     assert 'non_finite' in repr(f)
 
 @pytest.fixture(scope='module')
 def stats(): return run_broken(lambda learn: None, GradStatsCallback())
 
-@pytest.mark.parametrize('call,says', [
-    (lambda l: diagnose(l, factor='x'), 'factor: a number'), (lambda l: diagnose(l, window=-3), 'window: a whole number'), (lambda l: diagnose(l, dead=5), 'dead: a number from 0 to 1'),
-    (lambda l: l.grad_stats.top(3, 'foo'), 'stat: accepted are .*max_abs'), (lambda l: l.grad_stats.suggest_clip('a'), 'q: a number'), (lambda l: l.grad_stats.suggest_clip(), 'GradNormCallback'),
-    (lambda l: grad_along_ray(l.model, [1]), 'learn: a Learner'), (lambda l: grad_along_ray(l, 'a'), 'scales: '), (lambda l: per_sample_norms(l.model, 3), 'learn: a Learner'),
-    (lambda l: GradRecord.load(5), 'folder: a path'), (lambda l: l.grad_stats.by('module'), 'GradNormCallback'), (lambda l: l.grad_stats.elasticity(), 'GradNormCallback')])
+@pytest.mark.parametrize('call,says',
+                         [(lambda l: diagnose(l, factor='x'), 'factor: a number'),
+                          (lambda l: diagnose(l, window=-3), 'window: a whole number'),
+                          (lambda l: diagnose(l, dead=5), 'dead: a number from 0 to 1'),
+                          (lambda l: l.grad_stats.top(3, 'foo'), 'stat: accepted are .*max_abs'),
+                          (lambda l: l.grad_stats.suggest_clip('a'), 'q: a number'),
+                          (lambda l: l.grad_stats.suggest_clip(), 'GradNormCallback'),
+                          (lambda l: grad_along_ray(l.model, [1]), 'learn: a Learner'),
+                          (lambda l: grad_along_ray(l, 'a'), 'scales: '),
+                          (lambda l: per_sample_norms(l.model, 3), 'learn: a Learner'),
+                          (lambda l: GradRecord.load(5), 'folder: a path'),
+                          (lambda l: l.grad_stats.by('module'), 'GradNormCallback'),
+                          (lambda l: l.grad_stats.elasticity(), 'GradNormCallback')])
 def test_errors(stats, call, says):
     with pytest.raises((TypeError,ValueError), match=says) as e: call(stats)
     assert '\n' not in str(e.value)
@@ -180,7 +189,10 @@ def test_nan_that_is_skipped_after_the_loss(exc, order, kind):
 
 class MasksOneClass(nn.Module):
     "Masks one class"
-    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.linspace(-.5, .5, 24).view(8,3)); self.register_buffer('off', torch.tensor([False,False,True]))
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(-.5, .5, 24).view(8,3))
+        self.register_buffer('off', torch.tensor([False,False,True]))
     def forward(self, x): return (x@self.w).masked_fill(self.off, -torch.inf)
 class CanTurnBad(nn.Module):
     "Passes on; forward or backward turns bad when told to"
@@ -195,7 +207,10 @@ class TurnsBad(Callback):
     def before_batch(self): self.learn.model[1].now = self.what if self.train_iter==self.at else None
 
 def masked_net(): return nn.Sequential(nn.Linear(6,8), CanTurnBad(), nn.Linear(8,8), nn.Tanh(), MasksOneClass())
-def masked_first_net(): return nn.Sequential(FunctionNet(lambda s,x: s.s(x@s.w).softmax(1), s=MasksOneClass(), w=nn.Parameter(torch.eye(6)[:,:6]@torch.ones(6,8)/6)), CanTurnBad(), nn.Linear(3,3))
+def masked_first_net():
+    return nn.Sequential(FunctionNet(lambda s,x: s.s(x@s.w).softmax(1), s=MasksOneClass(),
+                                     w=nn.Parameter(torch.eye(6)[:,:6]@torch.ones(6,8)/6)),
+                         CanTurnBad(), nn.Linear(3,3))
 def two_class_loss(o, y): return F.cross_entropy(o, y%2)
 
 @pytest.mark.parametrize('cls', (GradStatsCallback,ByRows))

@@ -87,10 +87,25 @@ class SlotsOnly:
     __slots__ = ('h','never')
     def __init__(self, h): self.h = h
 
-containers_looked_into = dict(unset=(HalfSet,lambda o: o.h), slots=(SlottedData,lambda o: o.h), in_itself=(in_itself,lambda o: o['h']), tree=(two_nodes,lambda o: o.h), deep=(deep_list,innermost), deque=(lambda h: collections.deque([h]),lambda o: o[0]),
-    set=(lambda h: {h},lambda o: next(iter(o))), userdict=(lambda h: collections.UserDict(h=h),lambda o: o['h']), proxy=(lambda h: MappingProxyType(dict(h=h)),lambda o: o['h']), namespace=(lambda h: SimpleNamespace(h=h),lambda o: o.h),
-    namedtuple=(lambda h: Tagged(1,h),lambda o: o.h), lazy=(lambda h: Lazy(h=h),lambda o: dict.__getitem__(o, 'h')), ordered=(lambda h: OrderedDict(h=h),lambda o: o['h']))
-sealed_outputs = dict(property=(HasProperties,lambda o: o.h), slots_only=(SlotsOnly,lambda o: o.h), distribution=(lambda h: torch.distributions.Normal(h, 1.),lambda o: o.mean), generator=(lambda h: (t for t in [h]),next),
+containers_looked_into = dict(
+    unset=(HalfSet,lambda o: o.h),
+    slots=(SlottedData,lambda o: o.h),
+    in_itself=(in_itself,lambda o: o['h']),
+    tree=(two_nodes,lambda o: o.h),
+    deep=(deep_list,innermost),
+    deque=(lambda h: collections.deque([h]),lambda o: o[0]),
+    set=(lambda h: {h},lambda o: next(iter(o))),
+    userdict=(lambda h: collections.UserDict(h=h),lambda o: o['h']),
+    proxy=(lambda h: MappingProxyType(dict(h=h)),lambda o: o['h']),
+    namespace=(lambda h: SimpleNamespace(h=h),lambda o: o.h),
+    namedtuple=(lambda h: Tagged(1,h),lambda o: o.h),
+    lazy=(lambda h: Lazy(h=h),lambda o: dict.__getitem__(o, 'h')),
+    ordered=(lambda h: OrderedDict(h=h),lambda o: o['h']))
+sealed_outputs = dict(
+    property=(HasProperties,lambda o: o.h),
+    slots_only=(SlotsOnly,lambda o: o.h),
+    distribution=(lambda h: torch.distributions.Normal(h, 1.),lambda o: o.mean),
+    generator=(lambda h: (t for t in [h]),next),
     set_of_two=(lambda h: {h,h*2},lambda o: sum(o)))
 
 def wrapped_and_unwrapped(wrap, unwrap): return lambda: FunctionNet(lambda s,x: s.b(unwrap(s.a(x))), a=ReturnsWrapped(wrap), b=nn.Linear(8,3))
@@ -133,7 +148,8 @@ def copies_of(learn):
     file = io.BytesIO()
     torch.save(m, file)
     file.seek(0)
-    return dict(deepcopy=deepcopy(m), ema=torch.optim.swa_utils.AveragedModel(m).module, saved=torch.load(file, weights_only=False), scripted=torch.jit.script(m))
+    return dict(deepcopy=deepcopy(m), ema=torch.optim.swa_utils.AveragedModel(m).module, saved=torch.load(file, weights_only=False),
+                scripted=torch.jit.script(m))
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 @pytest.mark.parametrize('event', ('before_batch','after_pred','after_loss','after_backward','before_step','after_batch'))
@@ -213,8 +229,9 @@ def test_parameter_lists():
     assert said==[] and row_names(learn)==['0','1']
     assert row_names(learn, 'param')==['0.ws.0','0.d.b','1.weight','1.bias']
 
-lazy_models = [lambda: nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(3)), lambda: nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(3)),
-          lambda: nn.Sequential(nn.Unflatten(1, (1,6)), nn.LazyConv1d(2,3), nn.Flatten(), nn.LazyLinear(3))]
+lazy_models = [lambda: nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(3)),
+               lambda: nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(3)),
+               lambda: nn.Sequential(nn.Unflatten(1, (1,6)), nn.LazyConv1d(2,3), nn.Flatten(), nn.LazyLinear(3))]
 
 @pytest.mark.parametrize('make', lazy_models)
 def test_lazy(make):
@@ -240,7 +257,11 @@ def test_averaged_model():
 
 # --- layers that are used and not called
 
-uncalled_layers = dict(forward=lambda s,x: s.b(s.a.forward(x)), linear=lambda s,x: s.b(F.linear(x, s.a.weight, s.a.bias)), matmul=lambda s,x: s.b(x@s.a.weight.t()), penalty=lambda s,x: s.b(x[:,:1]*s.a.weight.square().sum().expand(1,8)))
+uncalled_layers = dict(
+    forward=lambda s,x: s.b(s.a.forward(x)),
+    linear=lambda s,x: s.b(F.linear(x, s.a.weight, s.a.bias)),
+    matmul=lambda s,x: s.b(x@s.a.weight.t()),
+    penalty=lambda s,x: s.b(x[:,:1]*s.a.weight.square().sum().expand(1,8)))
 
 @pytest.mark.parametrize('kind', uncalled_layers)
 def test_used_without_a_call(kind):
@@ -253,12 +274,18 @@ def test_used_without_a_call(kind):
 def tied(s):
     s.d.weight = s.e.weight
     return s
-nothing_to_say = dict(attention=lambda: FunctionNet(lambda s,x: s.h(s.att(x[:,None],x[:,None],x[:,None])[0][:,0]), att=nn.MultiheadAttention(6,2), h=nn.Linear(6,3)),
-             encoder=lambda: FunctionNet(lambda s,x: s.h(s.t(x[:,None])[:,0]), t=nn.TransformerEncoderLayer(6,2,8, dropout=0.), h=nn.Linear(6,3)),
-             tied=lambda: tied(FunctionNet(lambda s,x: s.h(s.d(x)), e=nn.Linear(6,6, bias=False), d=nn.Linear(6,6, bias=False), h=nn.Linear(6,3))),
-             unused=lambda: FunctionNet(lambda s,x: s.h(x), u=nn.Linear(6,6), h=nn.Linear(6,3)),
-             sometimes=lambda: FunctionNet(lambda s,x: s.h(s.u(x) if next(s.turn)%2 else x), u=nn.Linear(6,6), h=nn.Linear(6,3), turn=count()),
-             checkpoint=lambda: FunctionNet(lambda s,x: s.h(torch.utils.checkpoint.checkpoint(s.u, x.requires_grad_(), use_reentrant=True)), u=nn.Linear(6,6), h=nn.Linear(6,3)))
+nothing_to_say = dict(
+    attention=lambda: FunctionNet(lambda s,x: s.h(s.att(x[:,None],x[:,None],x[:,None])[0][:,0]), att=nn.MultiheadAttention(6,2),
+                                  h=nn.Linear(6,3)),
+    encoder=lambda: FunctionNet(lambda s,x: s.h(s.t(x[:,None])[:,0]), t=nn.TransformerEncoderLayer(6,2,8, dropout=0.),
+                                h=nn.Linear(6,3)),
+    tied=lambda: tied(FunctionNet(lambda s,x: s.h(s.d(x)), e=nn.Linear(6,6, bias=False), d=nn.Linear(6,6, bias=False),
+                                  h=nn.Linear(6,3))),
+    unused=lambda: FunctionNet(lambda s,x: s.h(x), u=nn.Linear(6,6), h=nn.Linear(6,3)),
+    sometimes=lambda: FunctionNet(lambda s,x: s.h(s.u(x) if next(s.turn)%2 else x), u=nn.Linear(6,6), h=nn.Linear(6,3),
+                                  turn=count()),
+    checkpoint=lambda: FunctionNet(lambda s,x: s.h(torch.utils.checkpoint.checkpoint(s.u, x.requires_grad_(), use_reentrant=True)),
+                                   u=nn.Linear(6,6), h=nn.Linear(6,3)))
 
 @pytest.mark.parametrize('kind', nothing_to_say)
 def test_nothing_to_say_of_calls(kind):
@@ -278,7 +305,11 @@ def batched_jacobian(l, x):
     y = l(x)
     return y+torch.autograd.grad(y, x, torch.eye(6)[:,None].expand(6,*y.shape), is_grads_batched=True, create_graph=True)[0].sum(0)
 
-@pytest.mark.parametrize('how', (batched_jacobian, lambda l,x: torch.func.vmap(l)(x), lambda l,x: torch.func.vmap(torch.func.jacrev(l))(x).sum(1), lambda l,x: l(x)+torch.func.grad(lambda x: l(x).square().sum())(x)), ids=('batched','vmap','jacrev','penalty'))
+@pytest.mark.parametrize('how',
+                         (batched_jacobian, lambda l,x: torch.func.vmap(l)(x),
+                          lambda l,x: torch.func.vmap(torch.func.jacrev(l))(x).sum(1),
+                          lambda l,x: l(x)+torch.func.grad(lambda x: l(x).square().sum())(x)),
+                         ids=('batched','vmap','jacrev','penalty'))
 def test_inside_torch_func(how):
     "Its output is the transform's; parameters, norms and other modules are as ever, and it is said once"
     cbs,spy,x,y = both_callbacks(),GradSpy(),torch.randn(8,6),torch.randint(3, (8,))

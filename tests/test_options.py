@@ -28,7 +28,8 @@ def test_every_with_accumulation():
     assert d.loc[d['kind']=='param','step'].unique().tolist()==[0,3]
 
 def test_extra_and_threshold():
-    learn = fit(image_learner(cbs=[GradStatsCallback(threshold=.01, extra=dict(median=lambda g: g.float().abs().median())), GradNormCallback(), (spy := GradSpy())], n=16))
+    stats,spy = GradStatsCallback(threshold=.01, extra=dict(median=lambda g: g.float().abs().median())),GradSpy()
+    learn = fit(image_learner(cbs=[stats, GradNormCallback(), spy], n=16))
     for _,r in learn.grad_stats.select(kind='param').df.iterrows():
         compare_row(r, spy.grads[0][r['name']], .01)
         v = np.sort(np.abs(spy.grads[0][r['name']]).ravel())

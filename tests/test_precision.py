@@ -65,7 +65,9 @@ def test_overflow_of_an_accumulated_step():
 @pytest.mark.parametrize('dtype', (torch.float16,torch.bfloat16))
 def test_clipping_in_half_precision(dtype):
     "torch's own norm overflows or is rough there: what is recorded is what came out of it"
-    learn = step_learner([*both_callbacks(), GradientClip(1.)], model=seeded_mlp().to(dtype), dls=loaders(torch.randn(32,6).to(dtype), torch.arange(32)%3, 8), loss=lambda o,y: F.cross_entropy(o.float(), y)*5e4, lr=1e-6)
+    learn = step_learner([*both_callbacks(), GradientClip(1.)], model=seeded_mlp().to(dtype),
+                         dls=loaders(torch.randn(32,6).to(dtype), torch.arange(32)%3, 8),
+                         loss=lambda o,y: F.cross_entropy(o.float(), y)*5e4, lr=1e-6)
     truth = OptimizerTruth(learn)
     fit(learn)
     np.testing.assert_allclose(learn.grad_norm.df['clipped_norm'], truth.norms, rtol=1e-5)
@@ -88,7 +90,8 @@ class OwnScaler(Learner):
         self.scaler.step(self.opt)
         self.scaler.update()
 
-@pytest.mark.parametrize('opt', (torch.optim.SGD, partial(torch.optim.SGD, fused=True), partial(torch.optim.AdamW, fused=True)), ids=('sgd','fused sgd','fused adamw'))
+@pytest.mark.parametrize('opt', (torch.optim.SGD, partial(torch.optim.SGD, fused=True), partial(torch.optim.AdamW, fused=True)),
+                         ids=('sgd','fused sgd','fused adamw'))
 @pytest.mark.parametrize('unscale', (False, True))
 def test_scaler_in_a_loop_of_ones_own(opt, unscale):
     "The same norms as without a scale"
@@ -103,7 +106,8 @@ def test_scaler_in_a_loop_of_ones_own(opt, unscale):
 @pytest.mark.parametrize('scaler', (object(), 'a text', None, torch.amp.GradScaler('cpu', enabled=False)), ids=('object','text','none','disabled'))
 def test_scaler_that_is_none(scaler):
     "Whatever `learn.scaler` is; and a step that is cancelled beside it"
-    learn = step_learner([*both_callbacks(), Dropper('before_step', CancelStepException, leave_gradients, 0)], model=small_linear(), dls=vector_batches(scale={1:1000}))
+    learn = step_learner([*both_callbacks(), Dropper('before_step', CancelStepException, leave_gradients, 0)], model=small_linear(),
+                         dls=vector_batches(scale={1:1000}))
     learn.scaler = scaler
     fit(learn)
     assert learn.grad_norm.df['skipped'].tolist()==[False,True,False,False]

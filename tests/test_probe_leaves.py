@@ -93,14 +93,33 @@ class SlotCounter:
     def __init__(self): self.n = 0
 
 stateful_models = dict(
-    counter=lambda: Module(counts_calls, n=0), tensor=lambda: Module(counts_in_place, k=torch.zeros(())), data=lambda: Module(behind, k=torch.zeros(())), swapped_data=lambda: Module(swapped, k=torch.zeros(())),
-    attached=lambda: Module(attached, k=torch.zeros(())), list=lambda: Module(listed, seen=[]), deque=lambda: Module(listed, seen=collections.deque()), set=lambda: Module(sets, seen=set()),
-    bytearray=lambda: Module(listed, seen=bytearray()), nested=lambda: Module(counts_in_a_box, box={'a':(types.SimpleNamespace(n=0),)}), slots=lambda: Module(counts_in_a_box, box=collections.OrderedDict(a=[SlotCounter()])),
-    array=lambda: Module(array_in_place, a=np.zeros(3)), torch_generator=lambda: Module(torch_noise, g=torch.Generator().manual_seed(1)), numpy_generator=lambda: Module(numpy_noise, g=np.random.default_rng(1)),
-    python_generator=lambda: Module(python_noise, g=random.Random(1)), legacy_generator=lambda: Module(legacy_noise, g=np.random.RandomState(1)), count=lambda: Module(next_of, it=itertools.count()),
-    cycle=lambda: Module(next_of, it=itertools.cycle([1,2,3,4,5])), zipped=lambda: Module(next_of, it=map(abs, iter(range(100)))), file=lambda: Module(reads, file=io.BytesIO(bytes(range(100)))), freezes=lambda: Module(freezes, n=0),
-    new_attribute=lambda: Module(new_attribute), switches=lambda: Module(switches), global_variable=lambda: Module(globals_too), on_class=OnClass,
-    lstm=lambda: nn.Sequential(nn.Unflatten(1, (2,3)), nn.LSTM(3,4, batch_first=True), Last(), nn.Dropout(.2), nn.Linear(4,3)), batchnorm=lambda: nn.Sequential(nn.Linear(6,8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8,3)))
+    counter=lambda: Module(counts_calls, n=0),
+    tensor=lambda: Module(counts_in_place, k=torch.zeros(())),
+    data=lambda: Module(behind, k=torch.zeros(())),
+    swapped_data=lambda: Module(swapped, k=torch.zeros(())),
+    attached=lambda: Module(attached, k=torch.zeros(())),
+    list=lambda: Module(listed, seen=[]),
+    deque=lambda: Module(listed, seen=collections.deque()),
+    set=lambda: Module(sets, seen=set()),
+    bytearray=lambda: Module(listed, seen=bytearray()),
+    nested=lambda: Module(counts_in_a_box, box={'a':(types.SimpleNamespace(n=0),)}),
+    slots=lambda: Module(counts_in_a_box, box=collections.OrderedDict(a=[SlotCounter()])),
+    array=lambda: Module(array_in_place, a=np.zeros(3)),
+    torch_generator=lambda: Module(torch_noise, g=torch.Generator().manual_seed(1)),
+    numpy_generator=lambda: Module(numpy_noise, g=np.random.default_rng(1)),
+    python_generator=lambda: Module(python_noise, g=random.Random(1)),
+    legacy_generator=lambda: Module(legacy_noise, g=np.random.RandomState(1)),
+    count=lambda: Module(next_of, it=itertools.count()),
+    cycle=lambda: Module(next_of, it=itertools.cycle([1,2,3,4,5])),
+    zipped=lambda: Module(next_of, it=map(abs, iter(range(100)))),
+    file=lambda: Module(reads, file=io.BytesIO(bytes(range(100)))),
+    freezes=lambda: Module(freezes, n=0),
+    new_attribute=lambda: Module(new_attribute),
+    switches=lambda: Module(switches),
+    global_variable=lambda: Module(globals_too),
+    on_class=OnClass,
+    lstm=lambda: nn.Sequential(nn.Unflatten(1, (2,3)), nn.LSTM(3,4, batch_first=True), Last(), nn.Dropout(.2), nn.Linear(4,3)),
+    batchnorm=lambda: nn.Sequential(nn.Linear(6,8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8,3)))
 class Last(nn.Module):
     def forward(self, o): return o[0][:,-1]
 
@@ -133,7 +152,14 @@ def remembers(o, y, seen=[]):
     seen.append(1)
     return F.cross_entropy(o, y)*(1+.01*len(seen))
 def two_losses(o, y, first): return first(o, y)
-stateful_losses = dict(module=Centre, object=MeanOfLosses, method=lambda: MeanOfLosses().method, closure=warm_up, default=lambda: remembers, partial=lambda: functools.partial(two_losses, first=MeanOfLosses()), lambda_=lambda: (lambda c: lambda o,y: c(o, y))(Centre()))
+stateful_losses = dict(
+    module=Centre,
+    object=MeanOfLosses,
+    method=lambda: MeanOfLosses().method,
+    closure=warm_up,
+    default=lambda: remembers,
+    partial=lambda: functools.partial(two_losses, first=MeanOfLosses()),
+    lambda_=lambda: (lambda c: lambda o,y: c(o, y))(Centre()))
 
 class MovingData:
     "A data set with something of its own that moves"
@@ -159,14 +185,24 @@ class Stateful(torch.utils.data.Sampler):
         return iter(np.random.default_rng(self.epoch).permutation(self.n).tolist())
 def seeded_generator(): return torch.Generator().manual_seed(5)
 stateful_loaders = dict(
-    numpy_rng=lambda: both_loaders(DataLoader(MovingData(jitter, rng=np.random.default_rng(0)), bs=8)), counter=lambda: both_loaders(DataLoader(MovingData(brighter, n=0), bs=8)), data=lambda: both_loaders(DataLoader(MovingData(cached), bs=8)),
-    transform=lambda: both_loaders(TfmdDL(L(zip(*probe_data())), bs=8, after_item=[Jitter()])), shuffled=lambda: both_loaders(DataLoader(L(zip(*probe_data())), bs=8, shuffle=True)),
-    torch_loader=lambda: both_loaders(TorchLoader(TensorDataset(*probe_data()), 8, shuffle=True, generator=seeded_generator())), torch_global=lambda: both_loaders(TorchLoader(TensorDataset(*probe_data()), 8, shuffle=True)),
-    weighted=lambda: both_loaders(TorchLoader(TensorDataset(*probe_data()), 8, sampler=WeightedRandomSampler(torch.rand(32, generator=seeded_generator()), 32, generator=seeded_generator()))),
+    numpy_rng=lambda: both_loaders(DataLoader(MovingData(jitter, rng=np.random.default_rng(0)), bs=8)),
+    counter=lambda: both_loaders(DataLoader(MovingData(brighter, n=0), bs=8)),
+    data=lambda: both_loaders(DataLoader(MovingData(cached), bs=8)),
+    transform=lambda: both_loaders(TfmdDL(L(zip(*probe_data())), bs=8, after_item=[Jitter()])),
+    shuffled=lambda: both_loaders(DataLoader(L(zip(*probe_data())), bs=8, shuffle=True)),
+    torch_loader=lambda: both_loaders(TorchLoader(TensorDataset(*probe_data()), 8, shuffle=True, generator=seeded_generator())),
+    torch_global=lambda: both_loaders(TorchLoader(TensorDataset(*probe_data()), 8, shuffle=True)),
+    weighted=lambda: both_loaders(TorchLoader(TensorDataset(*probe_data()), 8,
+                                              sampler=WeightedRandomSampler(
+                                                  torch.rand(32, generator=seeded_generator()), 32, generator=seeded_generator()))),
     sampler=lambda: both_loaders(TorchLoader(TensorDataset(*probe_data()), 8, sampler=Stateful(32))))
 
-makers = {**{f'model_{k}':functools.partial(lambda f: probe_learner(model=f), f) for k,f in stateful_models.items()}, **{f'loss_{k}':functools.partial(lambda f: probe_learner(loss=f()), f) for k,f in stateful_losses.items()},
-          **{f'data_{k}':functools.partial(lambda f: probe_learner(dls=f()), f) for k,f in stateful_loaders.items()}, 'adam':lambda: probe_learner(opt=Adam), 'hooked':lambda: probe_learner(cbs=[ActivationStats(every=1)])}
+makers = {
+    **{f'model_{k}':functools.partial(lambda f: probe_learner(model=f), f) for k,f in stateful_models.items()},
+    **{f'loss_{k}':functools.partial(lambda f: probe_learner(loss=f()), f) for k,f in stateful_losses.items()},
+    **{f'data_{k}':functools.partial(lambda f: probe_learner(dls=f()), f) for k,f in stateful_loaders.items()},
+    'adam':lambda: probe_learner(opt=Adam),
+    'hooked':lambda: probe_learner(cbs=[ActivationStats(every=1)])}
 
 def random_ray(learn): return grad_along_ray(learn, [.5,1.,2.], direction='random')
 def sample_norms(learn): return per_sample_norms(learn, 5)
@@ -191,7 +227,8 @@ def after_probe(make, probe):
     fit(learn)
     return left_by_fit(learn)
 
-@pytest.mark.parametrize('name,probe', [(n,p) for n in makers for p in (random_ray,sample_norms) if (n,p)!=('model_swapped_data',sample_norms)])   # `.data=` inside `torch.func` ends the process, with torch alone
+# `.data=` inside `torch.func` ends the process, with torch alone
+@pytest.mark.parametrize('name,probe', [(n,p) for n in makers for p in (random_ray,sample_norms) if (n,p)!=('model_swapped_data',sample_norms)])
 def test_next_fit(name, probe):
     "A fit, a probe and a fit are two fits, bit for bit"
     with warnings.catch_warnings():
@@ -324,7 +361,16 @@ def half_frozen():
     m[0].requires_grad_(False)
     return m
 def with_script(): return nn.Sequential(torch.jit.script(nn.Linear(6,8)), nn.Tanh(), nn.Linear(8,3))
-probed_models = dict(plain=tanh_mlp, shared=SharedWeight, moody=Moody, complex=Complex, temperature=Temperature, frozen=half_frozen, batchnorm=stateful_models['batchnorm'], meta=WithMeta, meta_first=lambda: WithMeta(True))
+probed_models = dict(
+    plain=tanh_mlp,
+    shared=SharedWeight,
+    moody=Moody,
+    complex=Complex,
+    temperature=Temperature,
+    frozen=half_frozen,
+    batchnorm=stateful_models['batchnorm'],
+    meta=WithMeta,
+    meta_first=lambda: WithMeta(True))
 
 @pytest.mark.parametrize('name', probed_models)
 @pytest.mark.filterwarnings("ignore:left out, on device 'meta'")
@@ -347,7 +393,10 @@ def test_ray(name):
     df = grad_along_ray(learn, [1.], batch=b)
     loss = F.cross_entropy(learn.model(b[0]), b[1])
     gs = torch.autograd.grad(loss, [p for p in learn.model.parameters() if p.requires_grad and p.device.type!='meta'])
-    np.testing.assert_allclose(df[['loss','norm','max_abs']].iloc[0], [loss.item(), sum(g.abs().double().square().sum().item() for g in gs)**.5, max(g.abs().max().item() for g in gs)], rtol=1e-5)
+    np.testing.assert_allclose(df[['loss','norm','max_abs']].iloc[0],
+                               [loss.item(), sum(g.abs().double().square().sum().item() for g in gs)**.5,
+                                max(g.abs().max().item() for g in gs)],
+                               rtol=1e-5)
 
 def test_loss_per_sample():
     "`reduction='none'` counts with its mean"
@@ -405,7 +454,8 @@ class Apple(Tensor):
         kw = dict(kw or {})
         to = kw.get('device')
         if to is not None: kw['device'] = 'cpu'
-        if kw.get('dtype') in (torch.float64, torch.complex128) and not (to is not None and torch.device(to).type=='cpu'): raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
+        if kw.get('dtype') in (torch.float64, torch.complex128) and not (to is not None and torch.device(to).type=='cpu'):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64")
         out = f(*torch.utils._pytree.tree_map_only(Apple, lambda o: o.t, args), **torch.utils._pytree.tree_map_only(Apple, lambda o: o.t, kw))
         if f is torch.ops.aten._local_scalar_dense.default or to is not None and torch.device(to).type=='cpu': return out
         return torch.utils._pytree.tree_map_only(Tensor, lambda o: o if isinstance(o, Apple) else cls(o), out)
@@ -416,7 +466,10 @@ def test_apple():
     assert g.device.type=='mps' and g.cpu().device.type=='cpu'
     with pytest.raises(TypeError, match='float64'): g.double()
 
-@pytest.mark.parametrize('g', [torch.randn(5, generator=seeded_generator()), torch.tensor([1e30,-2.,0.]), torch.tensor([1.,torch.nan]), torch.randn(3, dtype=torch.complex64, generator=seeded_generator())], ids='plain large nan complex'.split())
+@pytest.mark.parametrize('g',
+                         [torch.randn(5, generator=seeded_generator()), torch.tensor([1e30,-2.,0.]), torch.tensor([1.,torch.nan]),
+                          torch.randn(3, dtype=torch.complex64, generator=seeded_generator())],
+                         ids='plain large nan complex'.split())
 def test_statistics_without_float64(g):
     "Every statistic, and `measure`, of a gradient on a device without float64 is that of the same gradient on the CPU"
     np.testing.assert_array_equal([*measure(Apple(g)).values()], [*measure(g).values()])
@@ -438,7 +491,8 @@ class No64(TorchDispatchMode):
 def test_probes_without_float64(name, monkeypatch):
     "Both probes where nothing is float64 before it is on the CPU; autograd in C++ knows no made-up device, so the CPU plays it"
     learn,xy = probe_learner(model=probed_models[name]),probe_data(6)
-    go = lambda: (grad_along_ray(learn, [.5,1,2], batch=xy), grad_along_ray(learn, [.5,1], direction='gradient', batch=xy), per_sample_norms(learn, 5, batch=xy))
+    go = lambda: (grad_along_ray(learn, [.5,1,2], batch=xy), grad_along_ray(learn, [.5,1], direction='gradient', batch=xy),
+                  per_sample_norms(learn, 5, batch=xy))
     want = go()
     with pytest.raises(TypeError, match='float64'), No64(): go()   # the guard is there
     monkeypatch.setattr(stats, 'has_float64', lambda device: False)

@@ -84,8 +84,20 @@ def loss_named(name):
 layer = st.tuples(st.sampled_from(sorted(layer_kinds)), st.sampled_from(['free','free','free','frozen','half']))
 dtypes = dict(float32=torch.float32, float64=torch.float64, bfloat16=torch.bfloat16)
 
-runs = dict(layers=st.lists(layer, min_size=1, max_size=6), dtype=st.sampled_from([*dtypes]), loss=st.sampled_from(['ce','sum','mse','large']), bs=st.integers(2,5), n=st.integers(1,5), acc=st.sampled_from([1,1,2,3]),
-            every=st.sampled_from([1,1,2]), threshold=st.sampled_from([1., .01, 0.]), epochs=st.integers(1,2), path=st.sampled_from(['kernel','blocks','rows']), clip=st.booleans(), seed=st.integers(0,9), opt=st.sampled_from([SGD,Adam]))
+runs = dict(
+    layers=st.lists(layer, min_size=1, max_size=6),
+    dtype=st.sampled_from([*dtypes]),
+    loss=st.sampled_from(['ce','sum','mse','large']),
+    bs=st.integers(2,5),
+    n=st.integers(1,5),
+    acc=st.sampled_from([1,1,2,3]),
+    every=st.sampled_from([1,1,2]),
+    threshold=st.sampled_from([1., .01, 0.]),
+    epochs=st.integers(1,2),
+    path=st.sampled_from(['kernel','blocks','rows']),
+    clip=st.booleans(),
+    seed=st.integers(0,9),
+    opt=st.sampled_from([SGD,Adam]))
 bounded = partial(settings, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 @bounded(max_examples=60)

@@ -49,7 +49,8 @@ def test_second_thread(cls):
     "Frames, norms, copies and pickles taken while training: nothing lost, mixed up or raised"
     stats,norms,spy = cls(**dict(hist=True) if cls is GradStatsCallback else {}),GradNormCallback(),GradSpy()
     learn = reader_learner(stats, norms, spy, n=150)
-    reads = lambda: stats.df,lambda: norms.norms[-1:],lambda: norms.by(),lambda: stats.hist_df,lambda: copy.deepcopy(stats.record),lambda: pickle.dumps(norms.record)
+    frames = lambda: stats.df,lambda: norms.norms[-1:],lambda: norms.by(),lambda: stats.hist_df
+    reads = *frames,lambda: copy.deepcopy(stats.record),lambda: pickle.dumps(norms.record)
     with Reader(*reads) as r: fit(learn)
     assert not r.errors and r.n>6
     check_record_against_spy(stats, norms, spy)
@@ -154,7 +155,8 @@ def spoil_frame(df):
     df.drop(df.index[2:], inplace=True)
     df.insert(0, 'mine', 1)
 
-def record_state(rec): return [o.to_csv() for o in (rec.df, rec.steps, rec.by(), rec.hist_df)]+[rec.sentence(), rec.summary(), [*rec.norms], rec.breaks, rec.facts, str(rec.stats[1])]
+def record_state(rec):
+    return [o.to_csv() for o in (rec.df, rec.steps, rec.by(), rec.hist_df)]+[rec.sentence(), rec.summary(), [*rec.norms], rec.breaks, rec.facts, str(rec.stats[1])]
 
 @pytest.mark.parametrize('how', ('live','loaded','selected','compared','frame'))
 def test_readers_get_copies(how, tmp_path):
@@ -223,7 +225,8 @@ def grown_record(rec, seed, n=60):
         if rng.random()<.05: ks.append(rec._rows.key('param', int(rng.integers(9)), f'q{it}'))
         if rng.random()<.1: rec._rows.skipped.add((-1,int(rng.integers(it+1))))
         at = np.arange(it, it+m)
-        rec._rows.append(np.stack([at*0, at*0, at*0, at, at]), np.full(m, len(ks)), np.tile(ks, m), rng.random((5,m*len(ks))).astype(np.float32), np.ones((4,m*len(ks)), np.uint32))
+        rec._rows.append(np.stack([at*0, at*0, at*0, at, at]), np.full(m, len(ks)), np.tile(ks, m),
+                         rng.random((5,m*len(ks))).astype(np.float32), np.ones((4,m*len(ks)), np.uint32))
         it += m
         yield rng
 

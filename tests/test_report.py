@@ -1,11 +1,11 @@
 "One page from a record: what is in it, how large it is, and that it works in a browser."
-import base64,json,re,shutil,subprocess,sys,time,warnings
+import base64,json,re,shutil,sys,time,warnings
 from functools import partial
 import numpy as np,pandas as pd,pytest
 from matplotlib import pyplot as plt
 from fastai_gradstats import GradRecord,compare,plot_grad_flow,plot_grad_heatmap,plot_grad_log10,plot_grad_norm,save_report
 from fastai_gradstats.report import main
-from helpers.project import ROOT,run_command
+from helpers.project import ROOT,run_command,visit_page
 
 def report_record(tensors=4, n=60, spike=None, bad=None, zero=None):
     "Gradients of 10**-3, but for a spike of 7 at (tensor, iteration), a NaN and a zero"
@@ -16,10 +16,13 @@ def report_record(tensors=4, n=60, spike=None, bad=None, zero=None):
         if at: v[at[1]*tensors+at[0]] = x
     names = [f'layer{i//10}.{i%10}.</script>' for i in range(tensors)]
     cat,o = lambda codes,cs: pd.Categorical.from_codes(codes, cs),np.int32(0)
-    df = pd.DataFrame(dict(fit=o, phase=cat(name*0, ['fit','lr_find']), epoch=it//-(-n//2), iteration=it, step=it, kind=cat(name*0, ['output','param']), name=cat(name, names), out=o, call=o, numel=np.int32(10),
-                           max_abs=v, mean_abs=v, norm=v, mean=v, std=v, zeros=np.int32(10)*(v==0), nonfinite=np.isnan(v).astype(np.int32), above=(v>1).astype(np.int32), skipped=False))
+    df = pd.DataFrame(dict(fit=o, phase=cat(name*0, ['fit','lr_find']), epoch=it//-(-n//2), iteration=it, step=it,
+                           kind=cat(name*0, ['output','param']), name=cat(name, names), out=o, call=o, numel=np.int32(10),
+                           max_abs=v, mean_abs=v, norm=v, mean=v, std=v, zeros=np.int32(10)*(v==0),
+                           nonfinite=np.isnan(v).astype(np.int32), above=(v>1).astype(np.int32), skipped=False))
     s = np.arange(n)
-    steps = pd.DataFrame(dict(fit=0, phase=cat(s*0, ['fit','lr_find']), epoch=s*2//n, iteration=s, step=s, lr=.1, loss=1., bs=8, norm=1.+s%3, clip_coef=1/(1.+s%3), clipped_norm=1., weight_norm=1., nonfinite=0, skipped=False))
+    steps = pd.DataFrame(dict(fit=0, phase=cat(s*0, ['fit','lr_find']), epoch=s*2//n, iteration=s, step=s, lr=.1, loss=1., bs=8,
+                              norm=1.+s%3, clip_coef=1/(1.+s%3), clipped_norm=1., weight_norm=1., nonfinite=0, skipped=False))
     return GradRecord(df, steps)
 
 def report_page(rec, tmp_path, **kw): return save_report(rec, tmp_path/'grads.html', **kw).read_text(encoding='utf-8')
@@ -53,7 +56,8 @@ def test_alone(tmp_path):
     "Nothing is loaded: no address but the namespaces of SVG, no file"
     s = report_page(report_record(), tmp_path)
     assert not re.search(r'\bsrc=|<link|@import|url\((?!#)', s)
-    assert all(u.startswith(('http://www.w3.org/','http://purl.org/','https://matplotlib.org','http://creativecommons.org')) for u in re.findall(r'https?://[^\s"<]+', re.sub(r'<td>.*', '', s)))
+    namespaces = 'http://www.w3.org/','http://purl.org/','https://matplotlib.org','http://creativecommons.org'
+    assert all(u.startswith(namespaces) for u in re.findall(r'https?://[^\s"<]+', re.sub(r'<td>.*', '', s)))
 
 def test_large(tmp_path):
     "300 tensors fill all 800 columns; the one spike and the one NaN are there"
@@ -66,7 +70,10 @@ def test_large(tmp_path):
     (r,),(c,) = np.where(np.isnan(v))
     assert r==7 and d['lo'][c]<=77<=d['hi'][c]
 
-@pytest.mark.parametrize('rec', [GradRecord(), report_record(n=1), GradRecord(report_record().df), GradRecord(steps=report_record().steps), GradRecord(report_record().df.assign(max_abs=np.nan, nonfinite=1)), GradRecord(report_record().df.assign(max_abs=np.float32(0), norm=np.float32(0)))],
+@pytest.mark.parametrize('rec',
+                         [GradRecord(), report_record(n=1), GradRecord(report_record().df), GradRecord(steps=report_record().steps),
+                          GradRecord(report_record().df.assign(max_abs=np.nan, nonfinite=1)),
+                          GradRecord(report_record().df.assign(max_abs=np.float32(0), norm=np.float32(0)))],
                          ids='empty one only_tensors only_steps nan zero'.split())
 def test_odd(rec, tmp_path):
     with warnings.catch_warnings():
@@ -88,8 +95,9 @@ def test_command_fails(tmp_path, capsys):
     "A sentence, no traceback; damage can be left out"
     report_record().save(tmp_path/'run', format='csv')
     (tmp_path/'run'/'steps-0-000000.csv').write_text('hello')
-    for args,say in (((tmp_path/'none',), 'no such folder'), ((tmp_path,), 'no record; expected are files like'), ((tmp_path/'run',), 'steps-0-000000.csv: no column.*--skip')):
-        with pytest.raises(SystemExit, match=say): main(*map(str, args))
+    cases = (('none', 'no such folder'), ('', 'no record; expected are files like'), ('run', 'steps-0-000000.csv: no column.*--skip'))
+    for folder,say in cases:
+        with pytest.raises(SystemExit, match=say): main(str(tmp_path/folder))
     with pytest.warns(UserWarning, match='1 parts left out'): main(str(tmp_path/'run'), skip=True)
     assert 'Largest output gradient' in capsys.readouterr().out
 
@@ -103,8 +111,7 @@ def test_browser(tmp_path):
       document.querySelectorAll('.sort th')[3].click()
       document.title=[tip.hidden,tip.textContent,document.querySelector('.sort tbody tr').cells[3].textContent].join('|')}</script></html>""")
     (tmp_path/'hover.html').write_text(s, encoding='utf-8')
-    p = subprocess.run(['chromium', *'--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split(),
-                        f'--user-data-dir={tmp_path}/profile', *'--enable-logging=stderr --v=0 --virtual-time-budget=3000 --dump-dom'.split(), (tmp_path/'hover.html').as_uri()], capture_output=True, text=True, timeout=120)
+    p = visit_page(tmp_path/'hover.html', tmp_path)
     assert p.returncode==0 and 'CONSOLE' not in p.stderr, p.stderr
     title = re.search(r'<title>(.*?)</title>', p.stdout, re.S)[1]
     assert title=='false|layer0.2.&lt;/script&gt; (output)\niteration 40\n7.000|7', title

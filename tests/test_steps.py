@@ -11,7 +11,10 @@ from helpers.training import both_callbacks,fit,image_learner,linear_classifier,
 
 # --- norms, of weights too
 
-@pytest.mark.parametrize('opt', (partial(Adam, wd=.1), partial(Adam, wd=.1, decouple_wd=False), partial(OptimWrapper, opt=partial(torch.optim.AdamW, weight_decay=.1))), ids='adam l2 wrapper'.split())
+@pytest.mark.parametrize('opt',
+                         (partial(Adam, wd=.1), partial(Adam, wd=.1, decouple_wd=False),
+                          partial(OptimWrapper, opt=partial(torch.optim.AdamW, weight_decay=.1))),
+                         ids='adam l2 wrapper'.split())
 def test_weight_decay_is_no_gradient(opt):
     spy = GradSpy()
     check_against_spy(fit(image_learner(cbs=[*both_callbacks(), spy], opt_func=opt), 2), spy)
@@ -20,7 +23,9 @@ def test_weights_and_products():
     "Weight norm and gradient times weight are of the weights that produced the gradient; module and group norms combine."
     ws = []
     class Keep(GradSpy):
-        def before_step(self): super().before_step(); ws.append({n:p.detach().double().numpy().copy() for n,p in self.model.named_parameters()})
+        def before_step(self):
+            super().before_step()
+            ws.append({n:p.detach().double().numpy().copy() for n,p in self.model.named_parameters()})
     learn = fit(image_learner(cbs=[*both_callbacks(), (spy := Keep())]))
     p = learn.grad_norm.by('param')
     for s,(gs,w) in enumerate(zip(spy.grads, ws)):
@@ -29,7 +34,8 @@ def test_weights_and_products():
         np.testing.assert_allclose(d['weight_norm'], [np.linalg.norm(w[n]) for n in gs], rtol=1e-5, atol=1e-12)
         np.testing.assert_allclose(d['dot'], [(w[n]*g).sum() for n,g in gs.items()], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(learn.grad_norm.df['weight_norm'], [np.sqrt(sum((o**2).sum() for o in w.values())) for w in ws], rtol=1e-5)
-    for by in ('module','group'): np.testing.assert_allclose(np.sqrt((learn.grad_norm.by(by)['norm']**2).groupby(learn.grad_norm.by(by)['step']).sum()), learn.grad_norm.norms, rtol=1e-5)
+    for by in ('module','group'):
+        np.testing.assert_allclose(np.sqrt((learn.grad_norm.by(by)['norm']**2).groupby(learn.grad_norm.by(by)['step']).sum()), learn.grad_norm.norms, rtol=1e-5)
 
 def test_one_reader_equals_two():
     "GradNormCallback alone and beside GradStatsCallback, with which it shares the read."
@@ -55,7 +61,10 @@ class NormsBeforeStep(Callback):
     def __init__(self): self.norms = []
     def before_step(self): self.norms.append(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item())
 
-@pytest.mark.parametrize('clip', (lambda: GradientClip(.1), lambda: GradientClip(100.), lambda: GradientClip(.01, norm_type=float('inf')), OwnClip), ids='2 2-large inf own'.split())
+@pytest.mark.parametrize('clip',
+                         (lambda: GradientClip(.1), lambda: GradientClip(100.), lambda: GradientClip(.01, norm_type=float('inf')),
+                          OwnClip),
+                         ids='2 2-large inf own'.split())
 @pytest.mark.parametrize('opt', (SGD, partial(SGD, decouple_wd=False, wd=.1)), ids='sgd l2'.split())
 def test_clipping(clip, opt):
     spy,after = GradSpy(),NormsBeforeStep()
@@ -95,9 +104,18 @@ class Moving(Callback):
 class SwitchedOff(Callback):
     def before_batch(self): self.learn.gradient_clip.run = self.iter<2
 
-late_changes = dict(clip=[acting_callback(clip_gradients, order=12)], value=[acting_callback(clip_elements, order=10_000)], data=[acting_callback(clip_data, order=11)], noise=[acting_callback(add_noise, order=5000)], replaced=[acting_callback(double_by_replacing, order=20)],
-            fastai=[partial(GradientClip, .1)], inf=[partial(GradientClip, .1, norm_type=math.inf)], moving=[partial(GradientClip, .3), Moving], off=[partial(GradientClip, .1), SwitchedOff],
-            two=[partial(GradientClip, .3), acting_callback(clip_gradients, order=30)], none=[])
+late_changes = dict(
+    clip=[acting_callback(clip_gradients, order=12)],
+    value=[acting_callback(clip_elements, order=10_000)],
+    data=[acting_callback(clip_data, order=11)],
+    noise=[acting_callback(add_noise, order=5000)],
+    replaced=[acting_callback(double_by_replacing, order=20)],
+    fastai=[partial(GradientClip, .1)],
+    inf=[partial(GradientClip, .1, norm_type=math.inf)],
+    moving=[partial(GradientClip, .3), Moving],
+    off=[partial(GradientClip, .1), SwitchedOff],
+    two=[partial(GradientClip, .3), acting_callback(clip_gradients, order=30)],
+    none=[])
 
 @pytest.mark.parametrize('name', late_changes)
 @pytest.mark.parametrize('opt_func', (SGD, Adam, partial(OptimWrapper, opt=torch.optim.AdamW)), ids=('sgd','adam','wrapper'))
@@ -146,7 +164,8 @@ class Composite(Callback):
         if event=='before_step': clip_gradients(self.model)
 class CompositeLate(Composite): order = 50
 
-@pytest.mark.parametrize('cbs', ([ForOneBatch],[Swaps,partial(GradientClip, .1)],[Wraps],[CompositeLate]), ids=('for one batch','two optimizers','wrapped','composite'))
+@pytest.mark.parametrize('cbs', ([ForOneBatch],[Swaps,partial(GradientClip, .1)],[Wraps],[CompositeLate]),
+                         ids=('for one batch','two optimizers','wrapped','composite'))
 def test_measured_whoever_clips(cbs):
     learn = step_learner([*both_callbacks(), *(c() for c in cbs)], lr=0.)
     want = step_learner(both_callbacks(), lr=0.)
@@ -207,7 +226,10 @@ class ClipsInBetween(Learner):
         self._with_events(self._step, 'step', CancelStepException)
         self.opt.zero_grad()
 
-@pytest.mark.parametrize('cbs,cls,name', (([ClipsLate],Learner,'ClipsLate'), ([],ClipsInBackward,'ClipsInBackward'), ([],ClipsInBetween,'ClipsInBetween'), ([Composite],Learner,'Composite')), ids=lambda o: str(o)[:20])
+@pytest.mark.parametrize('cbs,cls,name',
+                         (([ClipsLate],Learner,'ClipsLate'), ([],ClipsInBackward,'ClipsInBackward'),
+                          ([],ClipsInBetween,'ClipsInBetween'), ([Composite],Learner,'Composite')),
+                         ids=lambda o: str(o)[:20])
 def test_everybody_who_acts_before_is_named(cbs, cls, name):
     learn = step_learner([*both_callbacks(), *(c() for c in cbs)], cls=cls)
     with warned() as messages:
@@ -222,7 +244,9 @@ def set_to_none(learn): learn.model.zero_grad(set_to_none=True)
 def zero_by_hand(learn):
     for p in learn.model.parameters(): p.grad.zero_()
 
-dropped = [(event,exc,clear,order) for event in ('before_step','after_backward') for exc in (CancelBatchException,CancelFitException,CancelEpochException) for clear in (zero_in_place,set_to_none,zero_by_hand) for order in (-30,0,12)]
+dropped = [(event,exc,clear,order) for event in ('before_step','after_backward')
+           for exc in (CancelBatchException,CancelFitException,CancelEpochException)
+           for clear in (zero_in_place,set_to_none,zero_by_hand) for order in (-30,0,12)]
 dropped += [('before_step',CancelStepException,clear,order) for clear in (leave_gradients,zero_in_place,set_to_none) for order in (-30,0,12)]
 dropped += [('before_step',exc,leave_gradients,order) for exc in (CancelFitException,CancelTrainException) for order in (0,12)]
 
@@ -244,7 +268,8 @@ def test_dropped_step(event, exc, clear, order):
 @pytest.mark.parametrize('kind', ('output','param'))
 def test_dropped_step_is_counted_alike(kind):
     "Each callback alone numbers its steps as the other"
-    learn = step_learner([GradStatsCallback(kind), Dropper('before_step', CancelBatchException, zero_in_place, 0)], model=small_linear(), dls=vector_batches(scale={1:1000}))
+    learn = step_learner([GradStatsCallback(kind), Dropper('before_step', CancelBatchException, zero_in_place, 0)],
+                         model=small_linear(), dls=vector_batches(scale={1:1000}))
     fit(learn)
     d = learn.grad_stats.df
     assert d.groupby('step')['skipped'].first().tolist()==[False,True,False,False]

@@ -16,7 +16,8 @@ def test_freezing():
     learn,twin,spy = watched_learner(vision_toy, train_bn=False)
     a,b,c = group_names(learn)
     owner = lambda names: {n.rpartition('.')[0] for n in names}
-    for i,(stage,want) in enumerate(((learn.freeze, c), (partial(learn.freeze_to, -2), b|c), (learn.unfreeze, a|b|c), (learn.freeze, c), (learn.unfreeze, a|b|c))):
+    stages = (learn.freeze, c),(partial(learn.freeze_to, -2), b|c),(learn.unfreeze, a|b|c),(learn.freeze, c),(learn.unfreeze, a|b|c)
+    for i,(stage,want) in enumerate(stages):
         stage()
         fit(learn, lr=slice(1e-5,1e-3))
         assert names_by_kind(learn, i)==[owner(want), want]
@@ -26,7 +27,8 @@ def test_freezing():
     assert learn.grad_norm.df['fit'].tolist()==[0,0,1,1,2,2,3,3,4,4]
 
 def test_frozen_but_batchnorm():
-    "fastai trains BatchNorm in a frozen body: its weights have rows, the convolutions' have not, while gradients pass through all outputs from the first BatchNorm on."
+    """fastai trains BatchNorm in a frozen body: its weights have rows, the convolutions' have not, while gradients pass through all
+    outputs from the first BatchNorm on."""
     learn,twin,spy = watched_learner(vision_toy)
     learn.freeze()
     fit(learn)
@@ -74,7 +76,9 @@ def test_frozen_in_mid_epoch():
     g = torch.Generator().manual_seed(0)
     dls = loaders(torch.randn(12,4, generator=g), torch.randint(3, (12,), generator=g), 4)
     twin,spy = Twin(),GradSpy()
-    learn = fit(Learner(dls, nn.Sequential(nn.Flatten(), *(nn.Linear(4 if i<2 else 4,4 if i<2 else 3) for i in range(3))), loss_func=CrossEntropyLossFlat(), opt_func=SGD, cbs=[ThawsEachBatch(), GradStatsCallback(), GradNormCallback(), twin, spy]))
+    learn = fit(Learner(dls, nn.Sequential(nn.Flatten(), *(nn.Linear(4 if i<2 else 4,4 if i<2 else 3) for i in range(3))),
+                        loss_func=CrossEntropyLossFlat(), opt_func=SGD,
+                        cbs=[ThawsEachBatch(), GradStatsCallback(), GradNormCallback(), twin, spy]))
     check_watched(learn, twin, spy)
     d = learn.grad_stats.df
     assert d[d['kind']=='output'].groupby('iteration')['name'].apply(list).tolist()==[['3'],['2','3'],['1','2','3']]

@@ -20,7 +20,8 @@ from helpers.training import (
 def test_dtypes(dtype):
     net = nn.Sequential(nn.Linear(64,128), nn.ReLU(), nn.Linear(128,40), nn.LayerNorm(40), nn.Linear(40,3)).to(dtype)
     check_batch(net, *random_vectors(32, 64, dtype), loss=lambda o,y: F.cross_entropy(o.float(), y))
-    check_batch(nn.Sequential(nn.Linear(64,40).to(dtype), FunctionNet(lambda s,x: x.float()), nn.Linear(40,3)), *random_vectors(8, 64, dtype))   # two dtypes in one model
+    # two dtypes in one model
+    check_batch(nn.Sequential(nn.Linear(64,40).to(dtype), FunctionNet(lambda s,x: x.float()), nn.Linear(40,3)), *random_vectors(8, 64, dtype))
 
 def test_channels_last():
     m = tv.resnet18(num_classes=10).to(memory_format=torch.channels_last)
@@ -36,7 +37,9 @@ def test_strange_layouts():
         x = s.l(x)
         a,b = s.t(x.t()),s.e(x)[:,::2]
         return a.t().sum(1).mean()+b.square().mean()+s.z(x.mean())*s.o(x[:1,:1]).sum()
-    net = FunctionNet(f, l=nn.Linear(4,6), t=FunctionWithWeight(lambda w,x: x*w[:,None], 6), e=FunctionWithWeight(lambda w,x: x*w, 6), z=FunctionWithWeight(lambda w,x: x*w.sum(), 1), o=FunctionWithWeight(lambda w,x: x*w, 1))
+    net = FunctionNet(f, l=nn.Linear(4,6), t=FunctionWithWeight(lambda w,x: x*w[:,None], 6),
+                      e=FunctionWithWeight(lambda w,x: x*w, 6), z=FunctionWithWeight(lambda w,x: x*w.sum(), 1),
+                      o=FunctionWithWeight(lambda w,x: x*w, 1))
     df = check_batch(net, *random_vectors(300), loss=lambda o,y: o, n_rows=5)
     assert df.set_index('name')['numel'][['z','o']].tolist()==[1,1]
 
@@ -74,7 +77,8 @@ def test_sparse_embedding(seen):
 
 def test_complex():
     "Complex weights and outputs: absolute values are moduli, the mean is its real part."
-    net = FunctionNet(lambda s,x: s.h((s.c(x.to(torch.complex64)*s.w)).abs()), c=nn.Linear(4,4, dtype=torch.complex64), w=nn.Parameter(torch.randn(4, dtype=torch.complex64)), h=nn.Linear(4,3))
+    net = FunctionNet(lambda s,x: s.h((s.c(x.to(torch.complex64)*s.w)).abs()), c=nn.Linear(4,4, dtype=torch.complex64),
+                      w=nn.Parameter(torch.randn(4, dtype=torch.complex64)), h=nn.Linear(4,3))
     df = check_batch(net, *random_vectors())
     assert {'w','c.weight'}<=names_of_kind(df, 'param')
 
@@ -92,10 +96,16 @@ def pruned_net():
     return FunctionNet(lambda s,x: s.h(torch.sparse.mm(s.w, x.t()).t()), w=nn.Parameter((w*(w.abs()>.5)).to_sparse_csr()), h=nn.Linear(8,3))
 def packed_net(layout):
     def f(s, x):
-        parts = torch.nested.nested_tensor([x[:3],x[3:]], layout=torch.strided) if layout is torch.strided else torch.nested.as_nested_tensor([x[:3],x[3:]], layout=layout)
+        make = torch.nested.nested_tensor if layout is torch.strided else torch.nested.as_nested_tensor
+        parts = make([x[:3],x[3:]], layout=layout)
         return torch.cat(list(s.h(s.a(parts).relu()).unbind()))
     return lambda: FunctionNet(f, a=nn.Linear(6,8), h=nn.Linear(8,3))
-layout_models = dict(coo=graph_net(torch.sparse_coo), csr=graph_net(torch.sparse_csr), csr_weight=pruned_net, nested=packed_net(torch.strided), jagged=packed_net(torch.jagged))
+layout_models = dict(
+    coo=graph_net(torch.sparse_coo),
+    csr=graph_net(torch.sparse_csr),
+    csr_weight=pruned_net,
+    nested=packed_net(torch.strided),
+    jagged=packed_net(torch.jagged))
 
 @pytest.mark.filterwarnings('ignore:Sparse', 'ignore:The PyTorch API of nested')
 @pytest.mark.parametrize('cls', (GradStatsCallback,ByRows))
@@ -107,7 +117,9 @@ def test_layouts(layout, path, cls):
     assert said==[]
     check_params(rows_of(learn, 'param'), spy)
     n = rows_of(learn).query('iteration==0').set_index('name')['numel'].to_dict()
-    assert n==dict(coo=dict(a=64, e=64, h=24), csr=dict(a=64, e=64, h=24), csr_weight={'(model)':24,'h':24}, nested=dict(a=64, h=24), jagged=dict(a=64, h=24))[layout]
+    want = dict(coo=dict(a=64, e=64, h=24), csr=dict(a=64, e=64, h=24), csr_weight={'(model)':24,'h':24},
+                nested=dict(a=64, h=24), jagged=dict(a=64, h=24))
+    assert n==want[layout]
 
 @pytest.mark.filterwarnings('ignore:Sparse', 'ignore:The PyTorch API of nested')
 def test_nested_values():
@@ -165,7 +177,8 @@ def test_wrapper_subclass():
     assert '0.weight' not in row_names(learn, 'param') and len(row_names(learn, 'param'))==3
     unread = [s for s in said if 'could not be read' in s]
     assert len(unread)==1 and "'0.weight'" in unread[0]   # the other sentence: `Foreign` acts before the reading
-    with pytest.warns(UserWarning, match="'0.weight' could not be read") as w: trained_bits(tanh_mlp, norm := GradNormCallback(), Foreign(), Home(), spy := GradSpy())
+    with pytest.warns(UserWarning, match="'0.weight' could not be read") as w:
+        trained_bits(tanh_mlp, norm := GradNormCallback(), Foreign(), Home(), spy := GradSpy())
     others = [np.sqrt(sum((g**2).sum() for n,g in gs.items() if n!='0.weight')) for gs in spy.grads]
     np.testing.assert_allclose(norm.norms, others, rtol=1e-5)
 
@@ -202,9 +215,15 @@ def test_shapes_of_distributions(kind, n):
     "One huge element, 76 decades at once, a mean far from 0, nearly all zeros, elements on the threshold."
     g = torch.Generator().manual_seed(n)
     x = torch.randn(n, generator=g)
-    x = dict(spike=lambda: x.mul(1e-6).index_fill(0, torch.tensor([n//2]), 1e30), wide=lambda: torch.sign(x)*10**(torch.rand(n, generator=g).double()*76-38), shifted=lambda: 1000+x*1e-2,
-             sparse=lambda: x*(torch.arange(n)%997==3), negative=lambda: -x.abs(), signs=lambda: x.sign(), edge=lambda: torch.tensor([1., 1.0000001, .99999994, -1., -1.0000001]).repeat(n//5),
-             subnormal=lambda: x*1e-40)[kind]()
+    shapes = dict(spike=lambda: x.mul(1e-6).index_fill(0, torch.tensor([n//2]), 1e30),
+                  wide=lambda: torch.sign(x)*10**(torch.rand(n, generator=g).double()*76-38),
+                  shifted=lambda: 1000+x*1e-2,
+                  sparse=lambda: x*(torch.arange(n)%997==3),
+                  negative=lambda: -x.abs(),
+                  signs=lambda: x.sign(),
+                  edge=lambda: torch.tensor([1., 1.0000001, .99999994, -1., -1.0000001]).repeat(n//5),
+                  subnormal=lambda: x*1e-40)
+    x = shapes[kind]()
     check_gradient(x.float())
 
 @pytest.mark.parametrize('n', (4, 3000, 300_000))
@@ -232,7 +251,8 @@ def test_beyond_float32(v, n, cls):
     "Numbers in float64 that float32 has not: 0 or inf in the float columns (`std` may be NaN where squares leave float64), counts are exact."
     x = (torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))+1)*v
     cb,norm = cls(),GradNormCallback()
-    fit(Learner(loaders(torch.zeros(2,1), torch.zeros(2)), HasGradient(x), loss_func=lambda o,y: InjectGradient.apply(o, x), opt_func=SGD, lr=0., cbs=[cb,norm,TrainOnly()]))
+    fit(Learner(loaders(torch.zeros(2,1), torch.zeros(2)), HasGradient(x), loss_func=lambda o,y: InjectGradient.apply(o, x),
+                opt_func=SGD, lr=0., cbs=[cb,norm,TrainOnly()]))
     df,reads = cb.df,np.inf if abs(v)>1 else 0
     assert df['kind'].tolist()==['output','param'] and (df[['max_abs','mean_abs','norm']].to_numpy()==reads).all() and (df['mean']==np.sign(v)*reads).all()
     assert (df['std']==0).all() if reads==0 else not np.isfinite(df['std']).any()

@@ -24,3 +24,10 @@ def checkout(dest):
     return dest
 
 def notebook_cells(nb): return json.loads((ROOT/nb).read_text(encoding='utf-8'))['cells']
+
+def visit_page(page, folder):
+    "Chromium, without a window, on a page (a file or an address), with its profile in `folder`: what it prints is the final DOM"
+    flags = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+        --disable-component-update --disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=3000 --dump-dom""".split()
+    url = page.as_uri() if isinstance(page, Path) else page
+    return subprocess.run(['chromium', *flags, f'--user-data-dir={folder}/profile', url], capture_output=True, text=True, timeout=120)
