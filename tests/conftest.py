@@ -1,6 +1,7 @@
 "The tests' common ground: no display, processes that start fast, fixtures of several files. Helpers are in `tests/helpers`."
 import multiprocessing,os
 os.environ.setdefault('MPLBACKEND', 'Agg')
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')   # as many processes as cores, one thread each
 
 import inspect
 import pytest
@@ -16,6 +17,16 @@ multiprocessing.set_forkserver_preload(['fastai.callback.all', 'torch.distribute
 def pytest_pycollect_makeitem(collector, name, obj):
     "A test is what its own file defines: `from fastai.basics import *` brings fastcore's `test_eq` and others"
     if inspect.isfunction(obj) and obj.__module__!=collector.module.__name__: return []
+
+# What reads the project's files, and what may write some beside them while it runs
+at_the_tree = 'test_notebooks','test_sync','test_packaging','test_site'
+
+def pytest_collection_modifyitems(items):
+    "Side by side (`pytest -n 2 --dist loadgroup`) a file's tests stay together; the group that takes longest comes first"
+    def group(item): return 'the tree' if item.path.stem in at_the_tree else item.path.stem
+    if 'PYTEST_XDIST_WORKER' not in os.environ: return
+    for item in items: item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: group(item)!='the tree')
 
 @pytest.fixture(scope='session')
 def root(): return ROOT

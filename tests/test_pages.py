@@ -5,7 +5,7 @@ from helpers.project import ROOT,notebook_cells
 
 PAGE = 'nbs/when_right.ipynb'
 def markdown_of(nb): return '\n'.join(''.join(c['source']) for c in json.loads((ROOT/nb).read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown')
-def tests_named(s): return re.findall(r'(tests/\w+\.py)::(?:<wbr>)?(\w+)', s)
+def named_tests(s): return re.findall(r'(tests/\w+\.py)::(?:<wbr>)?(\w+)', s)
 
 def table_rows():
     "Rows of the page's tables, without their headers"
@@ -17,9 +17,9 @@ def test_every_row_names_a_test():
     assert len(table_rows())>=20
     for r in table_rows():
         assert r.count('|')==4, f'three columns: {r}'
-        assert tests_named(r.split('|')[3]), f'no test is named: {r}'
+        assert named_tests(r.split('|')[3]), f'no test is named: {r}'
 
-@pytest.mark.parametrize('file,name', sorted(set(tests_named(markdown_of(PAGE)))))
+@pytest.mark.parametrize('file,name', sorted(set(named_tests(markdown_of(PAGE)))))
 def test_named_test_exists(file, name):
     assert re.search(rf'^def {name}\(', (ROOT/file).read_text(encoding='utf-8'), re.M), f'{PAGE} names {file}::{name}'
 
