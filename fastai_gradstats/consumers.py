@@ -231,12 +231,13 @@ class Readings:
         res[self.commit[rows]] = self.sums[rows,MAX]
         return res
 
-# %% ../nbs/03c_consumers.ipynb #13e58e97
+# %% ../nbs/03c_consumers.ipynb #13a66d86
 class Consumer:
     "One record that wants rows of a training. Subclasses say which, and take them"
     tables = ()          # of files, that its record fills
     full = False         # does it want all sums of a parameter's gradient, or its norm only?
     weights = False      # the weights beside the gradients?
+    by_rows = None       # True: the engine reads as it does on a GPU, on any device
 
     def __init__(self,
                  options,  # `StatsOptions` or `NormOptions`

@@ -608,7 +608,7 @@ class Says(ReadsOutputs):
         who = ' or '.join(self.loop.acts_before) or 'A callback'
         self.say(f"{who} changed the gradients before they were read: parameter rows and norms are of what it left. {self.loop.reads_at}, and they are those from before", 'changed before')
 
-# %% ../nbs/03d_recorder.ipynb #c888708f
+# %% ../nbs/03d_recorder.ipynb #e5afdf52
 class Reader(Says):
     "Reads the gradients of one training for all who want them"
     def __init__(self, loop:Loop):
@@ -713,9 +713,10 @@ class Reader(Says):
         threshold,extra = engine_columns(statistics)
         hists = [c.options.hist for c in statistics]
         hist = 'all' if 'all' in hists else True in hists
-        layout = threshold,tuple(extra.items()),hist
+        by_rows = any(c.by_rows for c in self.consumers) or None
+        layout = threshold,tuple(extra.items()),hist,by_rows
         if layout==self.layout: return
-        self.engine = Engine(threshold, extra, hist=hist, by_rows=self.engine.by_rows)
+        self.engine = Engine(threshold, extra, hist=hist, by_rows=by_rows)
         self.layout = layout
 
     def start_consumer(self, consumer):

@@ -2,17 +2,17 @@
 import math,warnings
 import numpy as np,pytest,torch
 from torch import tensor
-
 from fastai_gradstats import by_blocks,buffer,histogram
 from fastai_gradstats.by_blocks import BLOCK,CHUNK,SMALL
 from fastai_gradstats.engine import Engine
 from fastai_gradstats.histogram import octaves
 from fastai_gradstats.stats import ABOVE,DOT,MAX,NONFINITE,SUM_SQ,W_SQ,finish
-from oracles import compare,np64,paths
+from helpers.callbacks import each_reader
+from helpers.oracles import as_float64,compare_row
 
 cpu = torch.device('cpu')
 
-def stats(e):
+def engine_floats(e):
     "Of all rows: max_abs, mean_abs, norm, mean, std, extra"
     e.commit()
     got = e.fetch()
@@ -48,7 +48,7 @@ class Rows:
         g,k,scale = gradient(rng),int(rng.integers(9)),2.**rng.integers(0, 20)
         scaled = scale>2**9
         with torch.no_grad(): self.e.put(k, g, tensor(scale) if scaled else None)
-        self.rows.append((k, np64(g)/scale if scaled else np64(g), None, True))
+        self.rows.append((k, as_float64(g)/scale if scaled else as_float64(g), None, True))
     def put_all(self, rng):
         full = bool(rng.random()<.6)
         gs = [gradient(rng) for _ in range(rng.integers(1, 9))]
@@ -58,7 +58,7 @@ class Rows:
         odd,double = (lambda g: g.layout!=torch.strided or g.is_complex()),(lambda g: g.dtype==torch.float64)
         first = next((double(g) for g in gs if not odd(g)), None)
         o = sorted(zip(keys, gs, ws), key=lambda o: 0 if odd(o[1]) else 1 if double(o[1])==first else 2)   # as they are grouped
-        self.rows += [(k, np64(g), np64(w), full) for k,g,w in o]
+        self.rows += [(k, as_float64(g), as_float64(w), full) for k,g,w in o]
     def discard(self, rng):
         m,n = self.e.mark(),len(self.rows)
         self.put_all(rng)
@@ -83,15 +83,16 @@ class Rows:
         f,c = finish(s, numel)
         assert notes==n.tolist()==self.notes
         assert keys.tolist()==[k for k,*_ in self.rows[:self.committed]] and n.sum()==self.committed
-        for i,(_,g,w,full) in enumerate(self.rows[:self.committed]): check(g.ravel(), w, s[i], f[:,i], c[:,i], h[i] if self.hist and full else None, not full)
+        for i,(_,g,w,full) in enumerate(self.rows[:self.committed]): check_engine_row(g.ravel(), w, s[i], f[:,i], c[:,i], h[i] if self.hist and full else None, not full)
         self.rows,self.committed,self.notes = self.rows[self.committed:],0,[]
 
 @np.errstate(all='ignore')
-def check(g, w, s, f, c, h, norms_only):
+def check_engine_row(g, w, s, f, c, h, norms_only):
     "One row"
     ok = np.isfinite(g).all()
     if norms_only: np.testing.assert_allclose([s[SUM_SQ],s[NONFINITE]], [np.square(np.abs(g)).sum(),(~np.isfinite(g)).sum()], rtol=2e-5)
-    elif ok or not np.iscomplexobj(g): compare(dict(zip(['max_abs','mean_abs','norm','mean','std','numel','zeros','nonfinite','above'], [*f,*c]), name='row'), g)
+    elif ok or not np.iscomplexobj(g):
+        compare_row(dict(zip(['max_abs','mean_abs','norm','mean','std','numel','zeros','nonfinite','above'], [*f,*c]), name='row'), g)
     if w is not None and ok:
         w = w.ravel()
         np.testing.assert_allclose(s[W_SQ], np.square(np.abs(w)).sum(), rtol=2e-5)
@@ -99,7 +100,7 @@ def check(g, w, s, f, c, h, norms_only):
     x = np.abs(g)
     if h is not None: assert octaves(h[None])[2].sum()==((x>=2.**-149)&(x<2.**128)).sum()
 
-@paths
+@each_reader
 @pytest.mark.parametrize('seed', range(12))
 @pytest.mark.filterwarnings('ignore:Sparse')
 def test_random_sequences(seed, by_rows):
@@ -120,38 +121,40 @@ def test_random_sequences(seed, by_rows):
 
 # --- hard sums
 
-def hard(n):
+def hard_values(n):
     "Values whose float32 sums go wrong: one huge among many that vanish beside it, halves of two sizes, constants, ulps apart"
     huge,i = np.full(n, 5.9e-8**.5),np.arange(n)
     huge[0] = 1
-    return dict(huge=huge, halves=np.where(i<n//2, 1, .01), tenths=np.full(n, .1), alternating=(-1.)**i*.1, sorted=np.linspace(1, 0, n)**4, ulps=1+i%5*2**-23, powers=2.**-(i%60), subnormal=i%9*1e-45, faint=np.linspace(1, 2, n)*1e-21)
+    return dict(huge=huge, halves=np.where(i<n//2, 1, .01), tenths=np.full(n, .1), alternating=(-1.)**i*.1,
+                sorted=np.linspace(1, 0, n)**4, ulps=1+i%5*2**-23, powers=2.**-(i%60), subnormal=i%9*1e-45,
+                faint=np.linspace(1, 2, n)*1e-21)
 
-@paths
+@each_reader
 @pytest.mark.parametrize('n', (10, SMALL, SMALL+1, BLOCK+1, 3_000_000))
-@pytest.mark.parametrize('how', hard(1))
+@pytest.mark.parametrize('how', hard_values(1))
 def test_hard_sums(how, n, by_rows):
-    x = tensor(hard(n)[how], dtype=torch.float32)
+    x = tensor(hard_values(n)[how], dtype=torch.float32)
     e,norms = (Engine(by_rows=by_rows) for _ in range(2))
     for o in (e,norms): o.put_all([0], [x], [x], full=o is e)
-    g,f = np64(x),stats(e)[:5,0]
+    g,f = as_float64(x),engine_floats(e)[:5,0]
     np.testing.assert_allclose(f[[0,1,2]], np.float32([g.max(), np.abs(g).mean(), np.linalg.norm(g)]), rtol=1e-5, atol=1e-45)
     np.testing.assert_allclose(f[3], g.mean(), rtol=0, atol=1e-6*np.abs(g).mean()+1e-45)
     rows = 1+n//(1024 if by_rows else BLOCK)   # a spread below the last digits of the mean: each row's sum adds an error of float64
     np.testing.assert_allclose(f[4], g.std(), rtol=1e-5, atol=(1e-7+np.sqrt(rows*2**-54) if by_rows else np.sqrt((rows-1)*2**-54))*np.abs(g).mean()+1e-45)
-    np.testing.assert_allclose(stats(norms)[2,0], np.linalg.norm(g), rtol=1e-5, atol=1e-45)
+    np.testing.assert_allclose(engine_floats(norms)[2,0], np.linalg.norm(g), rtol=1e-5, atol=1e-45)
 
 # --- what once went wrong
 
-@paths
+@each_reader
 @pytest.mark.parametrize('hist', (False, True, 'all'))
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.complex64))
 def test_empty(dtype, hist, by_rows):
     e,g = Engine(by_rows=by_rows, hist=hist),torch.empty(0, 3, dtype=dtype)
     with torch.no_grad(): e.put(0, g)
     e.put_all([0], [g], [g])
-    assert stats(e)[0].tolist()==[0,0]
+    assert engine_floats(e)[0].tolist()==[0,0]
 
-@paths
+@each_reader
 def test_scale_changes(by_rows):
     "Rows that wait keep the scale they came with, also where a sparse gradient without one comes next"
     e = Engine(by_rows=by_rows)
@@ -159,9 +162,9 @@ def test_scale_changes(by_rows):
         e.put(0, torch.full((10,), s), tensor(s))
     e.put_all([1], [torch.ones(5).to_sparse()])
     e.put(2, torch.ones(10))
-    assert stats(e)[0].tolist()==[1]*5
+    assert engine_floats(e)[0].tolist()==[1]*5
 
-@paths
+@each_reader
 def test_complex_with_scale(by_rows):
     "Divided by it, counted without it, and with the user's own statistics"
     e = Engine(by_rows=by_rows, extra=dict(top=lambda g: g.abs().max()))
@@ -170,23 +173,23 @@ def test_complex_with_scale(by_rows):
     _,_,_,n,s,_ = e.fetch()
     assert s[0,[MAX,ABOVE,-1]].tolist()==[.75,0,.75] and finish(s, n)[0][2,0]==np.float32(.75*10**.5)
 
-@paths
+@each_reader
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64))
 def test_lazy_minus(dtype, by_rows):
     e,g = Engine(by_rows=by_rows),torch.full((SMALL+1,), 2-3j).to(torch.complex(tensor(0., dtype=dtype), tensor(0., dtype=dtype)).dtype).conj().imag
     assert g.is_neg()
     e.put_all([0,1], [g,g[:1]])
-    assert stats(e)[3].tolist()==[3,3]
+    assert engine_floats(e)[3].tolist()==[3,3]
 
-@paths
+@each_reader
 @pytest.mark.parametrize('n', (100, SMALL+1, BLOCK+CHUNK+1))
 def test_sparse_norms(n, by_rows):
     "Values that come one by one, for norms only"
     e,g = Engine(by_rows=by_rows),torch.linspace(-3, 4, n)
     e.put_all([0,1], [g.to_sparse(), g.to_sparse()*1e30], [g, g], full=False)
-    np.testing.assert_allclose(stats(e)[2], [np.linalg.norm(np64(g)), 1e30*np.linalg.norm(np64(g))], rtol=2e-5)
+    np.testing.assert_allclose(engine_floats(e)[2], [np.linalg.norm(as_float64(g)), 1e30*np.linalg.norm(as_float64(g))], rtol=2e-5)
 
-@paths
+@each_reader
 @pytest.mark.parametrize('hist', (False, True))
 @pytest.mark.parametrize('n', (9, SMALL+1))
 def test_default_dtype_and_device(n, hist, by_rows):
@@ -200,7 +203,9 @@ def test_default_dtype_and_device(n, hist, by_rows):
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
-    np.testing.assert_allclose(stats(e)[:5,0], [3, np.abs(np64(x)).mean(), np.linalg.norm(np64(x)), 0, np64(x).std()], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(engine_floats(e)[:5,0],
+                               [3, np.abs(as_float64(x)).mean(), np.linalg.norm(as_float64(x)), 0, as_float64(x).std()], rtol=1e-5,
+                               atol=1e-6)
 
 @pytest.mark.parametrize('mean', (1e3, 1e7, 1e9))
 def test_double_far_from_zero(mean):
@@ -209,9 +214,9 @@ def test_double_far_from_zero(mean):
     x = mean+torch.randn(4*BLOCK+7, dtype=torch.float64)
     e = Engine()
     e.put(0, x)
-    np.testing.assert_allclose(stats(e)[4,0], np64(x).std(), rtol=1e-6)
+    np.testing.assert_allclose(engine_floats(e)[4,0], as_float64(x).std(), rtol=1e-6)
 
-@paths
+@each_reader
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float16, torch.float64))
 def test_infinities_in_two_blocks(dtype, by_rows):
     e,x = Engine(by_rows=by_rows),torch.ones(BLOCK+5, dtype=dtype)
@@ -219,7 +224,7 @@ def test_infinities_in_two_blocks(dtype, by_rows):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         e.put(0, x)
-    f = stats(e)[:,0]
+    f = engine_floats(e)[:,0]
     assert f[0]==math.inf and f[2]==math.inf and np.isnan(f[3])
 
 def test_committed_stays():
@@ -233,7 +238,7 @@ def test_committed_stays():
     notes,ns,keys,_,s,_ = e.fetch()
     assert (notes,ns.tolist(),keys.tolist(),s[:,MAX].tolist())==(['a','b'],[1,1],[0,2],[1,2])
 
-@paths
+@each_reader
 def test_some_with_weights(by_rows):
     "Rows without weights have no products, also where their neighbours do"
     e,x = Engine(by_rows=by_rows),torch.full((10,), 3.)
@@ -245,14 +250,14 @@ def test_some_with_weights(by_rows):
     e.commit()
     assert e.fetch().sums[:,[W_SQ,DOT]].tolist()==[[90,90], [9*(SMALL+1)]*2, *[[0,0]]*3]
 
-@paths
+@each_reader
 def test_sparse_products(by_rows):
     "In double precision: neither rounded to bfloat16 nor beyond float32"
     e,g = Engine(by_rows=by_rows),torch.linspace(1, 2, 99).bfloat16()
     big = torch.full((9,), 1e38+1e38j)
     e.put_all([0,1], [g.to_sparse(), big], [g.flip(0), big])
     e.commit()
-    np.testing.assert_allclose(e.fetch().sums[:,DOT], [np64(g)@np64(g)[::-1], 9*2*float(np.float32(1e38))**2], rtol=1e-12)
+    np.testing.assert_allclose(e.fetch().sums[:,DOT], [as_float64(g)@as_float64(g)[::-1], 9*2*float(np.float32(1e38))**2], rtol=1e-12)
 
 @pytest.mark.parametrize('by_rows', ('blocks',), indirect=True)
 @pytest.mark.parametrize('f', ('segment_sums', 'segment_products'))
@@ -268,7 +273,7 @@ def test_interrupt(f, by_rows, monkeypatch):
     s = e.fetch().sums
     assert s[:,MAX].tolist()==[2,3] and s[:,DOT].tolist()==s[:,W_SQ].tolist()==s[:,SUM_SQ].tolist()==[400,63]
 
-@paths
+@each_reader
 def test_threshold_beyond_float32(by_rows):
     e = Engine(1e39, by_rows=by_rows)
     with warnings.catch_warnings():

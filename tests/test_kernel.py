@@ -3,17 +3,14 @@ import os,subprocess,sys
 import pytest,torch
 from fastai.basics import *
 from torch.utils._pytree import tree_map
-
-from conftest import ROOT
 from fastai_gradstats.by_blocks import BLOCK
 from fastai_gradstats.engine import Engine
 from fastai_gradstats.stats import DOT,MAX,SUM_SQ,W_SQ,ZEROS,finish,measure
+from helpers.project import ROOT
 
 pytest.importorskip('numba')
 
-del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's, which fastai exports and pytest would collect
-
-train = """
+training_code = """
 import sys,torch
 from fastai.basics import *
 from fastai_gradstats import GradNormCallback,GradStatsCallback,by_kernel,engine
@@ -29,17 +26,17 @@ def run():
     return learn
 """
 
-def child(code, **env):
+def new_process(code, **env):
     "What a new process prints"
-    res = subprocess.run([sys.executable, '-W', 'always', '-c', train+code], capture_output=True, text=True, cwd=ROOT, env=os.environ|env)
+    res = subprocess.run([sys.executable, '-W', 'always', '-c', training_code+code], capture_output=True, text=True, cwd=ROOT, env=os.environ|env)
     assert res.returncode==0, res.stderr
     return res.stdout,res.stderr
 
-norms = "\nprint(*(f'{v:.3g}' for v in run().grad_norm.norms), by_kernel.find_kernel() is not None)"
+print_norms = "\nprint(*(f'{v:.3g}' for v in run().grad_norm.norms), by_kernel.find_kernel() is not None)"
 
 @pytest.fixture(scope='module')
 def want():
-    out,_ = child(norms)
+    out,_ = new_process(print_norms)
     assert out.endswith('True\n')
     return out
 
@@ -49,29 +46,29 @@ def want():
                                            ("", dict(NUMBA_DISABLE_JIT='1'), False)), ids=('missing', 'broken', 'unloadable', 'off'))
 def test_without(code, env, said, want):
     "Training goes on, with the same numbers; a numba that is there and cannot be used is worth a warning"
-    out,err = child(code+norms, **env)
+    out,err = new_process(code+print_norms, **env)
     assert out==want.replace('True', 'False') and ('numba is installed, but cannot be used' in err)==said
 
 def test_nowhere_to_cache(want):
     "Compiled code that cannot be kept is compiled again"
-    assert child(norms, NUMBA_CACHE_LOCATOR_CLASSES='ZipCacheLocator')[0]==want
+    assert new_process(print_norms, NUMBA_CACHE_LOCATOR_CLASSES='ZipCacheLocator')[0]==want
 
 @pytest.mark.parametrize('files,size', (('*.nbi', 0), ('*.nbc', 1000)), ids=('index','code'))
 def test_damaged_cache(files, size, want, tmp_path):
     "As after a power cut: compiled anew, and said"
-    assert child(norms, NUMBA_CACHE_DIR=str(tmp_path))[0]==want
+    assert new_process(print_norms, NUMBA_CACHE_DIR=str(tmp_path))[0]==want
     found = list(tmp_path.rglob(files))
     for f in found: os.truncate(f, size)
-    out,err = child(norms, NUMBA_CACHE_DIR=str(tmp_path))
+    out,err = new_process(print_norms, NUMBA_CACHE_DIR=str(tmp_path))
     assert found and out==want and "numba's cache cannot be used" in err
 
 def test_full_disk(want, tmp_path):
-    out,err = child("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192,8192))"+norms, NUMBA_CACHE_DIR=str(tmp_path))
+    out,err = new_process("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192,8192))"+print_norms, NUMBA_CACHE_DIR=str(tmp_path))
     assert out==want and "numba's cache cannot be used" in err
 
 def test_threads():
     "torch keeps its threads, and numba starts none"
-    out,_ = child("""
+    out,_ = new_process("""
 import threading
 torch.set_num_threads(2)
 n = threading.active_count()
@@ -82,7 +79,7 @@ print(torch.get_num_threads(), threading.active_count()-n, p._is_initialized, by
 
 def test_not_before_it_is_needed():
     "Neither the package nor a gradient elsewhere loads numba"
-    assert child("""
+    assert new_process("""
 e = engine.Engine()
 for dev in ('meta', 'cpu'):
     print('numba' in sys.modules)
@@ -91,7 +88,7 @@ print('numba' in sys.modules)""")[0].split()==['False','False','True']
 
 def test_interrupted_while_it_compiles():
     "The next fit compiles"
-    assert child("""
+    assert new_process("""
 from numba.core.dispatcher import _FunctionCompiler
 whole = _FunctionCompiler._compile_core
 def stop(*args):
