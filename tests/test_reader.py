@@ -362,7 +362,7 @@ class Fetches(Callback):
     order = 1000
     def __init__(self, cb): self.cb,self.at,self.n = cb,[],0
     def before_batch(self): self.n += self.training
-    def before_fit(self):
+    def before_train(self):
         own,fetch = self.cb._consumer.reader.engine,Engine.fetch
         def counted(*args):
             if self.cb._consumer.reader.live: self.at.append(self.n)
