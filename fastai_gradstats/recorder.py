@@ -920,7 +920,7 @@ def is_unscaled(scaler, opt, owners)->bool: # ids under which the scaler may kno
     states = getattr(scaler, '_per_optimizer_states', {})
     return any(states[id(o)]['stage'] in (OptState.UNSCALED,OptState.STEPPED) for o in owners if id(o) in states)
 
-# %% ../nbs/03d_recorder.ipynb #ae1a2c66
+# %% ../nbs/03d_recorder.ipynb #059cb345
 def _in_backward(): return torch._C._current_graph_task_id()!=-1
 
 def _batch_size(output)->int:
@@ -933,6 +933,7 @@ class LoopReader(Reader):
     make_hooks = LoopHooks
     task = None             # number of the last backward of this batch
     step_was_taken = False  # since the scaler began its step
+    goes_on = None          # a function: is the training that began still under way? None: until `stop`
 
     def start(self):
         super().start()
@@ -954,6 +955,9 @@ class LoopReader(Reader):
         if self.steps_under_way(): return False            # of a step with a closure, the first evaluation counts
         if _in_backward(): return self.batch is not None   # a checkpoint computes it again
         if self.batch is None or self.task is not None:
+            if self.goes_on is not None and not self.goes_on():   # it ended by an exception, and nobody told
+                self.guarded('the end', self.stop)
+                return False
             self.loop.current_loss = None
             self.next_batch()
             self.loop.batch_size = _batch_size(output)
