@@ -150,9 +150,9 @@ class CtrlC:
 
 def interrupted_fit(at, monkeypatch):
     "Frames of a fit that is interrupted there, and where that was"
-    learn,stop,close = image_learner(linear_classifier, both_callbacks(), bs=32),CtrlC(at),Engine.close
+    learn,stop,commit = image_learner(linear_classifier, both_callbacks(), bs=32),CtrlC(at),Engine.commit
     with monkeypatch.context() as m:
-        m.setattr(Engine, 'close', lambda self: close(self) or True)   # each step goes to the record
+        m.setattr(Engine, 'commit', lambda self, note: commit(self, note) or True)   # each step goes to the record
         try:
             with stop: fit(learn)
         except KeyboardInterrupt: pass
