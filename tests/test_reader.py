@@ -46,9 +46,10 @@ def right(stats, norms, spy):
 @pytest.mark.parametrize('cls', (GradStatsCallback, ByRows))
 def test_second_thread(cls):
     "Frames, norms, copies and pickles taken while training: nothing lost, mixed up or raised"
-    stats,norms,spy = cls(**dict(hist=True) if cls is GradStatsCallback else {}),GradNormCallback(),Spy()
+    hist = cls is GradStatsCallback
+    stats,norms,spy = cls(**dict(hist=True) if hist else {}),GradNormCallback(),Spy()
     learn = learner(stats, norms, spy, n=150)
-    reads = lambda: stats.df,lambda: norms.norms[-1:],lambda: norms.by(),lambda: stats.hist_df,lambda: copy.deepcopy(stats.record),lambda: pickle.dumps(norms.record)
+    reads = lambda: stats.df,lambda: norms.norms[-1:],lambda: norms.by(),lambda: stats.hist_df if hist else None,lambda: copy.deepcopy(stats.record),lambda: pickle.dumps(norms.record)
     with Reader(*reads) as r: fit(learn)
     assert not r.errors and r.n>6
     right(stats, norms, spy)
