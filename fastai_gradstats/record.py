@@ -491,7 +491,14 @@ def _broke(df):
     i = max(i for i,name in enumerate(names) if name in broke)
     return names[i+1] if i+1<len(names) else '(loss)', names[i], 'backward'
 
-# %% ../nbs/03_record.ipynb #0f59aab0
+# %% ../nbs/03_record.ipynb #4d6058c3
+def _place(rows, times, time, n):
+    "Where a row of this `time` would stand among `rows`, which have these `times`: after one of its fit, else before the next"
+    i = np.searchsorted(times, time)
+    if i and times[i-1]>>32==time>>32: return rows[i-1]+1
+    if i<len(rows): return rows[i]
+    return rows[-1]+1 if len(rows) else n
+
 def _given_up(rec):
     "(place in the frame of tensors, break) of batches that have no row, the first one first"
     df,steps = (rec.frame(t)[['fit','phase','iteration',*(['run'] if 'run' in rec.frame(t) else [])]] for t in ('tensors','steps'))
@@ -504,8 +511,7 @@ def _given_up(rec):
         at = _times(breaks)
         without_row = ~np.isin(at, seen)
         if not nothing: without_row &= np.isin(at>>32, seen>>32)   # of the fits that are here
-        places = np.append(rows, rows[-1]+1 if len(rows) else len(df))[np.searchsorted(times, at)]
-        found += [(place, brk) for place,brk,ok in zip(places, breaks, without_row) if ok]
+        found += [(_place(rows, times, time, len(df)), brk) for time,brk,ok in zip(at, breaks, without_row) if ok]
     return sorted(found, key=lambda o: (o[0], o[1].fit, o[1].iteration))
 
 # %% ../nbs/03_record.ipynb #57c63e95

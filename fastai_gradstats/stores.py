@@ -63,7 +63,7 @@ def take_hist(hist, rows):
     places = rows_of(hist.n, rows)
     return Hist(hist.n[rows], hist.octave[places], hist.count[places])
 
-# %% ../nbs/03a_stores.ipynb #7c0a5ce2
+# %% ../nbs/03a_stores.ipynb #d446a328
 class Part:
     "Consecutive iterations and their rows, 40 bytes each"
     def __init__(self,
@@ -75,7 +75,7 @@ class Part:
                  window=None, # per iteration the window in which it competes, see `worst`
                  hist=None # `Hist` of the rows
                 ):
-        self.where = Where(*np.asarray(where, np.int32).reshape(len(Where._fields), -1))
+        self.places = np.asarray(where, np.int32).reshape(len(Where._fields), -1)
         self.n = np.asarray(n, np.int32)
         self.keys = np.asarray(keys).astype(np.int32, copy=False)
         self.floats = floats
@@ -85,11 +85,13 @@ class Part:
 
     def __len__(self): return len(self.n)
 
+    @property
+    def where(self): return Where(*self.places)
+
     def take(self, iterations):
         "Only these iterations (places, ascending), as a copy"
         rows = rows_of(self.n, iterations)
-        where = [values[iterations] for values in self.where]
-        return Part(where, self.n[iterations], self.keys[rows], self.floats[:,rows], self.counts[:,rows],
+        return Part(self.places[:,iterations], self.n[iterations], self.keys[rows], self.floats[:,rows], self.counts[:,rows],
                     self.window[iterations], take_hist(self.hist, rows))
 
     @staticmethod
@@ -98,7 +100,7 @@ class Part:
         if len(parts)==1: return parts[0]
         def join(name): return np.concatenate([getattr(part, name) for part in parts], axis=-1)
         hist = None if parts[0].hist is None else Hist(*map(np.concatenate, zip(*(part.hist for part in parts))))
-        return Part(*map(join, ('where','n','keys','floats','counts','window')), hist=hist)
+        return Part(*map(join, ('places','n','keys','floats','counts','window')), hist=hist)
 
     def same_keys(self):
         "The tensors of each iteration, where they are the same in all; else None"
