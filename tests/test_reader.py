@@ -49,17 +49,11 @@ def check_record_against_spy(stats, norms, spy):
 @pytest.mark.parametrize('cls', (GradStatsCallback, ByRows))
 def test_second_thread(cls):
     "Frames, norms, copies and pickles taken while training: nothing lost, mixed up or raised"
-<<<<<<< HEAD
-    stats,norms,spy = cls(**dict(hist=True) if cls is GradStatsCallback else {}),GradNormCallback(),GradSpy()
-    learn = reader_learner(stats, norms, spy, n=150)
-    frames = lambda: stats.df,lambda: norms.norms[-1:],lambda: norms.by(),lambda: stats.hist_df
-    reads = *frames,lambda: copy.deepcopy(stats.record),lambda: pickle.dumps(norms.record)
-=======
     hist = cls is GradStatsCallback
-    stats,norms,spy = cls(**dict(hist=True) if hist else {}),GradNormCallback(),Spy()
-    learn = learner(stats, norms, spy, n=150)
-    reads = lambda: stats.df,lambda: norms.norms[-1:],lambda: norms.by(),lambda: stats.hist_df if hist else None,lambda: copy.deepcopy(stats.record),lambda: pickle.dumps(norms.record)
->>>>>>> wR
+    stats,norms,spy = cls(**dict(hist=True) if hist else {}),GradNormCallback(),GradSpy()
+    learn = reader_learner(stats, norms, spy, n=150)
+    frames = lambda: stats.df,lambda: norms.norms[-1:],lambda: norms.by(),lambda: stats.hist_df if hist else None
+    reads = *frames,lambda: copy.deepcopy(stats.record),lambda: pickle.dumps(norms.record)
     with Reader(*reads) as r: fit(learn)
     assert not r.errors and r.n>6
     check_record_against_spy(stats, norms, spy)
