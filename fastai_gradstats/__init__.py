@@ -14,6 +14,7 @@ Modules:
 - `fastai_gradstats.engine`: The same numbers for many tensors at once, without a sync
 - `fastai_gradstats.files`: Records on disk: complete parts, written once
 - `fastai_gradstats.forward`: Which module's output was the first that is not finite
+- `fastai_gradstats.grid`: The numbers of a picture: which rows, in which order, in which cell
 - `fastai_gradstats.histogram`: Elements per octave, counted from the bits of a number
 - `fastai_gradstats.kernel`: Everything about a gradient in one read, on a CPU
 - `fastai_gradstats.layouts`: The elements of a tensor, however they are stored

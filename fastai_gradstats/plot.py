@@ -1,6 +1,6 @@
 """A record in, Axes out
 
-Each plot takes a Learner, a callback, a `GradRecord` or a frame, and an optional `ax`; it returns the Axes and changes no global style. `lr_find` is left out unless asked for (`phase='lr_find'`, or None for all).
+Each plot takes what `as_record` takes: a Learner, a callback or a list of them, a `GradRecord`, a frame or a folder. It draws into `ax`, or into a new figure; it returns the Axes and changes no global style. `lr_find` is left out unless asked for (`phase='lr_find'`, or None for all); `fit` picks fits of that phase by their number.
 
 Docs: https://fastai-gradstats.github.io/fastai-gradstats/plot.html.md"""
 
@@ -11,140 +11,119 @@ __all__ = ['plot_grad_log10', 'plot_grad_heatmap', 'plot_grad_norm', 'plot_grad_
            'plot_ray']
 
 # %% ../nbs/05_plot.ipynb #4170a2f8
+from collections import namedtuple
 import numpy as np, pandas as pd
-from difflib import get_close_matches
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm,to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation,MaxNLocator
-from .record import as_record,kinds,nothing_there,phases
+from .grid import (Cells,at_iteration,boundaries,boundary_name,cells,check_choice,check_fit,check_stat,check_which,image,iterations,kinds_there,
+                                   matching,need_norms,need_octaves,need_tensors,no_norms,no_tensors,norm_steps,octaves,per_iteration,places,points,printed,run_name,shortened,
+                                   tensors,words,worst)
+from .record import as_record
+from .stores import kinds
 
 # %% ../nbs/05_plot.ipynb #2f39a621
 colours = dict(output='#0072B2', param='#E69F00')
 cycle = ['#0072B2','#E69F00','#009E73','#CC79A7','#56B4E9','#D55E00','#999999']   # of runs
 red,grey,clip = '#E00000','0.5','#D55E00'
 labels = dict(max_abs='largest |gradient|', mean_abs='mean |gradient|', norm='gradient norm', mean='|mean gradient|', std='std of gradient')
-words = dict(output='outputs', param='parameters')
 
 # %% ../nbs/05_plot.ipynb #c0de0202
 as_text = dict(parse_math=False, usetex=False)
 
-def printed(name):
-    "A name in one line: what has no shape (line breaks, marks of direction, half a surrogate pair) is spelled out"
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(name))
-
 def _log_label(stat, before='', after=''):
     "Text and keywords for an axis of log10 of a statistic; only our own names hold a formula"
-    if stat in labels: return f"$\\log_{{10}}$ {before}{labels[stat]}{after}",{}
-    return f"log10 {before}{printed(stat)}{after}",as_text
-
-def _short(s, n=32):
-    "The right end of a name, from a dot on if there is one"
-    if len(s)<=n: return s
-    tail = s[-n:]
-    return '…'+tail[max(tail.find('.'), 0):]
+    if stat in labels: return f"$\\log_{{10}}$ {before}{labels[stat]}{after}", {}
+    return f"log10 {before}{printed(stat)}{after}", as_text
 
 # %% ../nbs/05_plot.ipynb #a842ef39
 def _axes(ax, figsize, height=3.2):
+    "`ax`, or the Axes of a new figure, `height` inches high where `figsize` does not say"
     if ax is not None: return ax
-    w,h = figsize = figsize or (9,height)
-    return plt.subplots(figsize=figsize, layout='constrained' if w>=3 and h>=2 else None)[1]   # in less it warns that the axes have no room
+    width,height = figsize = figsize or (9,height)
+    roomy = width>=3 and height>=2   # in less the layout warns that the axes have no room
+    return plt.subplots(figsize=figsize, layout='constrained' if roomy else None)[1]
+
+Pixels = namedtuple('Pixels', 'width height')
 
 def _pixels(ax):
-    "Width and height of the axes in pixels"
-    b = ax.get_window_extent()
-    return max(int(b.width), 60), max(int(b.height), 60)
+    "The size of the axes in pixels"
+    box = ax.get_window_extent()
+    return Pixels(max(int(box.width), 60), max(int(box.height), 60))
 
-def _say(ax, msg):
-    "Write into the axes what they cannot show"
-    ax.text(.5, .6, msg, transform=ax.transAxes, ha='center', va='center', color=grey, gid='note', **as_text)
+# %% ../nbs/05_plot.ipynb #4bacbc96
+def _say(ax, message):
+    "Write into the axes"
+    ax.text(.5, .6, message, transform=ax.transAxes, ha='center', va='center', color=grey, gid='note', **as_text)
 
-def _say_empty(ax, msg):
-    _say(ax, msg)
+def _say_empty(ax, message):
+    "Axes with nothing but a message"
+    _say(ax, message)
     ax.set(xticks=[], yticks=[])
     return ax
 
-# %% ../nbs/05_plot.ipynb #988a0021
-def _check(df, stat='max_abs', kind=None, phase=None):
-    for what,v,ok in (('kind',kind,kinds),('phase',phase,phases)):
-        if v is not None and v not in ok: raise ValueError(f"{what}: accepted are {', '.join(map(repr, ok))} and None, got {v!r}")
-    ok = [c for c in df if c not in ('fit','epoch','iteration','step','out','call') and pd.api.types.is_numeric_dtype(df[c]) and df[c].dtype!=bool]
-    if stat not in ok: raise ValueError(f"stat: accepted are {', '.join(ok)}, got {stat!r}")
-
-def _codes(s):
-    "Integer codes of a column and the values they stand for, a category's in its order"
-    if isinstance(s.dtype, pd.CategoricalDtype): return s.cat.codes.to_numpy(), list(s.cat.categories)
-    c,v = pd.factorize(s)
-    return c, list(v)
-
-# %% ../nbs/05_plot.ipynb #c64b2420
-def _rows(df, stat, cols=('kind','name','out','call','octave'), **want):
-    "Rows where each column in `want` has that value (None: any), sorted; `v` is the statistic's absolute value, NaN where not finite"
-    ok = np.ones(len(df), bool)
-    for c,v in want.items():
-        if v is not None and c in df: ok &= (df[c]==v).to_numpy()
-    cols = [c for c in ('run','fit','phase','epoch','nonfinite',*cols) if c in df]
-    d = df[list(dict.fromkeys(cols+['iteration',stat]))]
-    if not ok.all(): d = d[ok]
-    with np.errstate(invalid='ignore'): v = np.abs(d[stat].to_numpy(np.float32 if d[stat].dtype==np.float32 else np.float64, copy=True))
-    v[~np.isfinite(v)] = np.nan
-    if 'nonfinite' in d: v[(d['nonfinite']>0).to_numpy()] = np.nan
-    run = _codes(d['run'])[0].astype(np.int64) if 'run' in d else 0
-    fit,x = d['fit'].to_numpy(np.int64),d['iteration'].to_numpy(np.int64)
-    key = (run*(fit.max(initial=0)+1)+fit)*(x.max(initial=0)+1)+x
-    if (key[1:]<key[:-1]).any(): o = np.argsort(key, kind='stable'); d,v,key = d.iloc[o],v[o],key[o]
-    return d,v,key
-
-# %% ../nbs/05_plot.ipynb #0114464d
-def _iterations(d, key, at='iteration'):
-    "One row per iteration: where its rows `start`, which fit (`seg`) it is in, and its place `x` on the axis"
-    start = np.flatnonzero(np.r_[True, key[1:]!=key[:-1]][:len(key)])
-    its = d[[c for c in ('run','fit','phase','epoch',at) if c in d]].iloc[start].reset_index(drop=True)
-    new = its['fit'].ne(its['fit'].shift())
-    if 'run' in its: new |= its['run'].ne(its['run'].shift())
-    x,bounds,end = its[at].to_numpy(np.int64, copy=True),np.r_[np.flatnonzero(new), len(its)],-1
-    for i,j in zip(bounds, bounds[1:]):
-        x[i:j] += max(end+1-x[i], 0)
-        end = x[j-1]
-    return its.assign(x=x, start=start, seg=new.cumsum())
-
-# %% ../nbs/05_plot.ipynb #418a3769
-def _worst(x, y, n):
-    "Indices of at most `n` points: the largest `y` in each of `n` equal stretches of ascending whole numbers `x`"
-    if len(x)<=n: return np.arange(len(x))
-    col = (x-x[0])*n//(x[-1]-x[0]+1)
-    o = np.lexsort((-y, col))
-    return np.sort(o[np.r_[True, np.diff(col[o])>0]])
-
 # %% ../nbs/05_plot.ipynb #9c32bb56
-def _line(ax, x, y, label, color, f=np.asarray, edge=0, marks=True, also=(), absent=False, **kw):
-    "A line `f(y)` through what is finite; ticks for NaN at the top edge (but where `absent`), for zeros at the bottom edge. Returns the indices drawn"
-    n,pos,ok = _pixels(ax)[0]//2,x if x.dtype.kind=='i' else np.arange(len(x)),y>0
-    i = _worst(pos, np.where(ok, y, -1), n)
-    z = np.full(len(i), np.nan)
-    z[ok[i]] = f(y[i][ok[i]].astype(np.float64))
-    bad = [(np.isnan(y)&~np.asarray(absent), 1-.05*edge, 'v', red, 'not finite'), (y==0, .05*edge, '^', 'k', 'all zero')] if marks else []
-    said = ', '.join([f'{m.sum():,} {what}' for m,*_,what in bad if m.any()]+list(also))
-    ax.plot(x[i], z, **dict(color=color, label=label+f' ({said})'*bool(said), lw=1.2, marker='.', ms=6 if len(i)<100 else 2, zorder=3, gid='line')|kw)
-    for m,at,mk,c,what in bad:
-        j = np.flatnonzero(m)
-        j = j[_worst(pos[j], pos[j]*0, n)]
-        if len(j): ax.plot(x[j], np.full(len(j), at), mk, ms=7, mfc=c, mec=color, clip_on=False, zorder=4, transform=ax.get_xaxis_transform(), gid=what)
-    return i
+EdgeMark = namedtuple('EdgeMark', 'what at_top marker color')
+edge_marks = EdgeMark('not finite', True, 'v', red), EdgeMark('all zero', False, '^', 'k')
+
+def _whole(x):
+    "Ascending whole numbers for places `x`"
+    return x if x.dtype.kind=='i' else np.arange(len(x))
+
+def _edge_ticks(ax, mark, x, where, n, color, edge):
+    "Ticks at the points `where`, at most `n`; `edge` says how many lines have their ticks nearer the edge"
+    shown = np.flatnonzero(where)
+    at = _whole(x)[shown]
+    shown = shown[worst(at, at*0, n)]
+    if not len(shown): return
+    y = 1-.05*edge if mark.at_top else .05*edge
+    kw = dict(ms=7, mfc=mark.color, mec=color, clip_on=False, zorder=4, transform=ax.get_xaxis_transform(), gid=mark.what)
+    ax.plot(x[shown], np.full(len(shown), y), mark.marker, **kw)
+
+# %% ../nbs/05_plot.ipynb #f6bd9f12
+def _line(ax, x, y, label, color,
+          transform=np.asarray, # of the values that are drawn
+          edge=0, # how many lines have their ticks nearer the edge
+          marks=True, # ticks for what is not finite or zero?
+          also=(), # what else the legend says
+          absent=False, # where NaN does not mean not finite
+          **kw):
+    "A line through what is finite and larger than 0. Returns the indices drawn"
+    n = _pixels(ax).width//2
+    positive = y>0
+    shown = worst(_whole(x), np.where(positive, y, -1), n)
+    line = np.full(len(shown), np.nan)
+    line[positive[shown]] = transform(y[shown][positive[shown]].astype(np.float64))
+    where = [np.isnan(y)&~np.asarray(absent), y==0] if marks else []
+    said = [f'{w.sum():,} {mark.what}' for w,mark in zip(where, edge_marks) if w.any()] + list(also)
+    if said: label = f"{label} ({', '.join(said)})"
+    style = dict(color=color, label=label, lw=1.2, marker='.', ms=6 if len(shown)<100 else 2, zorder=3, gid='line')
+    ax.plot(x[shown], line, **{**style, **kw})
+    for w,mark in zip(where, edge_marks): _edge_ticks(ax, mark, x, w, n, color, edge)
+    return shown
 
 # %% ../nbs/05_plot.ipynb #e7a10002
 class _Plain(LogFormatterSciNotation):
     "Plain numbers where an axis spans less than two decades, powers of ten where more"
     def __call__(self, x, pos=None):
-        a,b = sorted(np.log10(self.axis.get_view_interval()))
-        if b-a>=2: return super().__call__(x, pos)
+        low,high = sorted(np.log10(self.axis.get_view_interval()))
+        decades = high-low
+        if decades>=2: return super().__call__(x, pos)
         digit = x/10**np.floor(np.log10(x)+1e-9)
-        return f'{x:g}' if b-a<.4 or np.isclose(digit, (1,2,5) if b-a>.9 else (1,2,3,4,6,8)).any() else ''
+        named = (1,2,5) if decades>.9 else (1,2,3,4,6,8)
+        return f'{x:g}' if decades<.4 or np.isclose(digit, named).any() else ''
+
+def _our_lines(ax):
+    "Lines through data, without ticks and levels"
+    return [l for l in ax.lines if l.get_gid()=='line']
 
 def _finite(ax, log=True):
     "A log axis where a line has finite numbers; else the axes say that there are none"
-    if not any(np.isfinite(l.get_ydata()).any() for l in ax.lines if l.get_gid()=='line'): _say(ax, 'no finite gradient other than 0'); ax.set_yticks([])
+    if not any(np.isfinite(l.get_ydata()).any() for l in _our_lines(ax)):
+        _say(ax, 'no finite gradient other than 0')
+        ax.set_yticks([])
     elif log:
         ax.set_yscale('log')
         ax.yaxis.set_major_formatter(_Plain())
@@ -152,328 +131,302 @@ def _finite(ax, log=True):
 
 def _line_at_1(ax, label):
     "A line at 1 where a log axis reaches it, or would if it were a quarter longer"
-    a,b = np.log10(ax.get_ylim()) if ax.get_yscale()=='log' else (1,1)
-    if a-(b-a)/4<=0<=b+(b-a)/4: ax.axhline(1, color=grey, lw=1, ls='--', zorder=1, label=label)
-
-# %% ../nbs/05_plot.ipynb #5e7728eb
-def _text_px(ax, s, size=7):
-    "About how many pixels wide a text is"
-    return (len(s)+2)*size*.55*ax.figure.dpi/72
-
-def _run_name(r):
-    "A run's name as it is drawn, its right end where it is long"
-    return _short(printed(r), 40) or "''"
-
-def _mark_name(its, i):
-    "What begins at iteration `i`: a run, a fit where there are several, else an epoch"
-    r,several = its.iloc[i],its['seg'].nunique()>1
-    if 'run' in its and its['run'].nunique()>1 and (not i or its['run'].iloc[i-1]!=r['run']): return _run_name(r['run'])
-    return f"epoch {r['epoch']}" if not several else 'lr_find' if r['phase']=='lr_find' else f"fit {r['fit']}"
+    if ax.get_yscale()!='log': return
+    low,high = np.log10(ax.get_ylim())
+    margin = (high-low)/4
+    if low-margin<=0<=high+margin: ax.axhline(1, color=grey, lw=1, ls='--', zorder=1, label=label)
 
 # %% ../nbs/05_plot.ipynb #1df9738f
-def _begins(its):
-    "Where lines are drawn, as (iteration, does a fit begin there?), and what gets a name: fits where there are several, else epochs"
-    fit = its['seg'].diff().ne(0).to_numpy()
-    new = fit|its['epoch'].diff().ne(0).to_numpy()
-    named = np.flatnonzero(fit if its['seg'].nunique()>1 else new)
-    return [(i, fit[i]) for i in np.flatnonzero(new if new.sum()<=60 else fit)[1:]],named if len(named)>1 else []
+def _text_px(ax, text, size=7):
+    "About how many pixels wide a text is"
+    return (len(text)+2)*size*.55*ax.figure.dpi/72
 
-def _marks(ax, its, color=grey):
-    "A dotted line where an epoch begins, a solid one where a fit begins"
-    x,(lines,named) = its['x'].to_numpy()-.5,_begins(its)
-    for i,fit in lines: ax.axvline(x[i], color=color, lw=1.2 if fit else .8, ls='-' if fit else ':', zorder=1.5, gid='fit' if fit else 'epoch')
-    (a,b),w,end = ax.get_xlim(),_pixels(ax)[0],-np.inf
+def _boundary_names(ax, its, named, x):
+    "Names of the iterations `named` above the axes, at `x`"
+    low,high = ax.get_xlim()
+    end = -np.inf
     for i in named:
-        px,s = (x[i]-a)/(b-a)*w,_mark_name(its, i)
-        if px<end: continue
-        ax.text(x[i], 1.015, s, transform=ax.get_xaxis_transform(), fontsize=8, color=grey, va='bottom', gid='mark', **as_text)
-        end = px+_text_px(ax, s, 8)
+        left = (x[i]-low)/(high-low)*_pixels(ax).width
+        if left<end: continue
+        name = boundary_name(its, i)
+        ax.text(x[i], 1.015, name, transform=ax.get_xaxis_transform(), fontsize=8, color=grey, va='bottom', gid='mark', **as_text)
+        end = left+_text_px(ax, name, 8)
+
+def _draw_boundaries(ax, its, color=grey):
+    "Lines and names where epochs and fits begin"
+    x = its['x'].to_numpy()-.5
+    lines,named = boundaries(its)
+    for line in lines:
+        style = dict(lw=1.2, ls='-', gid='fit') if line.is_fit else dict(lw=.8, ls=':', gid='epoch')
+        ax.axvline(x[line.at], color=color, zorder=1.5, **style)
+    _boundary_names(ax, its, named, x)
 
 # %% ../nbs/05_plot.ipynb #51cd1dec
 def _x_axis(ax, its, at='iteration', point='point'):
-    "Limits, whole numbers, the unit, and the marks of the longest of the tables `its`"
-    a,b,n = min(t['x'].min() for t in its),max(t['x'].max() for t in its),_pixels(ax)[0]//2
-    m = max(.5, (b-a)*.01)
-    ax.set_xlim((a-m, b+m) if point=='point' else (a-.5, b+.5))
+    "Limits, whole numbers, the unit, and the boundaries of the longest of the tables `its`"
+    low = min(t['x'].min() for t in its)
+    high = max(t['x'].max() for t in its)
+    margin = max(.5, (high-low)*.01) if point=='point' else .5
+    ax.set_xlim(low-margin, high+margin)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     longest = max(its, key=len)
-    per = -(-len(longest)//n)
-    ax.set_xlabel(at + (', fits end to end' if (longest['x']!=longest[at]).any() else '') + (f" (each {point} the largest of about {per:,})" if per>1 else ''))
-    _marks(ax, longest)
+    per = int(np.ceil(len(longest)/(_pixels(ax).width//2)))
+    label = at
+    if (longest['x']!=longest[at]).any(): label += ', fits end to end'
+    if per>1: label += f' (each {point} the largest of about {per:,})'
+    ax.set_xlabel(label)
+    _draw_boundaries(ax, longest)
 
+# %% ../nbs/05_plot.ipynb #073ceeb6
 def _named(ax):
     "What a legend names: our lines, whatever they are called, and all else that has a label"
-    lines = [l for l in ax.lines if l.get_gid()=='line']
+    lines = _our_lines(ax)
     return lines + [h for h in ax.get_legend_handles_labels()[0] if h not in lines]
 
+def _legend_columns(widths, width):
+    "In how many columns entries of these widths fit into `width`"
+    for n in range(len(widths), 1, -1):
+        columns = np.array_split(widths, n)
+        if sum(max(column) for column in columns)<=width: return n
+    return 1
+
+# %% ../nbs/05_plot.ipynb #c65bc54d
 def _legend(ax, handles=None, size=9):
-    "Above the axes, where it hides no data; none where it would only repeat the y axis's label"
-    handles = sorted(_named(ax) if handles is None else handles, key=lambda h: h.get_gid()!='line')
-    width,height,pt = *_pixels(ax),ax.figure.dpi/72
-    room = int((width/pt-29)/(size*.55))-4   # characters; the … is one more
-    texts = {h: _short(h.get_label(), max(room, 8)) if h.get_gid()=='line' else h.get_label() for h in handles}
-    w = [_text_px(ax, texts[h], size)+29*pt for h in handles]
-    handles,w = [h for h,o in zip(handles, w) if o<=width],[o for o in w if o<=width]   # a wider one would squeeze the axes
-    if not handles or len(handles)==1 and handles[0].get_label() in ax.get_ylabel(): return
-    ncol = next((n for n in range(len(w), 1, -1) if sum(max(c) for c in np.array_split(w, n))<=width), 1)
-    room = ncol*max(int(height*.4/((size+9)*pt)), 1)
-    if len(w)>room>1: handles = handles[:room-1]+[Line2D([], [], ls='', label=f'and {len(w)-room+1} more')]
-    kw = dict(frameon=False, fontsize=size, handlelength=1.4, columnspacing=1.4)
+    "A legend; none where it would only repeat the y axis's label. A long name is shortened, what has no room is counted"
+    if handles is None: handles = _named(ax)
+    handles = sorted(handles, key=lambda h: h.get_gid()!='line')
+    width,height = _pixels(ax)
+    point = ax.figure.dpi/72   # in pixels
+    room = max(int((width/point-29)/(size*.55))-4, 8)   # characters; the … is one more
+    texts = {h:shortened(h.get_label(), room) if h.get_gid()=='line' else h.get_label() for h in handles}
+    widths = {h:_text_px(ax, text, size)+29*point for h,text in texts.items()}
+    handles = [h for h in handles if widths[h]<=width]   # a wider one would squeeze the axes
+    if not handles: return
+    if len(handles)==1 and handles[0].get_label() in ax.get_ylabel(): return
+    columns = _legend_columns([widths[h] for h in handles], width)
+    room = columns*max(int(height*.4/((size+9)*point)), 1)
+    if len(handles)>room>1:
+        more = Line2D([], [], ls='', label=f'and {len(handles)-room+1} more')
+        handles = handles[:room-1]+[more]
     above = any(t.get_gid()=='mark' for t in ax.texts) or ax.get_title('left')
-    legend = ax.legend(handles, ['.']*len(handles), loc='lower right', bbox_to_anchor=(1,1), borderaxespad=1.6 if above else .4, ncol=ncol, **kw)
-    for text,h in zip(legend.get_texts(), handles): text.set(text=texts.get(h, h.get_label()), **as_text)   # set here, since a legend leaves out labels with a leading underscore
-
-# %% ../nbs/05_plot.ipynb #6e9be938
-def _kinds(df, kind, phase):
-    "Kinds to draw"
-    ph = df['phase']==phase if phase else True
-    return [k for k in kinds if kind in (None,k) and ((df['kind']==k)&ph).any()]
-
-def _missing(df, kind, phase, other=None):
-    "Why there is nothing to draw; `other` is what was recorded instead"
-    if kind: df = df[df['kind']==kind]
-    what = f"{words[kind][:-1]} gradients" if kind else 'gradients'
-    if len(df): return f"No {what} of phase '{phase}' recorded:\nphase='{df['phase'].iloc[-1]}' draws those of {df['phase'].iloc[-1]}"
-    if kind: return f"No {what} recorded:\nGradStatsCallback(kind='both') records them"
-    return f"No gradients of single tensors recorded{', only norms' if other else ' yet'}:\nGradStatsCallback() records them"
+    style = dict(frameon=False, fontsize=size, handlelength=1.4, columnspacing=1.4)
+    legend = ax.legend(handles, ['.']*len(handles), loc='lower right', bbox_to_anchor=(1,1), borderaxespad=1.6 if above else .4, ncol=columns, **style)
+    for text,h in zip(legend.get_texts(), handles):
+        text.set(text=texts.get(h, h.get_label()), **as_text)   # set here, since a legend leaves out labels with a leading underscore
 
 # %% ../nbs/05_plot.ipynb #8025c7e2
+Part = namedtuple('Part', 'want label color')   # of a picture: which rows (see `points`), and how their line is called and coloured
+
 def _runs(df):
     "Names of the runs in a comparison"
     return list(df['run'].unique()) if 'run' in df else []
 
-def _series(df, ks):
-    "Of each line the rows, the label and the colour, one per run where there are several, else one per kind"
-    if len(runs := _runs(df))<2: return [(dict(kind=k), words[k], colours[k]) for k in ks]
-    return [(dict(kind=ks[0], run=r), _run_name(r), cycle[i%len(cycle)]) for i,r in enumerate(runs)]
+def _by_kind(df, ks):
+    "A part for each run where there are several, of the first kind; else one for each kind"
+    runs = _runs(df)
+    if len(runs)<2: return [Part(dict(kind=k), words[k], colours[k]) for k in ks]
+    return [Part(dict(kind=ks[0], run=run), run_name(run), cycle[i%len(cycle)]) for i,run in enumerate(runs)]
 
-def _by_run(d, name):
-    "Of each run its name, rows and colour; `name` where there are no runs"
-    return [(name if r is None else _run_name(r), d if r is None else d[d['run']==r], cycle[i%len(cycle)]) for i,r in enumerate(_runs(d) or [None])]
+def _by_run(df, label):
+    "A part for each run; one of this label where there are no runs"
+    runs = _runs(df)
+    if not runs: return [Part({}, label, cycle[0])]
+    return [Part(dict(run=run), run_name(run), cycle[i%len(cycle)]) for i,run in enumerate(runs)]
 
-# %% ../nbs/05_plot.ipynb #51d1c392
-def _reduce(df, stat, reduce='max', **want):
-    "The iterations and one value for each; NaN where anything was not finite"
-    d,v,key = _rows(df, stat, (), **want)
-    its = _iterations(d, key)
-    if not len(its): return its,v
-    if reduce=='max': return its,np.maximum.reduceat(v, its['start'])
-    return its,np.add.reduceat(v.astype(np.float64), its['start'])/np.diff(np.r_[its['start'], len(v)])
+# %% ../nbs/05_plot.ipynb #0f8ea426
+def _check(rec, stat, kind, phase, fit):
+    "Raises where an argument of a plot of tensors is wrong, or what it asks for was not recorded"
+    df = rec.frame('tensors')
+    check_which(kind, phase)
+    check_stat(df, stat)
+    check_fit(df, fit, phase)
+    need_tensors(rec, kind)
+
+def _log_lines(ax, df, parts, stat, reduce, want):
+    "A line for each part, of the rows that it and `want` pick; returns their iterations"
+    res = []
+    for i,part in enumerate(parts):
+        its,value = per_iteration(df, stat, reduce, **want, **part.want)
+        if not len(its): continue
+        _line(ax, its['x'].to_numpy(), value, part.label, part.color, np.log10, i)
+        res.append(its)
+    return res
 
 # %% ../nbs/05_plot.ipynb #91972052
-def plot_grad_log10(o, # a Learner, callback, `GradRecord` or frame
+def plot_grad_log10(o, # whatever `as_record` takes
                     stat='max_abs', # a float column
-                    kind=None, # 'output' or 'param'; None: both, where recorded
+                    kind='both', # 'output', 'param' or 'both'
                     reduce='max', # over tensors: 'max' or 'mean'
                     phase='fit', # 'fit', 'lr_find' or None for all
+                    fit=None, # number of a fit, or a list; None for all
                     ax=None, figsize=None):
     "log10 of a statistic per iteration; 0 is a gradient of 1. Ticks at the top edge: not finite, at the bottom edge: all zero"
     rec = as_record(o)
-    df = rec.df
-    _check(df, stat, kind, phase)
+    df = rec.frame('tensors')
     if reduce not in ('max','mean'): raise ValueError(f"reduce: accepted are 'max' and 'mean', got {reduce!r}")
+    _check(rec, stat, kind, phase, fit)
     ax = _axes(ax, figsize)
-    if not (ks := _kinds(df, kind, phase)): return _say_empty(ax, _missing(df, kind, phase, len(rec.steps)))
-    its = []
-    for e,(want,label,color) in enumerate(_series(df, ks)):
-        t,y = _reduce(df, stat, reduce, phase=phase, **want)
-        if len(t): _line(ax, t['x'].to_numpy(), y, label, color, np.log10, e); its.append(t)
+    ks = kinds_there(df, kind, phase, fit)
+    if not ks: return _say_empty(ax, no_tensors(rec, kind, phase, fit))
+    its = _log_lines(ax, df, _by_kind(df, ks), stat, reduce, dict(phase=phase, fit=fit))
     _finite(ax, log=False)
     ax.axhline(0, color=grey, lw=1, ls='--', zorder=1, label='gradient 1')
-    for k in kinds if kind is None else []:
-        if k not in ks: ax.plot([], [], ' ', label=f"no {words[k]}: kind='both' records them")
+    for k in kinds:
+        if kind in (None,'both') and k not in ks: ax.plot([], [], ' ', label=f"no {words[k]}: kind='both' records them")
     _x_axis(ax, its)
-    text,kw = _log_label(stat, 'mean of '*(reduce=='mean'), ', '+words[ks[0]] if len(_runs(df))>1 else '')
+    text,kw = _log_label(stat, 'mean of ' if reduce=='mean' else '', f', {words[ks[0]]}' if len(_runs(df))>1 else '')
     ax.set_ylabel(text, **kw)
     _legend(ax)
     return ax
 
-# %% ../nbs/05_plot.ipynb #c87d2f47
-def _tensors(d):
-    "Per row its tensor's number in network order, and a frame of the tensors"
-    name,names = _codes(d['name'])
-    call,out = (d[c].to_numpy(np.int64) for c in ('call','out'))
-    dims = len(kinds),len(names),int(call.max(initial=0))+1,int(out.max(initial=0))+1
-    code = np.ravel_multi_index(((d['kind']==kinds[1]).to_numpy(np.int64), name.astype(np.int64), call, out), dims)
-    used = np.bincount(code, minlength=np.prod(dims))>0
-    k,nm,c,o = np.unravel_index(np.flatnonzero(used), dims)
-    label = [names[i] + f'[{b}]'*bool(b) + f' call {a}'*bool(a) for i,a,b in zip(nm, c, o)]
-    return (np.cumsum(used)-1)[code], pd.DataFrame(dict(kind=[kinds[i] for i in k], label=pd.Series(label, dtype=object)))
-
-# %% ../nbs/05_plot.ipynb #ebdd8aaa
-def _groups(t, slots, n=32):
-    "Where groups of consecutive tensors start, and their labels of `n` characters: the deepest grouping that has room"
-    parts = [l.split('.') for l in t['label']]
-    for depth in range(max(map(len, parts)), 0, -1):
-        keys = [(k, '.'.join(p[:depth])) for k,p in zip(t['kind'], parts)]
-        start = [i for i in range(len(keys)) if not i or keys[i]!=keys[i-1]]
-        if len(start)<=slots: break
-    return np.array(start), [_short(keys[i][1], n) for i in start]
-
 # %% ../nbs/05_plot.ipynb #f18e5998
-def _places(t, lines, n=32):
-    "Names of tensors, or of stages, where `lines` have room: the largest stages first. Returns where stages start, and the middles and labels of those named"
-    start,lab = _groups(t, int(lines), n)
-    length = np.diff(np.r_[start, len(t)])
-    mid,chosen = start+(length-1)/2,[]
-    for i in np.argsort(-length, kind='stable'):
-        if all(abs(mid[i]-mid[j])*lines/len(t)>=.95 for j in chosen): chosen.append(i)
-    return start,mid[chosen],[lab[i] for i in chosen]
-
-def _name_ticks(ax, t, axis='y', size=7):
-    "Names of tensors, or of stages, along an axis"
-    px,n,a = size*1.3*ax.figure.dpi/72,len(t),getattr(ax, axis+'axis')
-    start,mid,lab = _places(t, _pixels(ax)[axis=='y']/px, np.clip(int(_pixels(ax)[axis=='x']/px), 6, 32))
-    a.set_ticks(mid, [printed(s) for s in lab], fontsize=size, **as_text, **(dict(rotation=90) if axis=='x' else {}))
-    if len(start)<n:
-        ax.tick_params(axis=axis, which='major', length=0, pad=8)
-        a.set_ticks(np.r_[start,n]-.5, minor=True)
-        ax.tick_params(axis=axis, which='minor', length=7, width=.5)
-
-# %% ../nbs/05_plot.ipynb #bce82e0c
-def _columns(x, n):
-    "The image column of each iteration, at most `n`, each as wide as the recorded ones are apart"
-    span,apart = x[-1]-x[0]+1,int(np.median(np.diff(x))) if len(x)>1 else 1
-    k = int(max(1, min(n, -(-span//apart))))
-    return (x-x[0])*k//span,k
-
-def _fill(img, apart):
-    "Where one iteration in n was recorded, those between show the next recorded one"
-    has = np.flatnonzero((img!=-1).any(0))
-    if len(has)<2: return img
-    step,c = int(np.median(np.diff(has))),np.arange(img.shape[1])
-    nxt = has[np.searchsorted(has, c).clip(max=len(has)-1)]
-    near = (nxt>=c)&(nxt-c < (1 if step==apart==1 else 2*step))
-    return np.where(near, img[:,nxt], img)
-
-# %% ../nbs/05_plot.ipynb #e0c9fc08
-def _grid(v, row, t, its, width, height):
-    "(tensors, columns) of largest values: -1 where there was no row, NaN where not finite"
-    x = its['x'].to_numpy()
-    col,k = _columns(x, width)
-    img = np.full((len(t),k), -1, v.dtype)
-    with np.errstate(invalid='ignore'): np.maximum.at(img.reshape(-1), row*k+np.repeat(col, np.diff(np.r_[its['start'], len(v)])), v)
-    apart = int(np.median(np.diff(x))) if len(x)>1 else 1
-    for kd in kinds: img[t['kind']==kd] = _fill(img[t['kind']==kd], apart)
-    if len(t)>height: img = np.maximum.reduceat(img, np.arange(height)*len(t)//height)
-    return img
+def _name_ticks(ax, table, axis='y', size=7):
+    "Names of tensors, or of groups of them, along an axis"
+    letter = size*1.3*ax.figure.dpi/72   # pixels
+    width,height = _pixels(ax)
+    along,across = (height,width) if axis=='y' else (width,height)
+    start,middle,label = places(table, along/letter, np.clip(int(across/letter), 6, 32))
+    ticks = getattr(ax, f'{axis}axis')
+    rotated = dict(rotation=90) if axis=='x' else {}
+    ticks.set_ticks(middle, [printed(s) for s in label], fontsize=size, **as_text, **rotated)
+    if len(start)==len(table): return
+    ax.tick_params(axis=axis, which='major', length=0, pad=8)
+    ticks.set_ticks(np.r_[start,len(table)]-.5, minor=True)
+    ax.tick_params(axis=axis, which='minor', length=7, width=.5)
 
 # %% ../nbs/05_plot.ipynb #c65e6426
 def _colorbar(ax, im, label, as_text=None, **kw):
-    bar = ax.figure.colorbar(im, ax=ax, pad=.015 if ax.figure.get_layout_engine() else .06, fraction=.05, aspect=30, **kw)
+    "A narrow bar beside the axes"
+    has_layout = ax.figure.get_layout_engine()
+    bar = ax.figure.colorbar(im, ax=ax, pad=.015 if has_layout else .06, fraction=.05, aspect=30, **kw)
     bar.set_label(label, **(as_text or {}))
 
-def _edge_marks(ax, cols, x0, x1, what='not finite'):
-    "Ticks at the top edge over the image columns where `cols`, at the bottom edge for zeros; returns the legend's handles"
-    x,(y,mk,c) = x0-.5+(np.flatnonzero(cols)+.5)*(x1-x0+1)/len(cols),(1,'v',red) if what=='not finite' else (0,'^','k')
-    return ax.plot(x, np.full(len(x), y), mk, color=c, ms=5, clip_on=False, transform=ax.get_xaxis_transform(), label=what, gid=what) if len(x) else []
+def _column_ticks(ax, mark, where, first, last):
+    "Ticks at an edge over the image columns `where`, which reach from iteration `first` to `last`; returns the legend's handles"
+    width = (last-first+1)/len(where)
+    x = first-.5+(np.flatnonzero(where)+.5)*width
+    if not len(x): return []
+    y = np.full(len(x), 1 if mark.at_top else 0)
+    return ax.plot(x, y, mark.marker, color=mark.color, ms=5, clip_on=False, transform=ax.get_xaxis_transform(), label=mark.what, gid=mark.what)
 
 # %% ../nbs/05_plot.ipynb #2ba9dacc
-def _draw_grid(ax, img, n, x0, x1, label):
-    "Colour for what is larger than 0, red for not finite, black for zero; returns the legend's handles"
+ColourRange = namedtuple('ColourRange', 'low high cut')   # `cut`: are there smaller ones, which have the lowest colour?
+
+def _colour_range(z):
+    "From the first percentile, where the smallest is half a decade below it, to the largest"
+    z = z.compressed()
+    if not len(z): return ColourRange(-1, 0, False)
+    percentile,low,high = np.percentile(z, 1),z.min(),z.max()
+    cut = low<percentile-.5
+    if cut: low = percentile
+    if high-low<.1: low,high = low-.5,high+.5
+    return ColourRange(low, high, cut)
+
+def _draw_image(ax, img, rows, first, last, label):
+    "An image of `rows` tensors from iteration `first` to `last`; returns the legend's handles"
     with np.errstate(all='ignore'): z = np.ma.masked_invalid(np.log10(np.where(img>0, img, np.nan), dtype=np.float64))
-    lo,mn,hi = (np.percentile(c := z.compressed(), 1),c.min(),c.max()) if z.count() else (-1,-1,0)
-    if cut := mn<lo-.5: mn = lo
-    if hi-mn<.1: mn,hi = mn-.5,hi+.5
-    kw = dict(aspect='auto', interpolation='nearest', extent=(x0-.5, x1+.5, n-.5, -.5))
-    im = ax.imshow(z, cmap='viridis', vmin=mn, vmax=hi, **kw)
-    over,blank = np.zeros((*img.shape,4)),'#eeeeee'
-    marks = [(np.isnan(img), red, 'not finite'), (img==0, 'k', 'all zero'), (img==-1, blank, 'no gradient')]
-    for m,c,_ in marks: over[m] = to_rgba(c)
-    ax.imshow(over, **kw)
-    _edge_marks(ax, np.isnan(img).any(0), x0, x1)
-    ax.set_ylim(n-.5, -.5)
+    low,high,cut = _colour_range(z)
+    style = dict(aspect='auto', interpolation='nearest', extent=(first-.5, last+.5, rows-.5, -.5))
+    im = ax.imshow(z, cmap='viridis', vmin=low, vmax=high, **style)
+    over = np.zeros((*img.shape,4))
+    handles = []
+    for where,color,what in ((np.isnan(img), red, 'not finite'), (img==0, 'k', 'all zero'), (img==-1, '#eeeeee', 'no gradient')):
+        over[where] = to_rgba(color)
+        if where.any(): handles.append(Patch(fc=color, ec=grey, lw=.5, label=what))
+    ax.imshow(over, **style)
+    _column_ticks(ax, edge_marks[0], np.isnan(img).any(0), first, last)
+    ax.set_ylim(rows-.5, -.5)
     if z.count(): _colorbar(ax, im, *label, extend='min' if cut else 'neither')
-    return [Patch(fc=c, ec=grey, lw=.5, label=l) for m,c,l in marks if m.any()]
+    return handles
 
 # %% ../nbs/05_plot.ipynb #050e9d61
-def _blocks(ax, t):
+def _name_kinds(ax, table):
     "Name the kinds at the right edge and part them"
-    for k in t['kind'].unique():
-        i = np.flatnonzero(t['kind']==k)
-        ax.text(1.004, (i[0]+i[-1])/2, words[k], transform=ax.get_yaxis_transform(), rotation=270, va='center', fontsize=8, color=grey)
-        if i[0]: ax.axhline(i[0]-.5, color='w', lw=3)
+    for kind in table['kind'].unique():
+        row = np.flatnonzero(table['kind']==kind)
+        middle = (row[0]+row[-1])/2
+        ax.text(1.004, middle, words[kind], transform=ax.get_yaxis_transform(), rotation=270, va='center', fontsize=8, color=grey)
+        if row[0]: ax.axhline(row[0]-.5, color='w', lw=3)
 
-# %% ../nbs/05_plot.ipynb #b5e00004
-def _with_absent(rec, row, t):
-    "Row numbers and tensors, with the parameters that are watched and never had a gradient"
-    have,known = t.loc[t['kind']==kinds[1],'label'],list(dict.fromkeys(n for f in rec.facts for n,*_ in f['params']))
-    out = len(t)-len(have)
-    at = {n:out+i for i,n in enumerate(known)}
-    if not 0<len(known)-len(have)<len(have) or not at.keys()>=set(have): return row,t
-    new = np.array([*range(out), *map(at.get, have)])
-    return new[row], pd.DataFrame(dict(kind=[*t['kind'][:out], *[kinds[1]]*len(known)], label=[*t['label'][:out], *known]))
-
-def _cells(rec, stat, kind, phase):
-    "Of a heatmap the values, the tensor's number of each, the tensors, and the iterations"
-    d,v,key = _rows(rec.df, stat, kind=kind, phase=phase)
-    return v,*_with_absent(rec, *_tensors(d)),_iterations(d, key)
-
-# %% ../nbs/05_plot.ipynb #ff55e624
-def _heatmap(rec, axes, stat='max_abs', kind=None, phase='fit'):
-    "`axes` makes the Axes from a height in inches"
-    df = rec.df
-    _check(df, stat, kind, phase)
-    if not _kinds(df, kind, phase): return _say_empty(axes(3.2), _missing(df, kind, phase, len(rec.steps)))
-    v,row,t,its = _cells(rec, stat, kind, phase)
-    ax = axes(min(max(1.2+.14*len(t), 2.4), 7.5))
+def draw_heatmap(rec, # a `GradRecord`
+                 axes, # makes the Axes from a height in inches
+                 stat='max_abs', kind='both', phase='fit', fit=None):
+    "The heatmap of `plot_grad_heatmap`, in Axes that may belong to no window"
+    _check(rec, stat, kind, phase, fit)
+    if not kinds_there(rec.frame('tensors'), kind, phase, fit): return _say_empty(axes(3.2), no_tensors(rec, kind, phase, fit))
+    shown = cells(rec, stat, kind, phase, fit)
+    table,its = shown.tensors,shown.iterations
+    ax = axes(min(max(1.2+.14*len(table), 2.4), 7.5))
     width,height = _pixels(ax)
-    img = _grid(v, row, t, its, width//2, height)
-    handles = _draw_grid(ax, img, len(t), its['x'].min(), its['x'].max(), _log_label(stat))
-    _name_ticks(ax, t)
-    _blocks(ax, t)
+    img = image(shown, width//2, height)
+    handles = _draw_image(ax, img, len(table), its['x'].min(), its['x'].max(), _log_label(stat))
+    _name_ticks(ax, table)
+    _name_kinds(ax, table)
     _x_axis(ax, [its], point='column')
     _legend(ax, handles)
     return ax
 
 # %% ../nbs/05_plot.ipynb #b5e00002
-def plot_grad_heatmap(o, # a Learner, callback, `GradRecord` or frame
+def plot_grad_heatmap(o, # whatever `as_record` takes
                       stat='max_abs', # a float column
-                      kind=None, # 'output' or 'param'; None: both, where recorded
+                      kind='both', # 'output', 'param' or 'both'
                       phase='fit', # 'fit', 'lr_find' or None for all
+                      fit=None, # number of a fit, or a list; None for all
                       ax=None, figsize=None):
     "Tensors in network order by iteration, colour is log10 of a statistic. Blank: took no part; red: not finite; black: all zero"
-    return _heatmap(as_record(o), lambda height: _axes(ax, figsize, height), stat, kind, phase)
-
-# %% ../nbs/05_plot.ipynb #2a21bfe8
-def _steps(rec, phase):
-    "Rows of GradNormCallback's frame, `norm` NaN where not finite; where no parameter had a gradient it is `absent`"
-    _check(rec.df, phase=phase)
-    s = rec.steps if phase is None else rec.steps[rec.steps['phase']==phase]
-    return s.assign(norm=s['norm'].where(np.isfinite(s['norm'].astype(np.float64))), absent=nothing_there(s))
-
-def _none(rec, phase):
-    if not len(rec.steps): return 'No norms recorded:\nGradNormCallback() records them'
-    if phase is None or (rec.steps['phase']==phase).any(): return 'No gradient was left at the step:\ndiagnose() says what that means'
-    other = rec.steps['phase'].iloc[-1]
-    return f"No norms of phase '{phase}' recorded:\nphase='{other}' draws those of {other}"
+    def axes(height): return _axes(ax, figsize, height)
+    return draw_heatmap(as_record(o), axes, stat, kind, phase, fit)
 
 # %% ../nbs/05_plot.ipynb #ddf4ed59
-def _norm_lines(ax, s, label, color, edge):
+def _counted(steps):
+    "What the legend says of steps: how many were clipped, skipped, without a gradient"
+    skipped = steps['skipped'].astype(bool)
+    counts = {'clipped':was_clipped(steps).sum(), 'skipped':skipped.sum(), 'without a gradient':(steps['absent']&~skipped).sum()}
+    said = [f'{n:,} {what}' for what,n in counts.items() if n]
+    return [*said, f'of {len(steps):,} steps'] if said else []
+
+def was_clipped(steps):
+    "Per step: was its norm clipped?"
+    return (steps['clip_coef']<1) & steps['norm'].notna()
+
+def _mark(ax, what, x, y, *args, **kw):
+    "A line or crosses, in the legend once however many runs there are"
+    known = any(l.get_gid()==what for l in ax.lines)
+    ax.plot(x, y, *args, gid=what, label=None if known else what, **kw)
+
+# %% ../nbs/05_plot.ipynb #41d7db60
+def _norm_lines(ax, steps, label, color, edge):
     "Norm before clipping, and after it where it differs; returns the steps and their places on the axis"
-    its = _iterations(s.reset_index(drop=True), np.arange(len(s)), 'step')
-    x,y,clipped,skipped = its['x'].to_numpy(),s['norm'].to_numpy(np.float64),((s['clip_coef']<1)&s['norm'].notna()).to_numpy(),np.flatnonzero(s['skipped'])
-    absent = s['absent'].to_numpy()
-    counted = (clipped.sum(),'clipped'),(len(skipped),'skipped'),((absent&~s['skipped'].to_numpy(bool)).sum(),'without a gradient')
-    also = [f'{n:,} {what}' for n,what in counted if n]
-    i = _line(ax, x, y, label, color, edge=edge, also=also and [*also, f'of {len(s):,} steps'], absent=absent)
-    def mark(what, x, y, *args, **kw): ax.plot(x, y, *args, gid=what, label=None if any(l.get_gid()==what for l in ax.lines) else what, **kw)
+    its = iterations(steps.reset_index(drop=True), np.arange(len(steps)), 'step')
+    x = its['x'].to_numpy()
+    norm = steps['norm'].to_numpy(np.float64)
+    clipped = was_clipped(steps).to_numpy()
+    skipped = np.flatnonzero(steps['skipped'])
+    shown = _line(ax, x, norm, label, color, edge=edge, also=_counted(steps), absent=steps['absent'].to_numpy())
     if clipped.any():
-        mark('clipped', x[j := i[clipped[i]]], y[j], '.', color=clip, ms=5, zorder=3.2)
-        mark('after clipping', x[i], s['clipped_norm'].to_numpy()[i], color=color if edge else 'k', lw=1, ls='--', zorder=2.9)
-    if len(skipped): mark('step skipped', x[skipped], np.full(len(skipped), .9-.05*edge), 'x', color='k', ms=6, transform=ax.get_xaxis_transform(), zorder=5)
+        dots = shown[clipped[shown]]
+        _mark(ax, 'clipped', x[dots], norm[dots], '.', color=clip, ms=5, zorder=3.2)
+        _mark(ax, 'after clipping', x[shown], steps['clipped_norm'].to_numpy()[shown], color=color if edge else 'k', lw=1, ls='--', zorder=2.9)
+    if len(skipped):
+        height = np.full(len(skipped), .9-.05*edge)
+        _mark(ax, 'step skipped', x[skipped], height, 'x', color='k', ms=6, transform=ax.get_xaxis_transform(), zorder=5)
     return its
 
 # %% ../nbs/05_plot.ipynb #7825f380
-def plot_grad_norm(o, # a Learner, callback, `GradRecord` or frame
+def plot_grad_norm(o, # whatever `as_record` takes
                    phase='fit', # 'fit', 'lr_find' or None for all
+                   fit=None, # number of a fit, or a list; None for all
                    ax=None, figsize=None):
     "Total gradient norm per step, before and after clipping; steps that were clipped, skipped or not finite are marked"
     rec = as_record(o)
-    s,ax = _steps(rec, phase),_axes(ax, figsize)
-    if s['absent'].all(): return _say_empty(ax, _none(rec, phase))
-    runs = _by_run(s, 'gradient norm')
-    its = [_norm_lines(ax, d, r, c, e) for e,(r,d,c) in enumerate(runs)]
+    steps = norm_steps(rec, phase, fit)
+    need_norms(rec)
+    ax = _axes(ax, figsize)
+    if steps['absent'].all(): return _say_empty(ax, no_norms(rec, phase))
+    its = []
+    for i,part in enumerate(_by_run(steps, 'gradient norm')):
+        of_run = steps[matching(steps, **part.want)]
+        its.append(_norm_lines(ax, of_run, part.label, part.color, i))
     _finite(ax)
     _line_at_1(ax, 'norm 1')
     _x_axis(ax, its, 'step')
@@ -482,116 +435,144 @@ def plot_grad_norm(o, # a Learner, callback, `GradRecord` or frame
     return ax
 
 # %% ../nbs/05_plot.ipynb #ac5c768d
-def _at(d, iteration):
-    "The rows of an iteration, in the last `fit` that has it; -1 is the last iteration of all"
-    key = (d['fit'].to_numpy(np.int64)<<32)|d['iteration'].to_numpy(np.int64)
-    u = np.sort(pd.unique(key))
-    hit = np.flatnonzero(u&0xffffffff==iteration) if iteration>=0 else range(len(u))[iteration:][:1]
-    return d[key==u[hit[-1]]] if len(hit) else d[:0]
+FlowPart = namedtuple('FlowPart', 'label rows')
 
-def _flow_lines(ax, frames, names):
-    "Draw the tensors of each frame over one common axis of tensors, and return these"
-    code,t = _tensors(pd.concat(frames))
-    for i,(c,f,name) in enumerate(zip(np.split(code, np.cumsum([len(f) for f in frames])[:-1]), frames, names)):
-        for col,ls,what in (('max_abs','-','largest'),('mean_abs',':','mean')):
-            y = np.full(len(t), -1.)
-            y[c] = np.where((f['nonfinite']>0)|~np.isfinite(f[col]), np.nan, f[col])
-            x = np.flatnonzero(y!=-1)
-            _line(ax, x, y[x], f'{name}, {what}', cycle[i%len(cycle)], ls=ls, marker='o' if len(t)<60 else '.', ms=3, edge=i, marks=ls=='-')
-    return t
+def _flow_parts(df, ks, iteration):
+    "The rows of one iteration, a part for each run and kind that has some"
+    res = []
+    for part in _by_run(df, ''):
+        for kind in ks:
+            rows = at_iteration(df[matching(df, kind=kind, **part.want)], iteration)
+            label = [part.label] if part.label else []
+            if len(ks)>1 or not label: label.append(words[kind])
+            if len(rows): res.append(FlowPart(', '.join(label), rows))
+    return res
+
+def _flow_lines(ax, parts):
+    "Draw the tensors of each part over one common axis of tensors, and return these"
+    row,table = tensors(pd.concat([part.rows for part in parts]))
+    ends = np.cumsum([len(part.rows) for part in parts])
+    for i,(at,(label,rows)) in enumerate(zip(np.split(row, ends[:-1]), parts)):
+        for stat,style,what in (('max_abs','-','largest'), ('mean_abs',':','mean')):
+            value = np.full(len(table), -1.)
+            bad = (rows['nonfinite']>0) | ~np.isfinite(rows[stat])
+            value[at] = np.where(bad, np.nan, rows[stat])
+            x = np.flatnonzero(value!=-1)
+            _line(ax, x, value[x], f'{label}, {what}', cycle[i%len(cycle)], ls=style, marker='o' if len(table)<60 else '.', ms=3, edge=i, marks=style=='-')
+    return table
 
 # %% ../nbs/05_plot.ipynb #72376d75
-def plot_grad_flow(o, # a Learner, callback, `GradRecord` or frame
+def plot_grad_flow(o, # whatever `as_record` takes
                    iteration=-1, # number of an iteration; -1: the last
-                   kind=None, # 'output' or 'param'; None: outputs where recorded, else parameters
+                   kind=None, # 'output', 'param' or 'both'; None: outputs where recorded, else parameters
                    phase='fit', # 'fit', 'lr_find' or None for all
+                   fit=None, # number of a fit, or a list; None for all
                    ax=None, figsize=None):
     "Mean and largest absolute gradient of each tensor, in network order"
     rec = as_record(o)
-    df = rec.df
-    _check(df, 'max_abs', kind, phase)
-    if not (ks := _kinds(df, kind, phase)): return _say_empty(_axes(ax, figsize, 4), _missing(df, kind, phase, len(rec.steps)))
-    df = df.loc[(df['kind']==ks[0])&((df['phase']==phase) if phase else True), [c for c in ('run','fit','iteration','kind','name','out','call','nonfinite','max_abs','mean_abs') if c in df]]
-    runs = [(r,f) for r,d,_ in _by_run(df, words[ks[0]]) if len(f := _at(d, iteration))]
-    its = df['iteration']
-    if not runs: raise ValueError(f"iteration: accepted are those recorded, between {its.min()} and {its.max()}, and -1 for the last, got {iteration}")
+    df = rec.frame('tensors')
+    _check(rec, 'max_abs', kind, phase, fit)
+    ks = kinds_there(df, kind, phase, fit)
+    if not ks: return _say_empty(_axes(ax, figsize, 4), no_tensors(rec, kind, phase, fit))
+    if kind is None: ks = ks[:1]
+    wanted = matching(df, kind=ks, phase=phase, fit=fit)
+    df = df.loc[wanted, [c for c in ('run','fit','phase','iteration','kind','name','out','call','nonfinite','max_abs','mean_abs') if c in df]]
+    parts = _flow_parts(df, ks, iteration)
+    if not parts: raise ValueError(f"iteration: accepted are those recorded, between {df['iteration'].min()} and {df['iteration'].max()}, and -1 for the last, got {iteration}")
     ax = _axes(ax, figsize, 4)
-    t = _flow_lines(ax, [f for _,f in runs], [r for r,_ in runs])
+    table = _flow_lines(ax, parts)
     _finite(ax)
     ax.axhline(1, color=grey, lw=1, ls='--', zorder=1, label='gradient 1')
-    ax.set(ylabel='|gradient|', xlim=(-.5, len(t)-.5))
-    ax.set_title('iteration '+', '.join(dict.fromkeys(str(f['iteration'].iloc[0]) for _,f in runs)), loc='left', fontsize=9)
-    _name_ticks(ax, t, 'x')
+    ax.set(ylabel='|gradient|', xlim=(-.5, len(table)-.5))
+    shown = dict.fromkeys(str(rows['iteration'].iloc[0]) for _,rows in parts)
+    ax.set_title(f"iteration {', '.join(shown)}", loc='left', fontsize=9)
+    _name_ticks(ax, table, 'x')
     _legend(ax)
     return ax
 
+# %% ../nbs/05_plot.ipynb #b420737e
+def _last_fit(steps):
+    "The steps of the last of all fits"
+    last = steps.iloc[-1]
+    return steps[matching(steps, phase=last['phase'], fit=last['fit'])]
+
+def _lr_lines(ax, right, steps, label, color, loss_label, loss_color):
+    "Norm in `ax` and loss in `right` against the learning rate"
+    _line(ax, steps['lr'].to_numpy(), steps['norm'].to_numpy(np.float64), label, color, absent=steps['absent'].to_numpy())
+    loss = steps['loss'].where(np.isfinite(steps['loss']))
+    right.plot(steps['lr'], loss, color=loss_color, ls='--', lw=1.2, label=loss_label, gid='loss')
+
 # %% ../nbs/05_plot.ipynb #98d2525a
-def plot_grad_lr(o, # a Learner, callback, `GradRecord` or frame
+def plot_grad_lr(o, # whatever `as_record` takes
                  phase='lr_find', # 'lr_find', 'fit' or None for all
+                 fit=None, # number of a fit; None: the last
                  ax=None, figsize=None):
     "Gradient norm and loss against the learning rate of the last `lr_find`"
     rec = as_record(o)
-    s,ax = _steps(rec, phase),_axes(ax, figsize)
-    if s['absent'].all(): return _say_empty(ax, _none(rec, phase))
-    right,runs = ax.twinx(),_by_run(s, 'gradient norm')
-    for r,d,c in runs:
-        d = d[d['fit']==d['fit'].max()]
-        _line(ax, d['lr'].to_numpy(), d['norm'].to_numpy(np.float64), r, c, absent=d['absent'].to_numpy())
-        c,label = (c,f'{r}: loss') if len(runs)>1 else (clip,'loss')
-        right.plot(d['lr'], d['loss'].where(np.isfinite(d['loss'])), color=c, ls='--', lw=1.2, label=label, gid='loss')
-    if (s['lr']>0).any(): ax.set_xscale('log')
+    steps = norm_steps(rec, phase, fit)
+    need_norms(rec)
+    ax = _axes(ax, figsize)
+    if steps['absent'].all(): return _say_empty(ax, no_norms(rec, phase))
+    right = ax.twinx()
+    parts = _by_run(steps, 'gradient norm')
+    for part in parts:
+        of_run = _last_fit(steps[matching(steps, **part.want)])
+        loss = dict(loss_label=f'{part.label}: loss', loss_color=part.color) if len(parts)>1 else dict(loss_label='loss', loss_color=clip)
+        _lr_lines(ax, right, of_run, part.label, part.color, **loss)
+    if (steps['lr']>0).any(): ax.set_xscale('log')
     ax.set(xlabel='learning rate', ylabel='gradient norm (L2)')
     right.set_ylabel('loss (dashed)')
     _finite(ax)
     _legend(ax, [*_named(ax), *right.lines])
     return ax
 
-# %% ../nbs/05_plot.ipynb #7ba85e66
-def _octaves(rec, name, phase):
-    "The octave below all, which holds each iteration's largest |gradient|, and rows of `hist_df` for one tensor, all its outputs and calls together"
-    _check(rec.df, phase=phase)
-    h = getattr(rec, 'hist_df', None)
-    if h is None or not len(h): return None,None
-    ok = {*h['name'].unique(), *rec.names}
-    if name not in ok: raise ValueError(f"name: {name!r} was not recorded; near names: {', '.join(get_close_matches(str(name), ok, 5, 0))}")
-    h = h[(h['name']==name)&((h['phase']==phase) if phase else True)]
-    at = [c for c in ('run','fit','phase','epoch','iteration') if c in h]
-    h = h.groupby(at+['octave'], observed=True, sort=False)['count'].sum().reset_index().astype(dict(octave=np.int64, count=np.float64))
-    its,y = _reduce(rec.df, 'max_abs', phase=phase, name=name)
-    lo = h['octave'].min()-1
-    return lo, pd.concat([h, its[at].assign(octave=lo, count=y.astype(np.float64))], ignore_index=True) if len(its) and len(h) else h
-
 # %% ../nbs/05_plot.ipynb #eed9f6e2
-def _draw_octaves(ax, img, lo, x0, x1):
-    "Colour for how many elements are in an octave, ticks for iterations not finite or all zero; returns the legend's handles"
-    c,a,b = np.ma.masked_less(img[1:], 1),lo*np.log10(2),(lo+len(img)-1)*np.log10(2)
-    im = ax.imshow(c, origin='lower', norm=LogNorm(1, max(c.max(), 10)), aspect='auto', interpolation='nearest', extent=(x0-.5, x1+.5, a, b))
+def _draw_octaves(ax, img, lowest, first, last):
+    "Colour for how many elements are in an octave, ticks for iterations not finite or all zero (the lowest row says which); returns the legend's handles"
+    largest,counts = img[0],np.ma.masked_less(img[1:], 1)
+    low,high = (lowest+1)*np.log10(2),(lowest+len(img))*np.log10(2)
+    colours = LogNorm(1, max(counts.max(), 10))
+    im = ax.imshow(counts, origin='lower', norm=colours, aspect='auto', interpolation='nearest', extent=(first-.5, last+.5, low, high))
     _colorbar(ax, im, 'elements')
     ax.set_facecolor('#eeeeee')
     ax.axhline(0, color=grey, lw=1, ls='--')
-    ax.set_ylim(a, b)
+    ax.set_ylim(low, high)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.yaxis.set_major_formatter(lambda v,_: f'$10^{{{v:.0f}}}$')
-    handles = [Line2D([], [], color=grey, lw=1, ls='--', label='gradient 1')] if a<0<b else []
-    return handles+_edge_marks(ax, np.isnan(img[0]), x0, x1)+_edge_marks(ax, img[0]==0, x0, x1, 'all zero')
+    handles = [Line2D([], [], color=grey, lw=1, ls='--', label='gradient 1')] if low<0<high else []
+    for mark,where in zip(edge_marks, (np.isnan(largest), largest==0)): handles += _column_ticks(ax, mark, where, first, last)
+    return handles
+
+def _title(ax, name):
+    "A name above the axes; a long one keeps its right end"
+    room = int(_pixels(ax).width/_text_px(ax, 'x', 9)*3)   # `_text_px` adds two characters
+    ax.set_title(shortened(printed(name), max(room, 16)), loc='left', fontsize=9, pad=16, **as_text)
 
 # %% ../nbs/05_plot.ipynb #8b87366d
-def plot_grad_hist(o, # a Learner, callback or `GradRecord` with `hist=True`
+def plot_grad_hist(o, # whatever `as_record` takes, recorded with `hist=True`
                    name, # of a module or parameter
                    phase='fit', # 'fit', 'lr_find' or None for all
+                   fit=None, # number of a fit, or a list; None for all
                    ax=None, figsize=None):
     "How many elements of a gradient are in each octave of |gradient|, per iteration"
     rec = as_record(o)
-    (lo,h),ax = _octaves(rec, name, phase),_axes(ax, figsize, 3.6)
-    if h is None: return _say_empty(ax, 'No histograms recorded:\nGradStatsCallback(hist=True) records them')
-    if not len(h): return _say_empty(ax, f"{_short(printed(name))}: no finite gradient other than 0" + (f" in phase '{phase}'" if phase else ''))
-    d,v,key = _rows(h, 'count')
-    its,row = _iterations(d, key),d['octave'].to_numpy()-lo
-    img = _grid(v, row, pd.DataFrame(dict(kind=[kinds[0]]*(row.max()+1))), its, _pixels(ax)[0]//2, row.max()+1)
-    handles = _draw_octaves(ax, img, lo+1, its['x'].min(), its['x'].max())
+    check_which(phase=phase)
+    need_octaves(rec)
+    if not len(rec.frame('tensors')): return _say_empty(_axes(ax, figsize, 3.6), no_tensors(rec))
+    lowest,counts = octaves(rec, name, phase, fit)
+    ax = _axes(ax, figsize, 3.6)
+    if not len(counts):
+        of_phase = f" in phase '{phase}'" if phase else ''
+        return _say_empty(ax, f'{shortened(printed(name))}: no finite gradient other than 0{of_phase}')
+    rows,value,time = points(counts, 'count')
+    its = iterations(rows, time)
+    octave = rows['octave'].to_numpy()-lowest
+    n = octave.max()+1
+    table = pd.DataFrame(dict(kind=[kinds[0]]*n))   # octaves stand for tensors
+    img = image(Cells(value, octave, table, its), _pixels(ax).width//2, n)
+    handles = _draw_octaves(ax, img, lowest, its['x'].min(), its['x'].max())
     ax.set_ylabel('|gradient|')
-    room = int(_pixels(ax)[0]/_text_px(ax, 'x', 9)*3)   # `_text_px` adds two characters
-    ax.set_title(_short(printed(name), max(room, 16)), loc='left', fontsize=9, pad=16, **as_text)
+    _title(ax, name)
     _x_axis(ax, [its], point='column')
     _legend(ax, handles)
     return ax
@@ -600,37 +581,51 @@ def plot_grad_hist(o, # a Learner, callback or `GradRecord` with `hist=True`
 def _far_slope(x, y):
     "Slope of log y against log x between the last two points"
     if len(y) and y[-1]==0: return 'exactly 0'
-    ok = np.flatnonzero(y>0)[-2:]
-    return f'slope {round(np.diff(np.log(y[ok]))[0]/np.diff(np.log(x[ok]))[0], 2)+0.:.2f}' if len(ok)>1 else 'no slope'   # -0. + 0. is 0.
+    last = np.flatnonzero(y>0)[-2:]
+    if len(last)<2: return 'no slope'
+    rise,run = np.diff(np.log(y[last]))[0],np.diff(np.log(x[last]))[0]
+    return f'slope {round(rise/run, 2)+0.:.2f}'   # -0. + 0. is 0.
 
-def _beside(ax, texts):
-    "Texts right of the axes at heights `y` in axes fractions, pushed apart where they would overlap: (y, text, colour)"
-    dy,last = 13*ax.figure.dpi/72/_pixels(ax)[1],-1
-    for y,s,c in sorted(texts):
-        last = max(y, last+dy)
-        ax.text(1.01, last, s, color=c, fontsize=8, va='center', transform=ax.transAxes, gid='slope', **as_text)
+Beside = namedtuple('Beside', 'height text color')   # height in fractions of the axes
+
+def _ray_lines(ax, frame, stat):
+    "A line for each ray; returns what stands beside it, and the value (not yet the height) it ends with"
+    ends = []
+    for i,part in enumerate(_by_run(frame, '')):
+        ray = frame[matching(frame, **part.want)].sort_values('scale')
+        x = ray['scale'].to_numpy(np.float64)
+        y = ray[stat].abs().to_numpy(np.float64)
+        y = np.where(np.isfinite(y), y, np.nan)
+        _line(ax, x, y, part.label or printed(stat), part.color, edge=i)
+        positive = y[y>0]
+        text = f'{shortened(part.label, 24)} {_far_slope(x, y)}'.strip()
+        ends.append(Beside(positive[-1] if len(positive) else np.nan, text, part.color))
+    return ends
+
+def _write_beside(ax, texts):
+    "Texts right of the axes, pushed apart where they would overlap"
+    line = 13*ax.figure.dpi/72/_pixels(ax).height
+    last = -1
+    for t in sorted(texts):
+        last = max(t.height, last+line)
+        ax.text(1.01, last, t.text, color=t.color, fontsize=8, va='center', transform=ax.transAxes, gid='slope', **as_text)
 
 # %% ../nbs/05_plot.ipynb #ec0c245e
 def plot_ray(frame, # of `grad_along_ray`: `scale` and the statistics there; `run` or `label` where there are several lines
              stat='norm', # 'norm', 'max_abs' or 'loss'
              ax=None, figsize=None):
     "A statistic against the scale of the weights, on log-log axes; the far slope is beside each line"
-    if miss := [c for c in ('scale',stat) if c not in frame]: raise ValueError(f"a frame of grad_along_ray is accepted; missing: {', '.join(miss)}")
+    miss = [c for c in ('scale',stat) if c not in frame]
+    if miss: raise ValueError(f"a frame of grad_along_ray is accepted; missing: {', '.join(miss)}")
     ax = _axes(ax, figsize, 3.6)
     frame = frame[frame['scale']>0]
     if not len(frame): return _say_empty(ax, 'Nothing measured along this ray')
     if 'label' in frame: frame = frame.assign(run=frame['label'])
-    ends = []
-    for i,(r,d,c) in enumerate(_by_run(frame, '')):
-        d = d.sort_values('scale')
-        x,y = d['scale'].to_numpy(np.float64),d[stat].abs().to_numpy(np.float64)
-        y = np.where(np.isfinite(y), y, np.nan)
-        _line(ax, x, y, r or printed(stat), c, edge=i)
-        ends.append((y[y>0][-1] if (y>0).any() else np.nan, f'{_short(r, 24)} {_far_slope(x, y)}'.strip(), c))
+    ends = _ray_lines(ax, frame, stat)
     ax.set_xscale('log')
     _finite(ax)
-    top = lambda y: ax.transAxes.inverted().transform(ax.transData.transform((1, y)))[1] if y==y else 0
-    _beside(ax, [(top(y), s, c) for y,s,c in ends])
+    to_axes = ax.transData+ax.transAxes.inverted()
+    _write_beside(ax, [Beside(to_axes.transform((1, y))[1] if np.isfinite(y) else 0, text, color) for y,text,color in ends])
     ax.set_xlabel('scale of the weights')
     ax.set_ylabel(dict(norm='gradient norm (L2)', max_abs='largest |gradient|').get(stat, printed(stat)), **as_text)
     _legend(ax)

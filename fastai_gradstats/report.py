@@ -11,182 +11,325 @@ __all__ = ['save_report']
 
 # %% ../nbs/07_report.ipynb #129e49d9
 import base64,json,re,sys
-import numpy as np, pandas as pd
+from collections import namedtuple
 from html import escape
 from io import BytesIO,StringIO
 from pathlib import Path
+import numpy as np, pandas as pd
 from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
-from .record import GradRecord,as_record
 from .diagnosis import diagnose,runs
-from .plot import _begins,_cells,_columns,_grid,_heatmap,_kinds,_mark_name,_missing,_places,_tensors,plot_grad_flow,plot_grad_norm,printed,words
+from .grid import (boundaries,boundary_name,cells,check_fit,check_which,image,image_columns,kinds_there,matching,no_tensors,places,
+                                   printed,tensors,words)
+from .plot import draw_heatmap,plot_grad_flow,plot_grad_norm
+from .record import GradRecord,NotRecorded,as_record
 
 # %% ../nbs/07_report.ipynb #6c4580ef
 columns,most = 800,700_000   # columns, and values in all: 2.8 MB
 
-def _heat(rec, stat, phase):
-    "Values (tensors, columns) as `plot_grad_heatmap` has them, the tensors, and of each column the first and last iteration and its run or fit; where lines and names are"
-    v,row,t,its = _cells(rec, stat, None, phase)
-    n = max(min(columns, most//len(t)), 1)
-    img = _grid(v, row, t, its, n, len(t)).astype(np.float32)
-    col,k = _columns(its['x'].to_numpy(), n)
-    span = its.groupby(col).agg(lo=('iteration','min'), hi=('iteration','max'), seg=('seg','min')).reindex(range(k)).bfill().astype(int)
-    (lines,named),first = _begins(its),np.flatnonzero(its['seg'].diff().ne(0))
-    segs = [_mark_name(its, i) for i in first] if len(first)>1 else None
-    at = lambda i: int(col[i])/k
-    return img,t,dict(span.to_dict('list'), segs=segs),[(at(i), bool(fit)) for i,fit in lines],[(at(i), _mark_name(its, i)) for i in named]
+Heat = namedtuple('Heat', 'img tensors spans lines names')
+At   = namedtuple('At', 'x what')   # `x`: share of the heatmap's width
+
+def _spans(its, n):
+    "Of each of at most `n` image columns the first and last iteration `lo` and `hi`, and the number `seg` of its run or fit; the names `segs` of these where there are several"
+    column,count = image_columns(its['x'].to_numpy(), n)
+    spans = its.groupby(column).agg(lo=('iteration','min'), hi=('iteration','max'), seg=('segment','min'))
+    spans = spans.reindex(range(count)).bfill().astype(int)   # a column without an iteration shows the next one
+    first = np.flatnonzero(its['segment'].diff().ne(0))
+    segs = [boundary_name(its, i) for i in first] if len(first)>1 else None
+    return dict(spans.to_dict('list'), segs=segs)
+
+def _heat(rec, stat, phase, fit=None):
+    "Values `img` (tensors, columns) as `plot_grad_heatmap` has them, the `tensors`, the columns' `spans`, and where `lines` (is it a fit?) and `names` are"
+    shown = cells(rec, stat, 'both', phase, fit)
+    its = shown.iterations
+    n = max(min(columns, most//len(shown.tensors)), 1)
+    img = image(shown, n, len(shown.tensors)).astype(np.float32)
+    column,count = image_columns(its['x'].to_numpy(), n)
+    lines,named = boundaries(its)
+    lines = [At(int(column[line.at])/count, line.is_fit) for line in lines]
+    names = [At(int(column[i])/count, boundary_name(its, i)) for i in named]
+    return Heat(img, shown.tensors, _spans(its, n), lines, names)
 
 # %% ../nbs/07_report.ipynb #743e8bb8
-def _labels(t, height):
-    "Names beside the heatmap: (middle in percent, name)"
-    _,mid,lab = _places(t, height/13, 30)
-    return [(100*(m+.5)/len(t), printed(l)) for m,l in zip(mid, lab)]
+Percent = namedtuple('Percent', 'at text')   # a text at a place of the heatmap, in percent of its height or width
 
-def _above(names, width=770):
-    "Names above the heatmap, as far as they have room: (left in percent, name)"
+def _row_names(table, height):
+    "Names beside the heatmap"
+    found = places(table, height/13, 30)
+    return [Percent(100*(middle+.5)/len(table), printed(label)) for middle,label in zip(found.middle, found.label)]
+
+def _names_above(names, width=770):
+    "Names above the heatmap, as far as they have room"
     res,end = [],-1
-    for x,s in names:
-        if x*width>=end: res.append((100*x, s)); end = x*width+7*len(s)+10
+    for x,name in names:
+        if x*width<end: continue
+        res.append(Percent(100*x, name))
+        end = x*width+7*len(name)+10
     return res
 
 # %% ../nbs/07_report.ipynb #65315654
-def _heat_data(img, t, cols):
-    "What the page's script draws: values, names, the range of colours, and what else occurs"
-    ok = np.log10(img[img>0], dtype=np.float64)
-    lo,hi = (float(np.percentile(ok, 1)),float(ok.max())) if len(ok) else (-1.,0.)
-    lut = [round(255*c) for rgb in colormaps['viridis'](np.linspace(0, 1, 256))[:,:3] for c in rgb]
-    d = dict(v=base64.b64encode(img.astype('<f4').tobytes()).decode(), rows=len(t), cols=img.shape[1], names=[f'{printed(l)} ({k})' for k,l in zip(t['kind'], t['label'])],
-             min=lo, max=max(hi, lo+.1), lut=lut, **cols)
-    return json.dumps(d).replace('<', '\\u003c').replace('>', '\\u003e')   # no tag and no comment begins or ends in it
+def _colour_range(img):
+    "log10 of the smallest and largest value that have a colour of their own"
+    logs = np.log10(img[img>0], dtype=np.float64)
+    if not len(logs): return -1.,0.
+    low,high = float(np.percentile(logs, 1)),float(logs.max())
+    return low,max(high, low+.1)
 
-def _kind_html(t):
-    "The kinds' names at the right edge, a line between them"
-    res,n = '',len(t)
-    for k in t['kind'].unique():
-        i = np.flatnonzero(t['kind']==k)
-        res += f'<em style="top:{100*i[0]/n:.2f}%;height:{100*len(i)/n:.2f}%">{words[k]}</em>' + (f'<hr style="top:{100*i[0]/n:.2f}%">' if i[0] else '')
-    return res
-
-def _heat_html(rec, stat, phase):
-    "The heatmap's part of the page"
-    if not _kinds(rec.df, None, phase): return f"<p class=none>{escape(_missing(rec.df, None, phase, len(rec.steps)))}</p>"
-    img,t,cols,lines,names = _heat(rec, stat, phase)
-    height,key = int(np.clip(18*len(t), 60, 640)),[(np.isnan(img), '#e00000', 'not finite'), (img==0, '#000', 'all zero'), (img==-1, 'var(--blank)', 'no gradient')]
-    left,over = (''.join(f'<{tag} style="{side}:{x:.2f}%">{escape(s)}</{tag}>' for x,s in todo) for tag,side,todo in (('span','top',_labels(t, height)), ('b','left',_above(names))))
-    return heat.format(height=height, width=12+max(int(6.5*len(s)) for _,s in _labels(t, height)), names=left, above=over, kinds=_kind_html(t), lines=''.join(f'<i class=fit{fit:d} style="left:{100*x:.2f}%"></i>' for x,fit in lines),
-        key=''.join(f'<u style="background:{c}"></u>{s}' for m,c,s in key if m.any()), first=f"iteration {cols['lo'][0]}" if not cols['segs'] else 'iterations, end to end',
-        last=f"{cols['hi'][-1]}"*(not cols['segs']), data=_heat_data(img, t, cols))
+def _heat_data(heat):
+    "What the page's script draws: values, names, the range of colours, and what each column is"
+    low,high = _colour_range(heat.img)
+    viridis = colormaps['viridis'](np.linspace(0, 1, 256))[:,:3]
+    data = dict(v=base64.b64encode(heat.img.astype('<f4').tobytes()).decode(),
+                rows=len(heat.tensors),
+                cols=heat.img.shape[1],
+                names=[f'{printed(label)} ({kind})' for kind,label in zip(heat.tensors['kind'], heat.tensors['label'])],
+                min=low,
+                max=high,
+                lut=[round(255*c) for rgb in viridis for c in rgb])
+    return json.dumps(data | heat.spans).replace('<', '\\u003c').replace('>', '\\u003e')   # no tag and no comment begins or ends in it
 
 # %% ../nbs/07_report.ipynb #d8af5d0b
-heat = """<div class=scroll><div class=heat style="height:{height}px"><div class=names style="width:{width}px">{names}</div><div class=map>{above}
+heat_page = """<div class=scroll><div class=heat style="height:{height}px"><div class=names style="width:{width}px">{names}</div><div class=map>{above}
 <canvas id=bad height=1></canvas><canvas id=heat></canvas>{lines}{kinds}<div class=ends><span>{first}</span><span>{last}</span></div></div></div></div>
 <p class=key><span id=min></span><s id=bar></s><span id=max></span> {key} <span id=wide></span></p>
 <div id=tip hidden></div><script id=data type="application/json">{data}</script>"""
 
+def _texts(tag, side, texts):
+    "A tag for each text, at its place"
+    return ''.join(f'<{tag} style="{side}:{at:.2f}%">{escape(text)}</{tag}>' for at,text in texts)
+
+def _kinds_html(table):
+    "The kinds' names at the right edge, a line between them"
+    res = ''
+    for kind in table['kind'].unique():
+        row = np.flatnonzero(table['kind']==kind)
+        top,height = 100*row[0]/len(table),100*len(row)/len(table)
+        res += f'<em style="top:{top:.2f}%;height:{height:.2f}%">{words[kind]}</em>'
+        if row[0]: res += f'<hr style="top:{top:.2f}%">'
+    return res
+
+def _key_html(img):
+    "What the colours outside the scale mean, where they occur"
+    key = (np.isnan(img), '#e00000', 'not finite'), (img==0, '#000', 'all zero'), (img==-1, 'var(--blank)', 'no gradient')
+    return ''.join(f'<u style="background:{color}"></u>{what}' for where,color,what in key if where.any())
+
+# %% ../nbs/07_report.ipynb #ab14c1c3
+def _heat_html(rec, stat, phase, fit=None):
+    "The heatmap's part of the page"
+    if not kinds_there(rec.frame('tensors'), 'both', phase, fit): return _none_html(no_tensors(rec, 'both', phase, fit))
+    heat = _heat(rec, stat, phase, fit)
+    height = int(np.clip(18*len(heat.tensors), 60, 640))
+    names = _row_names(heat.tensors, height)
+    spans = heat.spans
+    alone = not spans['segs']   # one fit of one run: then the ends are its iterations
+    return heat_page.format(height=height,
+                            width=12+max(int(6.5*len(name.text)) for name in names),
+                            names=_texts('span', 'top', names),
+                            above=_texts('b', 'left', _names_above(heat.names)),
+                            kinds=_kinds_html(heat.tensors),
+                            lines=''.join(f'<i class=fit{line.what:d} style="left:{100*line.x:.2f}%"></i>' for line in heat.lines),
+                            key=_key_html(heat.img),
+                            first=f"iteration {spans['lo'][0]}" if alone else 'iterations, end to end',
+                            last=f"{spans['hi'][-1]}" if alone else '',
+                            data=_heat_data(heat))
+
+def _none_html(message):
+    "Why a part of the page is missing"
+    return f'<p class=none>{escape(message)}</p>'
+
 # %% ../nbs/07_report.ipynb #64de04bf
 def _svg(plot, rec, height, **kw):
-    "A plot as inline SVG, black as the page's text colour"
-    fig,f = figure.Figure(figsize=(9.6,height), layout='constrained'),StringIO()
+    "A plot as inline SVG, black as the page's text colour; or the reason why there is none"
+    fig = figure.Figure(figsize=(9.6,height), layout='constrained')
+    out = StringIO()
     with rc_context({'svg.fonttype':'none', 'svg.hashsalt':plot.__name__}):
-        plot(rec, ax=fig.subplots(), **kw)
-        fig.savefig(f, format='svg', transparent=True, metadata=dict(Date=None))
-    s = f.getvalue()
-    def tag(m):
-        res = m[0].replace('#000000', 'currentColor')
-        for before in ('id="', 'url(#', 'href="#'): res = res.replace(before, f'{before}{plot.__name__}-')
-        return res
-    return re.sub('<[^>]*>', tag, s[s.index('<svg'):])   # in tags only: what is between them is text, names among it
+        try: plot(rec, ax=fig.subplots(), **kw)
+        except NotRecorded as e: return _none_html(str(e))
+        fig.savefig(out, format='svg', transparent=True, metadata=dict(Date=None))
+    svg = out.getvalue()
+    svg = svg[svg.index('<svg'):]
+    def own(tag):
+        "Ids of this plot's own, since the page has several"
+        tag = tag[0].replace('#000000', 'currentColor')
+        for before in ('id="', 'url(#', 'href="#'): tag = tag.replace(before, f'{before}{plot.__name__}-')
+        return tag
+    return re.sub('<[^>]*>', own, svg)   # in tags only: what is between them is text, names among it
 
 # %% ../nbs/07_report.ipynb #281f4887
-def _tensor_table(rec, phase):
-    "One row per run and tensor: kind, name, elements, largest gradient and where, median norm, shares of elements above the threshold and 0, how many not finite"
+def _tensor_rows(rec, df):
+    "Of each tensor kind, name, elements, largest gradient and where, median norm, shares of elements above the threshold and 0, how many not finite"
+    row,table = tensors(df)
+    df = df[['numel','iteration','norm','max_abs','above','zeros','nonfinite']]
+    of_tensor = df.groupby(row)
+    total = of_tensor[['numel','above','zeros','nonfinite']].sum()
+    largest = df['max_abs'].fillna(np.inf).groupby(row).idxmax().to_numpy()
+    res = {'kind':table['kind'], 'tensor':table['label'], 'elements':of_tensor['numel'].max()}
+    res |= {'max |g|':df['max_abs'].to_numpy()[largest], 'at iteration':df['iteration'].to_numpy()[largest], 'median norm':of_tensor['norm'].median()}
+    res |= {f'share above {rec.threshold:g}':total['above']/total['numel'], 'share of zeros':total['zeros']/total['numel'], 'not finite':total['nonfinite']}
+    return pd.DataFrame(res)
+
+def _tensor_table(rec, phase, fit=None):
+    "A row per tensor, and per run where there are several"
+    df = rec.frame('tensors')
     res = []
     for run in runs(rec):
-        df = rec.select(phase=phase, run=run).df
-        row,t = _tensors(df)
-        d = df[['numel','iteration','norm','max_abs','above','zeros','nonfinite']]
-        g = d.groupby(row)
-        s,at = g[['numel','above','zeros','nonfinite']].sum(),d['max_abs'].fillna(np.inf).groupby(row).idxmax().to_numpy()
-        one = pd.DataFrame({'kind':t['kind'], 'tensor':t['label'], 'elements':g['numel'].max(), 'max |g|':d['max_abs'].to_numpy()[at], 'at iteration':d['iteration'].to_numpy()[at],
-            'median norm':g['norm'].median(), f'share above {rec.threshold:g}':s['above']/s['numel'], 'share of zeros':s['zeros']/s['numel'], 'not finite':s['nonfinite']})
-        res.append(one if run is None else one.assign(run=str(run))[['run',*one]])
+        rows = df[matching(df, phase=phase, fit=fit, run=run)].reset_index(drop=True)
+        one = _tensor_rows(rec, rows)
+        if run is not None: one.insert(0, 'run', str(run))
+        res.append(one)
     return pd.concat(res)
 
-# %% ../nbs/07_report.ipynb #09168d50
-def _cell(v):
-    "A table cell; numbers carry their value to sort by"
-    if isinstance(v, str): return f'<td>{escape(printed(v))}'
-    return f'<td class=n data-v="{v:.9g}">' + (f'{v:,}' if isinstance(v, (int,np.integer)) else f'{v:.3g}')
+# %% ../nbs/07_report.ipynb #2409168d
+def _cell(value):
+    "A table cell"
+    if isinstance(value, str): return f'<td>{escape(printed(value))}'
+    shown = f'{value:,}' if isinstance(value, (int,np.integer)) else f'{value:.3g}'
+    return f'<td class=n data-v="{value:.9g}">{shown}'
 
 def _table(df, cls=''):
-    heads = ''.join(f"<th{' class=n' if df[c].dtype.kind in 'iuf' else ''}>{escape(printed(c))}" for c in df)
-    rows = zip(df.get('severity', ['']*len(df)), df.astype(object).itertuples(index=False, name=None))
-    body = ''.join(f'<tr class="{s.replace(" ", "-")}">' + ''.join(map(_cell, r)) for s,r in rows)
-    return f'<div class=scroll><table class="{cls}"><thead><tr>{heads}</thead><tbody>{body}</tbody></table></div>'
+    "An HTML table; rows with a severity have it as their class"
+    def head(column): return f"<th{' class=n' if df[column].dtype.kind in 'iuf' else ''}>{escape(printed(column))}"
+    severity = df.get('severity', ['']*len(df))
+    body = ''
+    for kind,row in zip(severity, df.astype(object).itertuples(index=False, name=None)):
+        body += f'<tr class="{kind.replace(" ", "-")}">' + ''.join(map(_cell, row))
+    return f'<div class=scroll><table class="{cls}"><thead><tr>{"".join(map(head, df))}</thead><tbody>{body}</tbody></table></div>'
 
 # %% ../nbs/07_report.ipynb #cb5f13f6
-def _findings_html(f):
+def _findings_html(found):
     "Findings, and what was not checked"
-    miss = f['severity']=='not checked'
-    s = _table(f[~miss], 'findings') if (~miss).any() else '<p>No findings' + (' in what was recorded.' if f.attrs['checked'] else ': nothing was recorded that a rule looks at.')
-    return s + (f"<details><summary>{miss.sum()} {'rows' if 'run' in f else 'rules'} not checked</summary>{_table(f.loc[miss, [c for c in ('rule','severity','run','evidence') if c in f]])}</details>" if miss.any() else '')
+    unchecked = found['severity']=='not checked'
+    if not unchecked.all(): res = _table(found[~unchecked], 'findings')
+    elif found.attrs['checked']: res = '<p>No findings in what was recorded.'
+    else: res = '<p>No findings: nothing was recorded that a rule looks at.'
+    if not unchecked.any(): return res
+    rows = found.loc[unchecked, [c for c in ('rule','severity','run','evidence') if c in found]]
+    return f"{res}<details><summary>{len(rows)} {'rows' if 'run' in found else 'rules'} not checked</summary>{_table(rows)}</details>"
 
 # %% ../nbs/07_report.ipynb #b7e00001
-def _sentences(rec, phase='fit', attr=''):
+def _sentences(rec, phase='fit', fit=None, attr=''):
     "The sentence of each run"
-    def one(r):
-        if r is None: return escape(printed(rec.sentence(phase)))
-        return f'<b>{escape(printed(r))}</b>: {escape(printed(rec.select(run=r).sentence(phase)))}'
-    return ''.join(f'<p{attr}>{one(r)}</p>' for r in runs(rec))
+    def one(run):
+        if run is None: return escape(printed(rec.sentence(phase, fit)))
+        return f'<b>{escape(printed(run))}</b>: {escape(printed(rec.select(run=run).sentence(phase, fit)))}'
+    return ''.join(f'<p{attr}>{one(run)}</p>' for run in runs(rec))
 
 # %% ../nbs/07_report.ipynb #7bf61576
 css = """:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#666f7a;--line:#d9dde3;--blank:#e6e8eb;--warn:#a15c00;--err:#c40000}
-@media(prefers-color-scheme:dark){:root{--bg:#15181d;--fg:#e4e7eb;--dim:#98a1ac;--line:#343a43;--blank:#454c57;--warn:#f0a848;--err:#ff7b72}}
+@media(prefers-color-scheme:dark){
+  :root{--bg:#15181d;--fg:#e4e7eb;--dim:#98a1ac;--line:#343a43;--blank:#454c57;--warn:#f0a848;--err:#ff7b72}
+}
 body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}
-h1{font-size:1.5em}h2{font-size:1.15em;margin:2em 0 .5em}.lead{font-size:1.1em}.none,.key,summary,footer{color:var(--dim)}
-.scroll{overflow-x:auto}svg{display:block;width:100%;min-width:640px;height:auto;fill:currentColor}svg text{fill:currentColor}
-table{border-collapse:collapse;font-size:13px;width:100%}th,td{text-align:left;vertical-align:top;padding:.3em .7em .3em 0;border-bottom:1px solid var(--line)}
-.findings{min-width:860px}.findings td:nth-child(-n+3){white-space:nowrap}th{white-space:nowrap}th.n,.n{text-align:right;font-variant-numeric:tabular-nums}.sort th{cursor:pointer}.sort th.up:after{content:" ▲"}.sort th.down:after{content:" ▼"}
-tr.warning td:nth-child(-n+2){color:var(--warn);font-weight:600}tr.error td:nth-child(-n+2){color:var(--err);font-weight:600}
-.heat{display:flex;margin:22px 0 26px;min-width:760px}.names{position:relative;flex:none;font-size:11px;color:var(--dim)}
-.names span{position:absolute;right:6px;transform:translateY(-50%);white-space:nowrap}.map{position:relative;flex:1;margin-right:20px}.map canvas{display:block;width:100%;image-rendering:pixelated}
-.map b,.map em{position:absolute;font:11px system-ui,sans-serif;color:var(--dim);white-space:nowrap}.map b{top:-22px}.map em{left:100%;margin-left:4px;writing-mode:vertical-rl;text-align:center}
-#heat{height:100%;background:var(--blank);outline:1px solid var(--line)}#bad{position:absolute;top:-6px;height:6px}.map i,.map hr{position:absolute;pointer-events:none;margin:0;border:0}
-.map i{top:0;bottom:0;border-left:1px dotted #fff}.map i.fit1{border-left:2px solid #fff}.map hr{left:0;right:0;border-top:3px solid var(--bg);transform:translateY(-50%)}
-.ends{display:flex;justify-content:space-between;font-size:12px;color:var(--dim)}.key{font-size:12px}.key u{display:inline-block;width:12px;height:12px;margin:0 4px 0 12px;vertical-align:-2px;border:1px solid var(--line)}
-#bar{display:inline-block;width:160px;height:10px;margin:0 6px}#wide{margin-left:12px}#tip{position:fixed;pointer-events:none;background:var(--fg);color:var(--bg);padding:.3em .6em;border-radius:4px;font-size:12px;white-space:pre;z-index:9}"""
+h1{font-size:1.5em}
+h2{font-size:1.15em;margin:2em 0 .5em}
+.lead{font-size:1.1em}
+.none,.key,summary,footer{color:var(--dim)}
+.scroll{overflow-x:auto}
+svg{display:block;width:100%;min-width:640px;height:auto;fill:currentColor}
+svg text{fill:currentColor}
+
+table{border-collapse:collapse;font-size:13px;width:100%}
+th,td{text-align:left;vertical-align:top;padding:.3em .7em .3em 0;border-bottom:1px solid var(--line)}
+th{white-space:nowrap}
+th.n,.n{text-align:right;font-variant-numeric:tabular-nums}
+.findings{min-width:860px}
+.findings td:nth-child(-n+3){white-space:nowrap}
+.sort th{cursor:pointer}
+.sort th.up:after{content:" ▲"}
+.sort th.down:after{content:" ▼"}
+tr.warning td:nth-child(-n+2){color:var(--warn);font-weight:600}
+tr.error td:nth-child(-n+2){color:var(--err);font-weight:600}
+
+.heat{display:flex;margin:22px 0 26px;min-width:760px}
+.names{position:relative;flex:none;font-size:11px;color:var(--dim)}
+.names span{position:absolute;right:6px;transform:translateY(-50%);white-space:nowrap}
+.map{position:relative;flex:1;margin-right:20px}
+.map canvas{display:block;width:100%;image-rendering:pixelated}
+.map b,.map em{position:absolute;font:11px system-ui,sans-serif;color:var(--dim);white-space:nowrap}
+.map b{top:-22px}
+.map em{left:100%;margin-left:4px;writing-mode:vertical-rl;text-align:center}
+.map i,.map hr{position:absolute;pointer-events:none;margin:0;border:0}
+.map i{top:0;bottom:0;border-left:1px dotted #fff}
+.map i.fit1{border-left:2px solid #fff}
+.map hr{left:0;right:0;border-top:3px solid var(--bg);transform:translateY(-50%)}
+#heat{height:100%;background:var(--blank);outline:1px solid var(--line)}
+#bad{position:absolute;top:-6px;height:6px}
+.ends{display:flex;justify-content:space-between;font-size:12px;color:var(--dim)}
+.key{font-size:12px}
+.key u{display:inline-block;width:12px;height:12px;margin:0 4px 0 12px;vertical-align:-2px;border:1px solid var(--line)}
+#bar{display:inline-block;width:160px;height:10px;margin:0 6px}
+#wide{margin-left:12px}
+#tip{position:fixed;pointer-events:none;background:var(--fg);color:var(--bg);padding:.3em .6em;border-radius:4px;
+  font-size:12px;white-space:pre;z-index:9}"""
 
 # %% ../nbs/07_report.ipynb #eeff8622
-js = r"""const $=i=>document.getElementById(i), raw=$('data')
+heat_js = r"""const $ = id => document.getElementById(id), raw = $('data')
 if(raw){
-  const D=JSON.parse(raw.textContent), V=new Float32Array(Uint8Array.from(atob(D.v),c=>c.charCodeAt(0)).buffer), cv=$('heat'), tip=$('tip')
-  const rgb=v=>{const i=3*Math.max(0,Math.min(255,Math.round(255*(Math.log10(v)-D.min)/(D.max-D.min))));return D.lut.slice(i,i+3)}
-  cv.width=$('bad').width=D.cols; cv.height=D.rows
-  const g=cv.getContext('2d'), m=g.createImageData(D.cols,D.rows), b=$('bad').getContext('2d')
-  b.fillStyle='#e00000'
-  V.forEach((v,i)=>{
+  const D = JSON.parse(raw.textContent)
+  const V = new Float32Array(Uint8Array.from(atob(D.v), c => c.charCodeAt(0)).buffer)
+  const canvas = $('heat'), tip = $('tip')
+  const clamp = (v, most) => Math.max(0, Math.min(most, v))
+
+  // pixels: -1 is no gradient, red not finite, black all zero
+  const rgb = v => {
+    const i = 3*clamp(Math.round(255*(Math.log10(v)-D.min)/(D.max-D.min)), 255)
+    return D.lut.slice(i, i+3)
+  }
+  canvas.width = $('bad').width = D.cols
+  canvas.height = D.rows
+  const heat = canvas.getContext('2d'), bad = $('bad').getContext('2d')
+  const pixels = heat.createImageData(D.cols, D.rows)
+  bad.fillStyle = '#e00000'
+  V.forEach((v, i) => {
     if(v==-1) return
-    if(Number.isNaN(v)) b.fillRect(i%D.cols,0,1,1)
-    m.data.set([...(Number.isNaN(v)?[224,0,0]:v==0?[0,0,0]:rgb(v)),255],4*i)})
-  g.putImageData(m,0,0)
-  const pow=x=>{const v=Number((10**x).toPrecision(2)); return v<.001||v>=1e4?v.toExponential():String(v)}
-  $('min').textContent='≤ '+pow(D.min); $('max').textContent=pow(D.max)
-  $('bar').style.background='linear-gradient(90deg,'+[0,32,64,96,128,160,192,224,255].map(i=>`rgb(${D.lut.slice(3*i,3*i+3)})`)+')'
-  const per=D.hi[0]-D.lo[0]+1; if(per>1) $('wide').textContent=`Each column is the largest of about ${per} iterations.`
-  cv.onmousemove=e=>{
-    const r=cv.getBoundingClientRect(), x=Math.min(D.cols-1,Math.max(0,Math.floor((e.clientX-r.left)/r.width*D.cols))), y=Math.min(D.rows-1,Math.max(0,Math.floor((e.clientY-r.top)/r.height*D.rows)))
-    const v=V[y*D.cols+x], at=(D.segs?D.segs[D.seg[x]-1]+', ':'')+(D.lo[x]==D.hi[x]?`iteration ${D.lo[x]}`:`iterations ${D.lo[x]} to ${D.hi[x]}`)
-    tip.textContent=`${D.names[y]}\n${at}\n`+(v==-1?'no gradient':Number.isNaN(v)?'not finite':v.toPrecision(4)); tip.hidden=false
-    tip.style.left=Math.min(e.clientX+14,innerWidth-tip.offsetWidth-8)+'px'; tip.style.top=Math.min(e.clientY+14,innerHeight-tip.offsetHeight-8)+'px'}
-  cv.onmouseleave=()=>{tip.hidden=true}
+    if(Number.isNaN(v)) bad.fillRect(i%D.cols, 0, 1, 1)
+    const colour = Number.isNaN(v) ? [224,0,0] : v==0 ? [0,0,0] : rgb(v)
+    pixels.data.set([...colour, 255], 4*i)
+  })
+  heat.putImageData(pixels, 0, 0)
+
+  // the key below
+  const power = x => {
+    const v = Number((10**x).toPrecision(2))
+    return v<.001 || v>=1e4 ? v.toExponential() : String(v)
+  }
+  $('min').textContent = '≤ '+power(D.min)
+  $('max').textContent = power(D.max)
+  const stops = [0,32,64,96,128,160,192,224,255].map(i => `rgb(${D.lut.slice(3*i, 3*i+3)})`)
+  $('bar').style.background = 'linear-gradient(90deg,'+stops+')'
+  const per = D.hi[0]-D.lo[0]+1
+  if(per>1) $('wide').textContent = `Each column is the largest of about ${per} iterations.`
+
+  // what the mouse is over
+  canvas.onmousemove = e => {
+    const r = canvas.getBoundingClientRect()
+    const x = clamp(Math.floor((e.clientX-r.left)/r.width*D.cols), D.cols-1)
+    const y = clamp(Math.floor((e.clientY-r.top)/r.height*D.rows), D.rows-1)
+    const v = V[y*D.cols+x]
+    const fit = D.segs ? D.segs[D.seg[x]-1]+', ' : ''
+    const at = D.lo[x]==D.hi[x] ? `iteration ${D.lo[x]}` : `iterations ${D.lo[x]} to ${D.hi[x]}`
+    const value = v==-1 ? 'no gradient' : Number.isNaN(v) ? 'not finite' : v.toPrecision(4)
+    tip.textContent = `${D.names[y]}\n${fit}${at}\n${value}`
+    tip.hidden = false
+    tip.style.left = Math.min(e.clientX+14, innerWidth-tip.offsetWidth-8)+'px'
+    tip.style.top = Math.min(e.clientY+14, innerHeight-tip.offsetHeight-8)+'px'
+  }
+  canvas.onmouseleave = () => {tip.hidden = true}
 }"""
 
 # %% ../nbs/07_report.ipynb #55d93707
-sort_js = r"""document.querySelectorAll('.sort th').forEach((h,i)=>h.onclick=()=>{
-  const body=h.closest('table').tBodies[0], up=!h.classList.contains('down'), val=r=>r.cells[i].dataset.v??r.cells[i].textContent
-  const num=[...body.rows].some(r=>'v' in r.cells[i].dataset), key=v=>v=='nan'?Infinity:v=='inf'?Infinity:+v
-  h.parentNode.querySelectorAll('th').forEach(o=>o.classList.remove('up','down')); h.classList.add(up?'down':'up')
-  body.append(...[...body.rows].sort((a,b)=>(up?-1:1)*(num?(key(val(a))-key(val(b))||0):val(b).localeCompare(val(a)))))})"""
+sort_js = r"""document.querySelectorAll('.sort th').forEach((head, i) => head.onclick = () => {
+  const body = head.closest('table').tBodies[0], rows = [...body.rows]
+  const up = !head.classList.contains('down')
+  const value = row => row.cells[i].dataset.v ?? row.cells[i].textContent
+  const numbers = rows.some(row => 'v' in row.cells[i].dataset)
+  const key = v => v=='nan' || v=='inf' ? Infinity : +v
+  const compare = (a, b) => numbers ? key(value(a))-key(value(b)) || 0 : value(b).localeCompare(value(a))
+  head.parentNode.querySelectorAll('th').forEach(other => other.classList.remove('up', 'down'))
+  head.classList.add(up ? 'down' : 'up')
+  body.append(...rows.sort((a, b) => (up ? -1 : 1)*compare(a, b)))
+})"""
 
 # %% ../nbs/07_report.ipynb #85d9d7ed
 page = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title><style>{css}</style>
@@ -199,49 +342,80 @@ page = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport c
 <footer><p>fastai-gradstats</footer><script>{js}</script></html>
 """
 
+# %% ../nbs/07_report.ipynb #92ac4bc1
+def _check(rec, phase, fit):
+    "Raises where the phase or a fit is not one of those there are"
+    check_which(phase=phase)
+    known = [rec.frame(t)[['phase','fit']].drop_duplicates() for t in ('tensors','steps')]
+    check_fit(pd.concat(known), fit, phase)
+
 # %% ../nbs/07_report.ipynb #b3aafb83
-def save_report(o, # a Learner, callback, `GradRecord`, frame or folder
+def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradRecord`, frame or folder
                 path='grads.html', # of the page; its folder must exist
                 phase='fit', # 'fit', 'lr_find' or None for all
-                title='Gradients' # of the page
+                title='Gradients', # of the page
+                fit=None # number of a fit, or a list; None for all
                )->Path:
     "Write one HTML page: what the gradients were, findings, heatmap, norms, flow and a table of tensors"
     rec = as_record(o)
-    table = _table(_tensor_table(rec, phase), 'sort') if _kinds(rec.df, None, phase) else f"<p class=none>{escape(_missing(rec.df, None, phase, len(rec.steps)))}</p>"
-    s = page.format(title=escape(printed(title)), css=css, sentence=_sentences(rec, phase, ' class=lead'), findings=_findings_html(diagnose(rec, phase)), heatmap=_heat_html(rec, 'max_abs', phase),
-                    norm=_svg(plot_grad_norm, rec, 3.2, phase=phase), flow=_svg(plot_grad_flow, rec, 4.2, phase=phase), tensors=table, js=js+'\n'+sort_js)
+    _check(rec, phase, fit)
+    there = kinds_there(rec.frame('tensors'), 'both', phase, fit)
+    html = page.format(title=escape(printed(title)),
+                       css=css,
+                       sentence=_sentences(rec, phase, fit, ' class=lead'),
+                       findings=_findings_html(diagnose(rec, phase, fit)),
+                       heatmap=_heat_html(rec, 'max_abs', phase, fit),
+                       norm=_svg(plot_grad_norm, rec, 3.2, phase=phase, fit=fit),
+                       flow=_svg(plot_grad_flow, rec, 4.2, phase=phase, fit=fit),
+                       tensors=_table(_tensor_table(rec, phase, fit), 'sort') if there else _none_html(no_tensors(rec, 'both', phase, fit)),
+                       js=f'{heat_js}\n{sort_js}')
     path = Path(path)
-    path.write_text(s, encoding='utf-8')
+    path.write_text(html, encoding='utf-8')
     return path
 
 # %% ../nbs/07_report.ipynb #eb36a580
-def _finding(r): return ' '.join(filter(None, (r['rule'], r.get('run'), r['tensor'])))+': '+r['evidence']
+def _finding(row):
+    "A finding in one line"
+    where = [row['rule'], row.get('run'), row['tensor']]
+    return f"{' '.join(filter(None, where))}: {row['evidence']}"
+
+def _severe(found):
+    "Findings above 'note'"
+    return found[found['severity'].isin(['error','warning'])]
+
+def _heat_png(rec):
+    "The heatmap as an image tag, drawn in a figure of no window"
+    ax = draw_heatmap(rec, lambda height: figure.Figure(figsize=(9,height), layout='constrained').subplots())
+    out = BytesIO()
+    ax.figure.savefig(out, format='png', dpi=80)
+    png = base64.b64encode(out.getvalue()).decode()
+    return f'<img alt="tensors by iteration, colour is log10 of the largest gradient" src="data:image/png;base64,{png}">'
 
 def glance(rec):
     "HTML of a record: sentence, findings above 'note', heatmap"
-    f = diagnose(rec)
-    f = f[f['severity'].isin(['error','warning'])]
-    s = _sentences(rec) + ''.join(f"<p><b>{r['severity']}</b>: {escape(printed(_finding(r)))}</p>" for _,r in f.iterrows())
-    if not _kinds(rec.df, None, 'fit'): return s
-    ax,b = _heatmap(rec, lambda h: figure.Figure(figsize=(9,h), layout='constrained').subplots()),BytesIO()
-    ax.figure.savefig(b, format='png', dpi=80)
-    return s + f'<img alt="tensors by iteration, colour is log10 of the largest gradient" src="data:image/png;base64,{base64.b64encode(b.getvalue()).decode()}">'
+    html = _sentences(rec)
+    for _,row in _severe(diagnose(rec)).iterrows(): html += f"<p><b>{row['severity']}</b>: {escape(printed(_finding(row)))}</p>"
+    if kinds_there(rec.frame('tensors')): html += _heat_png(rec)
+    return html
 
 # %% ../nbs/07_report.ipynb #c904d619
-def _tell(run, html, phase, skip):
+def _tell(run, html, phase, fit, skip):
+    "Print what a folder holds, and write its page where one is asked for"
     rec = GradRecord.load(run, 'skip' if skip else 'raise')
-    print(rec.summary(phase=phase))
-    f = diagnose(rec, phase)
-    for _,r in f[f['severity'].isin(['error','warning'])].iterrows(): print(f"\n{r['severity']}: {_finding(r)}\n  {r['meaning']}; try: {r['try']}")
-    if html: print(f"\n{save_report(rec, html, phase)}")
+    _check(rec, phase, fit)
+    print(rec.summary(phase=phase, fit=fit))
+    for _,row in _severe(diagnose(rec, phase, fit)).iterrows():
+        print(f"\n{row['severity']}: {_finding(row)}\n  {row['meaning']}; try: {row['try']}")
+    if html: print(f'\n{save_report(rec, html, phase, fit=fit)}')
 
 # %% ../nbs/07_report.ipynb #d83994ee
 @call_parse
 def main(run:str, # Folder that a callback with `folder=` or `save` wrote
          html:str=None, # Write the report to this file
          phase:str='fit', # fit or lr_find
+         fit:int=None, # Number of a fit, counted from 0
          skip:store_true=False # Leave out parts that cannot be read
         ):
     "Print a summary of a run's gradients and what `diagnose` found; write an HTML report"
-    try: _tell(run, html, phase, skip)
+    try: _tell(run, html, phase, fit, skip)
     except (ValueError,OSError,ImportError) as e: sys.exit(f'{e}')
