@@ -12,11 +12,14 @@ STAMP  := $(VENV)/.gradstats-$(shell pwd | cksum | cut -d' ' -f1)
 demo: $(STAMP)-cpu
 	$(PY) -m fastai_gradstats $(ARGS)
 
+# All tests side by side, on two cores; those that are named in ARGS one by one, unless it says otherwise
+BESIDE := -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: $(STAMP)-dev
-	$(PY) -m pytest $(or $(ARGS),tests)
+	$(PY) -m pytest $(or $(ARGS),$(BESIDE) tests)
 
 test-all: $(STAMP)-dev
-	$(PY) -m pytest -m "slow or not slow" $(or $(ARGS),tests)
+	$(PY) -m pytest -m "slow or not slow" $(or $(ARGS),$(BESIDE) tests)
 
 docs: $(STAMP)-docs
 	$(PY) docs/build.py

@@ -18,6 +18,7 @@ Modules:
 - `fastai_gradstats.histogram`: Elements per octave, counted from the bits of a number
 - `fastai_gradstats.kernel`: Everything about a gradient in one read, on a CPU
 - `fastai_gradstats.layouts`: The elements of a tensor, however they are stored
+- `fastai_gradstats.loops`: The same recorder in Hugging Face's Trainer and in Lightning
 - `fastai_gradstats.plot`: A record in, Axes out
 - `fastai_gradstats.probe`: Gradients away from the training path: along rays through weight space, and sample by sample
 - `fastai_gradstats.record`: What was recorded, as `L`, DataFrame and file

@@ -76,13 +76,13 @@ def _is_harmless(cb):
     "fastai's own callbacks neither drop a step nor change a gradient, but for the scale and for these two"
     return type(cb).__module__.startswith('fastai.') and type(cb) not in (GradientClip,NonNativeMixedPrecision)
 
-# %% ../nbs/04_callback.ipynb #579202a4
+# %% ../nbs/04_callback.ipynb #b61490ae
 READ_AT = MixedPrecision.order+.5   # after accumulation (6) and unscaling (10), before clipping (11)
 
 class LearnerLoop(Loop):
     "What the recorder asks, answered by a Learner"
     passes = _cancels
-    reads_at = f"What acts in `before_step` with an order above {READ_AT:g} comes after the reading"
+    reads_at = f"What acts in `before_step` with an order above {READ_AT+.1:g} comes after the reading"
     acts_in_backward = False   # does one of those who act before us do so ahead of `before_step`?
 
     def __init__(self, learn):
@@ -156,6 +156,15 @@ def _sent_by(learn):
     frame = _frame(learn, '_with_events')
     return frame and frame.f_locals.get('event_type')
 
+# %% ../nbs/04_callback.ipynb #7f9a8322
+_runs = weakref.WeakKeyDictionary()   # Learner -> id of the frame in which its fit runs, and an object that stands for the fit
+
+def _run_of(learn):
+    "What stands for the fit that is under way"
+    frame = id(_frame(learn, '_do_fit'))
+    if _runs.get(learn, (None,None))[0]!=frame: _runs[learn] = frame,object()
+    return _runs[learn][1]
+
 # %% ../nbs/04_callback.ipynb #36a80f85
 class _Guard:
     "A Learner's `_do_epoch_train` that tells the reader when it is over, however it ends"
@@ -219,31 +228,26 @@ class _LossHook:
         self.batch.backward = True
         if self.reader.loop.own_backward and self.reader.batch is self.batch: self.reader.guarded('after_backward', self.reader.read_early)
 
-# %% ../nbs/04_callback.ipynb #b4360002
+# %% ../nbs/04_callback.ipynb #1a98612d
 class _Events(_Helper):
     "Tells the reader of a Learner what happens"
     order = READ_AT
     inner = 0          # calls of `validate` or `get_preds` within a fit
-    new_fit = True
-    frame = None       # id of the one in which the fit runs
 
     # --- fits and epochs
     def before_fit(self):
         if _sent_by(self.learn) in (None,'fit'):
             self.inner = 0
-            self.new_fit = True
             self.reader.said = set()
+            _runs.pop(self.learn, None)
         else: self.inner += 1
 
     def before_epoch(self):
         if not self.inner and _guard_of(self.learn) is None: _Guard(self.learn, self.reader)
 
     def before_train(self):
-        frame = id(_frame(self.learn, '_do_fit'))
         phase = LR_FIND if 'lr_finder' in self.learn.__dict__ else FIT
-        if self.new_fit or frame!=self.frame: self.reader.fit_begins(phase=phase)
-        self.new_fit = False
-        self.frame = frame
+        self.reader.fit_begins(_run_of(self.learn), phase)
         self.reader.loop.around = None
         self.reader.start()
 
@@ -267,7 +271,8 @@ class _Events(_Helper):
     # --- batches
     def before_batch(self):
         if not self.reader.live: self.start_late()
-        if self.reader.live: self.look_around()
+        if not self.reader.live: return
+        self.look_around()
         self.reader.begin(self.learn.epoch)
 
     def start_late(self):

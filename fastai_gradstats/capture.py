@@ -80,7 +80,8 @@ def _check_modules(model, modules):
     known = {id(module) for module in model.modules()}
     for module in modules:
         kind = type(module).__name__
-        if not isinstance(module, nn.Module): raise TypeError(f"modules: a list of nn.Module is accepted, got an element of type {kind}")
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"modules: a list of nn.Module is accepted, got an element of type {kind}")
         if id(module) not in known:
             raise ValueError(f"modules: {kind} is not part of the model that is trained; accepted are modules of `learn.model`")
 
@@ -94,7 +95,8 @@ def grad_modules(model:nn.Module,
     else:
         _check_modules(model, modules)
         listed = {id(module) for module in modules}
-    return {clean_name(model, name) or '(model)':module for name,module in model.named_modules() if id(module) in listed}
+    named = [(name,module) for name,module in model.named_modules() if id(module) in listed]
+    return {clean_name(model, name) or '(model)':module for name,module in named}
 
 # %% ../nbs/02_capture.ipynb #c1000010
 def grad_params(model:nn.Module,
@@ -210,7 +212,8 @@ def _holds_a_gradient(obj):
     "Is there a tensor with a gradient to come among an object's attributes?"
     if issubclass(type(obj), (set,frozenset)): held = list(obj)
     else:
-        slots = [name for cls in type(obj).__mro__ for name,value in cls.__dict__.items() if isinstance(value, MemberDescriptorType)]
+        stored = [item for cls in type(obj).__mro__ for item in cls.__dict__.items()]
+        slots = [name for name,value in stored if isinstance(value, MemberDescriptorType)]
         held = [*_stored_attributes(obj).values(), *(_attribute(obj, name) for name in slots)]
     return any(_is_tensor(leaf) and leaf.requires_grad for leaf in _leaves(held)[0])
 
@@ -329,8 +332,8 @@ def _detach(tensor):
     with torch._C.DisableTorchFunctionSubclass(): return tensor.detach()
 
 # %% ../nbs/02_capture.ipynb #c1000020
-# `tensor` gets the hook; `to_output` turns its gradient into the output's (None: it is the same); `intact` tells in backward whether
-# there is one (None: always)
+# `tensor` gets the hook; `to_output` turns its gradient into the output's (None: it is the same);
+# `intact` tells in backward whether there is one (None: always)
 _Target = namedtuple('_Target', 'tensor to_output intact')
 
 def _reshaped(size, grad): return grad.reshape(size)
@@ -384,7 +387,8 @@ class _LossBackward:
 
     def find_out(self):
         if any(_accumulates(param) for param in self.trained() if not _is_shard(param)): return True
-        return self.cannot_tell() and torch.autograd._is_checkpoint_valid()   # torch's word for a `backward` without `inputs`
+        # torch's word for a `backward` without `inputs`
+        return self.cannot_tell() and torch.autograd._is_checkpoint_valid()
 
     def trained(self): return (param for param in self.params if param.requires_grad and not is_lazy(param))
 
@@ -478,9 +482,10 @@ class OutputHooks(_Notes):
         self.shaped = shaped
         self.drop = drop
         self.wanted = None   # indices of the modules whose outputs are asked for from now on; None: all
-        self.idle = {i for i,module in enumerate(self.modules) if id(module) not in lent and id(module) not in compiled}
-        self.params = [param for module in self.modules for param in module.parameters()] if params is None else list(params)
-        self.backward = _LossBackward(self.params)
+        excused = {*lent, *compiled}
+        self.idle = {i for i,module in enumerate(self.modules) if id(module) not in excused}
+        if params is None: params = [param for module in self.modules for param in module.parameters()]
+        self.backward = _LossBackward(list(params))
         self.tensor_handles = []   # of the hooks on tensors of this iteration
         self.start()
         try: self.put_on(self.modules, compiled)
@@ -567,7 +572,8 @@ class OutputHooks(_Notes):
         "To be called right before backward: do modules that were not called so far take part?"
         idle = self.idle-self.ran-self.refused.keys()
         if not idle: return
-        tied = {id(param) for i in self.ran for param in _own_parameters(self.modules[i])}   # used where the other module is called
+        # a parameter that a module shares with one that was called is used there
+        tied = {id(param) for i in self.ran for param in _own_parameters(self.modules[i])}
         for i in idle:
             for param in _own_parameters(self.modules[i]):
                 if not param.requires_grad or id(param) in tied or is_lazy(param): continue

@@ -61,7 +61,7 @@ def _extra(value):
         if not callable(f): raise TypeError(f"extra: {name!r} is to be a function of a tensor, got {type(f).__name__}")
     return dict(value)
 
-# %% ../nbs/03c_consumers.ipynb #8decd984
+# %% ../nbs/03c_consumers.ipynb #b93e6edf
 def _folder(value, tables):
     "The folder, which holds no record yet. Other processes than the first come when it is claimed"
     if value is None: return None
@@ -90,6 +90,9 @@ class StatsOptions:
         self.threshold = _threshold(self.threshold)
         self.keep = None if self.keep is None else whole_number('keep', self.keep)
         self.extra = _extra(self.extra)
+
+    @property
+    def kinds(self)->list: return ['output','param'] if self.kind=='both' else [self.kind]
 
     def lasting(self)->dict:
         "Those a record is built on: they may change while it is empty"
@@ -231,12 +234,13 @@ class Readings:
         res[self.commit[rows]] = self.sums[rows,MAX]
         return res
 
-# %% ../nbs/03c_consumers.ipynb #13e58e97
+# %% ../nbs/03c_consumers.ipynb #13a66d86
 class Consumer:
     "One record that wants rows of a training. Subclasses say which, and take them"
     tables = ()          # of files, that its record fills
     full = False         # does it want all sums of a parameter's gradient, or its norm only?
     weights = False      # the weights beside the gradients?
+    by_rows = None       # True: the engine reads as it does on a GPU, on any device
 
     def __init__(self,
                  options,  # `StatsOptions` or `NormOptions`
@@ -308,7 +312,7 @@ class Consumer:
 
     def __getstate__(self): return {**self.__dict__, 'reader':None, 'owner':None, 'stream':None, 'run':None, 'is_on':None, 'modules':{}, 'params':{}}
 
-# %% ../nbs/03c_consumers.ipynb #6072a3d6
+# %% ../nbs/03c_consumers.ipynb #59ed4b00
 class StatsConsumer(Consumer):
     "Wants all sums of the gradients of outputs and parameters"
     full = True
@@ -318,7 +322,7 @@ class StatsConsumer(Consumer):
 
     def new_record(self):
         options = self.options
-        return GradRecord(Rows(floats+list(options.extra), counts, options.keep), threshold=options.threshold)
+        return GradRecord(Rows(floats+list(options.extra), counts, options.keep), threshold=options.threshold, asked=options.kinds)
 
     @property
     def rows(self): return self.record.stores['tensors']

@@ -10,7 +10,8 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/files.html.md"""
 __all__ = []
 
 # %% ../nbs/02a_files.ipynb #b11b2a84
-import json,os,re,time,zlib
+import json, os, re, time, zlib
+from collections import namedtuple
 from io import BytesIO
 from pathlib import Path
 from warnings import warn
@@ -18,111 +19,176 @@ import numpy as np, pandas as pd
 
 # %% ../nbs/02a_files.ipynb #0dcd17b5
 FORMAT = 1   # of the files; another number is not read
-_where = dict(fit='int32 number of the `fit`', phase='category fit or lr_find', epoch='int32 number', iteration='int32 training batch', step='int32 step it feeds')
-_grad = 'd loss / d element'
+
+_where = dict(
+    fit='int32 number of the fit within its phase',
+    phase='category fit or lr_find',
+    epoch='int32 number',
+    iteration='int32 training batch',
+    step='int32 step it feeds')
+_tensor = dict(
+    kind='category output or param',
+    name='category module or parameter',
+    out='int32 tensor of the output',
+    call='int32 call of the module')
+
 schema = dict(
-    tensors = _where | dict(kind='category output or param', name='category module or parameter', out='int32 tensor of the output', call='int32 call of the module',
-        numel='int64 elements', max_abs=f'float32 {_grad}', mean_abs=f'float32 {_grad}', norm='float32 d loss / d tensor, L2', mean=f'float32 {_grad}', std=f'float32 {_grad}',
-        zeros='int64 elements', nonfinite='int64 elements', above='int64 elements', skipped='bool the step was skipped'),
-    steps = _where | dict(lr='float64 of the last group', loss='float64 of the last batch, unscaled', bs='int64 samples', norm='float64 d loss / d parameters, L2, before clipping',
-        clip_coef='float64 factor', clipped_norm='float64 norm the optimizer got', weight_norm='float64 L2', nonfinite='int64 elements', skipped='bool the step was skipped'),
-    params = _where | dict(name='category parameter', group='int32 of the optimizer', norm='float32 d loss / d tensor, L2, before clipping', weight_norm='float32 L2', dot='float32 sum of gradient times weight'),
-    hist = _where | dict(kind='category output or param', name='category module or parameter', out='int32 tensor of the output', call='int32 call of the module',
-        octave='int32 floor of log2 |d loss / d element|', count='int64 elements'),
-    breaks = dict(fit='int32 number of the `fit`', phase='category fit or lr_find', iteration='int32 training batch', after='category last module with a finite output', before='category first without'))
-fixed = dict(phase=['fit','lr_find'], kind=['output','param'])
+    tensors = _where | _tensor | dict(
+        numel='int64 elements',
+        max_abs='float32 d loss / d element',
+        mean_abs='float32 d loss / d element',
+        norm='float32 d loss / d tensor, L2',
+        mean='float32 d loss / d element',
+        std='float32 d loss / d element',
+        zeros='int64 elements',
+        nonfinite='int64 elements',
+        above='int64 elements',
+        skipped='bool the step was skipped'),
+    steps = _where | dict(
+        lr='float64 of the last group',
+        loss='float64 of the last batch, unscaled',
+        bs='int64 samples',
+        norm='float64 d loss / d parameters, L2, before clipping',
+        clip_coef='float64 factor',
+        clipped_norm='float64 norm the optimizer got',
+        weight_norm='float64 L2',
+        nonfinite='int64 elements',
+        skipped='bool the step was skipped'),
+    params = _where | dict(
+        name='category parameter',
+        group='int32 of the optimizer',
+        norm='float32 d loss / d tensor, L2, before clipping',
+        weight_norm='float32 L2',
+        dot='float32 sum of gradient times weight'),
+    hist = _where | _tensor | dict(
+        octave='int32 floor of log2 |d loss / d element|',
+        count='int64 elements'),
+    breaks = dict(
+        fit=_where['fit'],
+        phase=_where['phase'],
+        iteration=_where['iteration'],
+        after='category last module with a finite output',
+        before='category first without'))
+fixed = dict(phase=['fit','lr_find'], kind=['output','param'])   # the only names of these columns, in their order
 
 # %% ../nbs/02a_files.ipynb #61ba4282
-def dtype(table, c): return schema[table].get(c, '').partition(' ')[0]
+def dtype(table, column): return schema[table].get(column, '').partition(' ')[0]
 
 def category(codes, names):
-    "Codes into `names`, in their order"
-    codes = np.asarray(codes).astype(np.int8 if len(names)<127 else np.int16 if len(names)<32767 else np.int32, copy=False)
-    return pd.Categorical.from_codes(codes, categories=pd.Index(names, dtype=object if not len(names) else None))
+    "Codes into `names`, in their order, in as few bytes as they need"
+    smallest = np.int8 if len(names)<127 else np.int16 if len(names)<32767 else np.int32
+    codes = np.asarray(codes).astype(smallest, copy=False)
+    return pd.Categorical.from_codes(codes, categories=pd.Index(names, dtype=None if len(names) else object))
+
+def _no_rows(table, column):
+    kind = dtype(table, column)
+    return category([], fixed.get(column, [])) if kind=='category' else np.empty(0, kind)
 
 def empty(table):
     "A frame with the table's columns and no row"
-    return pd.DataFrame({c:category([], fixed.get(c, [])) if (t := dtype(table, c))=='category' else np.empty(0, t) for c in schema[table]})
+    return pd.DataFrame({column:_no_rows(table, column) for column in schema[table]})
 
 # %% ../nbs/02a_files.ipynb #8317aa29
-def is_category(s): return isinstance(s.dtype, pd.CategoricalDtype)
+def is_category(series): return isinstance(series.dtype, pd.CategoricalDtype)
 
-def _refuse(c, what): raise ValueError(f"column {c!r} {what}")
+def _refuse(column, what): raise ValueError(f"column {column!r} {what}")
 
-def _to_names(c, s, names=None):
+def _refuse_missing(column, series, expected):
+    missing = series.isna().sum()
+    if missing: _refuse(column, f"has {missing} missing values, expected {expected}")
+
+def _codes(series):
+    "Its codes, and the values that they stand for"
+    if is_category(series): return series.cat.codes.to_numpy(),series.cat.categories.tolist()
+    codes,values = pd.factorize(series.to_numpy(object))
+    return codes,values.tolist()
+
+def _to_names(column, series, names=None):
     "Text as a category; `names` are the only ones, in their order"
-    if s.isna().any(): _refuse(c, f"has {s.isna().sum()} missing values, expected a name in each row")
-    if is_category(s): codes,found = s.cat.codes.to_numpy(),s.cat.categories.tolist()
-    else:
-        codes,found = pd.factorize(s.to_numpy(object))
-        found = found.tolist()
+    _refuse_missing(column, series, 'a name in each row')
+    codes,found = _codes(series)
     found = [o if isinstance(o, str) else str(o) for o in found]
-    if len(set(found))<len(found): _refuse(c, "has names that are one as text")
+    if len(set(found))<len(found): _refuse(column, "has names that are one as text")
     if names is None: return category(codes, found)
     wrong = sorted({found[i] for i in np.unique(codes)}-set(names))
-    if wrong: _refuse(c, f"has {', '.join(map(repr, wrong))}; accepted are {', '.join(map(repr, names))}")
+    if wrong: _refuse(column, f"has {', '.join(map(repr, wrong))}; accepted are {', '.join(map(repr, names))}")
     place = np.array([names.index(o) if o in names else -1 for o in found], np.int8)
     return category(place[codes], names)
 
-def _as_category(c, s):
+def _as_category(column, series):
     "As it is, where it can be written"
-    if not is_category(s): return _to_names(c, s, fixed.get(c))
-    found = s.cat.categories.tolist()
-    ok = found==fixed[c] if c in fixed else all(isinstance(o, str) for o in found)
-    return s if ok and not s.hasnans else _to_names(c, s, fixed.get(c))
+    names = fixed.get(column)
+    if not is_category(series): return _to_names(column, series, names)
+    found = series.cat.categories.tolist()
+    ok = found==names if names else all(isinstance(o, str) for o in found)
+    return series if ok and not series.hasnans else _to_names(column, series, names)
 
 # %% ../nbs/02a_files.ipynb #d6d4e3d3
 _truth = {'True':True, 'true':True, 'False':False, 'false':False}
 
-def _to_bool(c, s):
-    if s.isna().any(): _refuse(c, f"has {s.isna().sum()} missing values, expected True or False in each row")
-    v = s.to_numpy(object)
-    v = [_truth.get(o, o) if isinstance(o, str) else o for o in v]
-    if not all(o in (0,1) for o in v): _refuse(c, f"is {s.dtype}, expected True or False")
-    return np.array(v, bool)
+def _to_bool(column, series):
+    _refuse_missing(column, series, 'True or False in each row')
+    values = [_truth.get(o, o) if isinstance(o, str) else o for o in series.to_numpy(object)]
+    if not all(o in (0,1) for o in values): _refuse(column, f"is {series.dtype}, expected True or False")
+    return np.array(values, bool)
 
-def _to_number(c, s, dtype):
+def _is_real(dtype): return pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_complex_dtype(dtype)
+
+def _to_number(column, series, dtype):
     "Numbers of this type; whole ones only where nothing is lost"
     dtype = np.dtype(dtype)
-    try: v = pd.to_numeric(s)
-    except (ValueError, TypeError): _refuse(c, f"is {s.dtype}, expected numbers ({dtype})")
-    if not pd.api.types.is_numeric_dtype(v.dtype) or pd.api.types.is_complex_dtype(v.dtype): _refuse(c, f"is {s.dtype}, expected numbers ({dtype})")
+    def no_numbers(): _refuse(column, f"is {series.dtype}, expected numbers ({dtype})")
+    try: numbers = pd.to_numeric(series)
+    except (ValueError, TypeError): no_numbers()
+    if not _is_real(numbers.dtype): no_numbers()
     if dtype.kind=='f':
-        with np.errstate(over='ignore'): return v.to_numpy(np.float64, na_value=np.nan).astype(dtype)
-    if v.isna().any(): _refuse(c, f"has {v.isna().sum()} missing values, expected whole numbers")
-    limits,v = np.iinfo(dtype),v.to_numpy()
-    if len(v) and not (limits.min<=v.min() and v.max()<=limits.max): _refuse(c, f"goes from {v.min()} to {v.max()}, beyond {dtype}")
-    whole = v.astype(dtype)
-    if not (whole==v).all(): _refuse(c, f"is {s.dtype}, expected whole numbers")
+        with np.errstate(over='ignore'): return numbers.to_numpy(np.float64, na_value=np.nan).astype(dtype)
+    _refuse_missing(column, numbers, 'whole numbers')
+    return _to_whole(column, series, numbers.to_numpy(), dtype)
+
+def _to_whole(column, series, numbers, dtype):
+    limits = np.iinfo(dtype)
+    if len(numbers):
+        low,high = numbers.min(),numbers.max()
+        if not (limits.min<=low and high<=limits.max): _refuse(column, f"goes from {low} to {high}, beyond {dtype}")
+    whole = numbers.astype(dtype)
+    if not (whole==numbers).all(): _refuse(column, f"is {series.dtype}, expected whole numbers")
     return whole
 
 # %% ../nbs/02a_files.ipynb #392fe130
-_plain = ('bool','int32','int64','float32','float64')   # of columns beside a table's own
+_plain = ('bool','int32','int64','float32','float64')
 
-def _type_of(s):
+def _type_of(series):
     "The type in which a column beside the table's own is kept"
-    t = s.dtype
-    if is_category(s) or pd.api.types.is_string_dtype(t): return 'category'
-    if t==object: return _type_of(o) if (o := s.infer_objects()).dtype!=object else 'category'
-    if pd.api.types.is_bool_dtype(t): return 'bool'
-    if pd.api.types.is_float_dtype(t): return 'float32' if str(t).lower() in ('float16','float32') else 'float64'
-    if pd.api.types.is_integer_dtype(t): return 'float64' if s.isna().any() else 'int64'
-    _refuse(s.name, f"is {t}; accepted are numbers, True and False, text and categories")
+    kind = series.dtype
+    if is_category(series) or pd.api.types.is_string_dtype(kind): return 'category'
+    if kind==object:
+        inferred = series.infer_objects()
+        return 'category' if inferred.dtype==object else _type_of(inferred)
+    if pd.api.types.is_bool_dtype(kind): return 'bool'
+    if pd.api.types.is_float_dtype(kind): return 'float32' if str(kind).lower() in ('float16','float32') else 'float64'
+    if pd.api.types.is_integer_dtype(kind): return 'float64' if series.isna().any() else 'int64'
+    _refuse(series.name, f"is {kind}; accepted are numbers, True and False, text and categories")
+
+def _conformed(table, column, series):
+    "The column in its type, as it is where it has it"
+    want,has = dtype(table, column),str(series.dtype)
+    if has==want!='category' or not want and has in _plain: return series
+    want = want or _type_of(series)
+    if want=='category': return _as_category(column, series)
+    return _to_bool(column, series) if want=='bool' else _to_number(column, series, want)
 
 def conform(df, table):
     "A copy of the frame with its columns in the types of `table`"
     names = list(df)
-    if odd := [c for c in names if not isinstance(c, str) or names.count(c)>1]: raise ValueError(f"names of columns are strings, each once; got {odd[0]!r}")
-    if missing := [c for c in schema[table] if c not in names]: raise ValueError(f"no column {', '.join(map(repr, missing))}; rows of {table!r} have {', '.join(schema[table])}")
-    new = {}
-    for c in names:
-        s,want = df[c],dtype(table, c)
-        if str(s.dtype)==want!='category' or not want and str(s.dtype) in _plain: continue
-        want = want or _type_of(s)
-        if want=='category': v = _as_category(c, s)
-        else: v = _to_bool(c, s) if want=='bool' else _to_number(c, s, want)
-        if v is not s: new[c] = v
-    return df.reset_index(drop=True).assign(**new)
+    odd = [name for name in names if not isinstance(name, str) or names.count(name)>1]
+    if odd: raise ValueError(f"names of columns are strings, each once; got {odd[0]!r}")
+    missing = [name for name in schema[table] if name not in names]
+    if missing:
+        raise ValueError(f"no column {', '.join(map(repr, missing))}; rows of {table!r} have {', '.join(schema[table])}")
+    series = {name:df[name] for name in names}
+    new = {name:_conformed(table, name, old) for name,old in series.items()}
+    return df.reset_index(drop=True).assign(**{name:col for name,col in new.items() if col is not series[name]})
 
 # %% ../nbs/02a_files.ipynb #9d4f3ce8
 def need_parquet(what):
@@ -131,71 +197,83 @@ def need_parquet(what):
     except ImportError as e: raise ImportError(f"{what} needs pyarrow: pip install 'fastai-gradstats[parquet]'") from e
 
 # %% ../nbs/02a_files.ipynb #0c61a289
-class BadPart(ValueError): pass
-class Damaged(BadPart): pass
+class BadPart(ValueError): "A file that cannot be used, and why"
+class Damaged(BadPart): "Its bytes are not those that were written"
 
 BLANK = dict(crc32='0'*8)   # the place of the checksum in a file's JSON
 _before = b'"crc32": "'     # quotes in a name are escaped there, so nothing else reads like it
 
-def crc32(b): return f'{zlib.crc32(b):08x}'
+def crc32(content): return f'{zlib.crc32(content):08x}'
 
-def seal(b):
-    "`b` with its checksum in its place"
-    at = b.rindex(_before)+len(_before)
-    return b[:at]+crc32(b).encode()+b[at+8:]
+def seal(content):
+    "The bytes with their checksum in its place"
+    start = content.rindex(_before)+len(_before)
+    return content[:start]+crc32(content).encode()+content[start+8:]
 
-def check_seal(fn, b):
+def check_seal(file, content):
     "The bytes are those that were written"
-    at = b.rfind(_before)
-    if at<0: return   # written before there were checksums
-    at += len(_before)
-    if b[at:at+8]!=crc32(b[:at]+b'0'*8+b[at+8:]).encode(): raise Damaged(f"{fn}: damaged (its checksum says so)")
-
-# %% ../nbs/02a_files.ipynb #78717066
-def _parquet(df, meta):
-    "Bytes of a Parquet file. A NaN stays a NaN and is no null"
-    import pyarrow as pa, pyarrow.parquet as pq
-    cols = dict(df.items())
-    def col(s):
-        if not is_category(s): return pa.array(s.to_numpy(), from_pandas=False)
-        codes = s.cat.codes.to_numpy().astype(np.int32)   # in every part, however many names: others read all parts as one table
-        return pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(s.cat.categories.tolist(), pa.string()))
-    t = pa.table({c:col(s) for c,s in cols.items()}).replace_schema_metadata({'fastai_gradstats':json.dumps(meta)})
-    out = pa.BufferOutputStream()
-    dictionaries = [c for c,s in cols.items() if is_category(s) or s.dtype in (np.int32,bool)]
-    pq.write_table(t, out, compression='zstd', use_dictionary=dictionaries, write_page_checksum=True)
-    return seal(out.getvalue().to_pybytes())
-
-def _csv(df, meta): return df.to_csv(index=False).encode()
-writers = dict(parquet=_parquet, csv=_csv)
+    found = content.rfind(_before)
+    if found<0: return   # written before there were checksums
+    start,end = found+len(_before),found+len(_before)+8
+    blank = content[:start]+b'0'*8+content[end:]
+    if content[start:end]!=crc32(blank).encode(): raise Damaged(f"{file}: damaged (its checksum says so)")
 
 # %% ../nbs/02a_files.ipynb #d9d2e4bd
 def describe(table, df, threshold=1., **more):
     "Metadata of a part"
-    return dict(format=FORMAT, **BLANK, table=table, threshold=threshold, units={c:u.partition(' ')[2] for c,u in schema[table].items()},
-                names={c:s.cat.categories.tolist() for c,s in df.items() if is_category(s)},
-                types={c:str(s.dtype) for c,s in df.items() if c not in schema[table] and not is_category(s)}, **more)
+    units = {column:text.partition(' ')[2] for column,text in schema[table].items()}
+    names = {column:series.cat.categories.tolist() for column,series in df.items() if is_category(series)}
+    beside = [column for column in df if column not in schema[table] and column not in names]
+    types = {column:str(df[column].dtype) for column in beside}
+    return dict(format=FORMAT, **BLANK, table=table, threshold=threshold, units=units, names=names, types=types, **more)
 
-def _put(fn, b):
-    "Write the bytes `b`: all, or none"
-    tmp = fn.with_name(f'.{fn.name}.{os.getpid()}.tmp')
-    try:
-        tmp.write_bytes(b)
-        os.replace(tmp, fn)
-    except BaseException:
-        try: tmp.unlink(missing_ok=True)
-        except OSError: pass   # the error that matters is on its way
-        raise
+# %% ../nbs/02a_files.ipynb #78717066
+def _arrow_column(series):
+    "A NaN stays a NaN and is no null"
+    import pyarrow as pa
+    if not is_category(series): return pa.array(series.to_numpy(), from_pandas=False)
+    codes = series.cat.codes.to_numpy().astype(np.int32)   # in every part, however many names
+    names = series.cat.categories.tolist()
+    return pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(names, pa.string()))
+
+def _parquet(df, meta):
+    "Bytes of a Parquet file"
+    import pyarrow as pa, pyarrow.parquet as pq
+    columns = dict(df.items())
+    rows = pa.table({name:_arrow_column(series) for name,series in columns.items()})
+    rows = rows.replace_schema_metadata({'fastai_gradstats':json.dumps(meta)})
+    repeats = [name for name,series in columns.items() if is_category(series) or series.dtype in (np.int32,bool)]
+    out = pa.BufferOutputStream()
+    pq.write_table(rows, out, compression='zstd', use_dictionary=repeats, write_page_checksum=True)
+    return seal(out.getvalue().to_pybytes())
+
+def _csv(df, meta): return df.to_csv(index=False).encode()
+
+writers = dict(parquet=_parquet, csv=_csv)
 
 def encode(table, df, threshold=1., format='parquet', **more):
     "A part's bytes"
     return writers[format](df, describe(table, df, threshold, **more))
 
-def put_part(path, table, b, number=0, rank=0, format='parquet'):
+# %% ../nbs/02a_files.ipynb #1d9d2e4c
+def _put(file, content):
+    "Write the bytes: all, or none"
+    tmp = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
+    try:
+        tmp.write_bytes(content)
+        os.replace(tmp, file)
+    except BaseException:
+        try: tmp.unlink(missing_ok=True)
+        except OSError: pass   # the error that matters is on its way
+        raise
+
+def part_name(table, rank, number, format): return f'{table}-{rank}-{number:06}.{format}'
+
+def put_part(path, table, content, number=0, rank=0, format='parquet'):
     "Write the bytes of part `number` of `table`: complete, or not at all"
-    fn = Path(path)/f'{table}-{rank}-{number:06}.{format}'
-    _put(fn, b)
-    return fn
+    file = Path(path)/part_name(table, rank, number, format)
+    _put(file, content)
+    return file
 
 def write_part(path, table, df, number=0, rank=0, threshold=1., format='parquet', **more):
     "Write `df` as such a part"
@@ -203,191 +281,291 @@ def write_part(path, table, df, number=0, rank=0, threshold=1., format='parquet'
 
 # %% ../nbs/02a_files.ipynb #1004c292
 MARK = 'gradstats.json'
-_mine = {}   # folders that this process writes: path -> (process, tables, number of the run)
+_Claim = namedtuple('_Claim', 'process tables run')   # `run` is a random text that stands in the mark
+_unclaimed = _Claim(None, set(), None)
+_mine = {}   # path -> the claim of this process
+
+Part = namedtuple('Part', 'rank number file table')
 
 def find_parts(path):
-    "Files of each table, in order"
+    "Parts of each table, in order"
     res = {}
-    for f in Path(path).iterdir():
-        m = re.fullmatch(r'(\w+)-(\d+)-(\d+)\.(parquet|csv)', f.name)
-        if m and m[1] in schema: res.setdefault(m[1], []).append((int(m[2]),int(m[3]),f))
-    return {t:sorted(v) for t,v in res.items()}
+    for file in Path(path).iterdir():
+        found = re.fullmatch(r'(\w+)-(\d+)-(\d+)\.(parquet|csv)', file.name)
+        if not found: continue
+        table,rank,number,_ = found.groups()
+        if table in schema: res.setdefault(table, []).append(Part(int(rank), int(number), file, table))
+    return {table:sorted(parts) for table,parts in res.items()}
+
+def _of_a_record(folder):
+    "Names of the files in a folder that belong to a record"
+    names = [file.name for file in folder.iterdir()]
+    return [name for name in names if name==MARK or re.match(r'\w+-\d+-\d+\.(parquet|csv)$', name)]
 
 def check_free(folder, tables):
     "The path of `folder`, where nothing stands against writing `tables` there"
-    if not isinstance(folder, (str,os.PathLike)): raise TypeError(f"folder: a path is accepted, got {type(folder).__name__}")
-    p = Path(os.path.realpath(Path(folder).expanduser()))
-    pid,taken,_ = _mine.get(p, (None,set(),None))
-    if pid==os.getpid() and not taken & set(tables): return p
-    try: there,is_dir = p.exists(),p.is_dir()   # in this order: another process may make it just now
-    except OSError: return p   # writing will say
-    if there and not is_dir: raise ValueError(f"folder: {p} is a file; accepted is a folder that holds no record")
-    try: found = [f.name for f in p.iterdir() if f.name==MARK or re.match(r'\w+-\d+-\d+\.(parquet|csv)$', f.name)] if is_dir else []
-    except OSError: return p
-    if found: raise ValueError(f"folder: {p} already holds a record ({len(found)} files, {min(found)} among them); each run needs a folder of its own: name another (after `reset()`, as `callback.folder`), or remove this one, which `GradRecord.load` reads")
-    return p
+    if not isinstance(folder, (str,os.PathLike)):
+        raise TypeError(f"folder: a path is accepted, got {type(folder).__name__}")
+    path = Path(os.path.realpath(Path(folder).expanduser()))
+    held = _mine.get(path, _unclaimed)
+    if held.process==os.getpid() and not held.tables & set(tables): return path
+    try:
+        there = path.exists()   # first: another process may make it just now
+        is_dir = path.is_dir()
+    except OSError: return path   # writing will say
+    if there and not is_dir: raise ValueError(f"folder: {path} is a file; accepted is a folder that holds no record")
+    try: found = _of_a_record(path) if is_dir else []
+    except OSError: return path
+    if found:
+        raise ValueError(f"folder: {path} already holds a record ({len(found)} files, {min(found)} among them); each run needs a "
+                         "folder of its own: name another (after `reset()`, as `callback.folder`), or remove this one, "
+                         "which `GradRecord.load` reads")
+    return path
 
 # %% ../nbs/02a_files.ipynb #27ddbf85
 def _json(format, run=None, **info):
     "Bytes of `gradstats.json`"
     return seal(json.dumps(dict(format=format, run=run, **info|BLANK), indent=1).encode())
 
-def claim(p, tables, **info):
-    "Take the folder for this process, or say who has it; returns what `check_mine` knows it by"
-    check_free(p, tables)
-    pid,taken,run = _mine.get(p, (None,set(),None))
-    if pid!=os.getpid() or not (p/MARK).exists():
-        p.mkdir(parents=True, exist_ok=True)
-        try: open(p/MARK, 'xb').close()   # of several processes one gets it
-        except FileExistsError: raise ValueError(f"folder: {p} was taken by another process just now; each run needs a folder of its own") from None
-        pid,taken,run = os.getpid(),set(),os.urandom(8).hex()
-        try: _put(p/MARK, _json(format=FORMAT, run=run, created=time.strftime('%Y-%m-%d %H:%M:%S'), process=pid, tables=schema, **info))
-        except BaseException:
-            (p/MARK).unlink(missing_ok=True)
-            raise
-    _mine[p] = pid,taken | set(tables),run
+def _take(path, **info):
+    "Create the mark; returns the run's number, which stands in it"
+    path.mkdir(parents=True, exist_ok=True)
+    mark = path/MARK
+    try: open(mark, 'xb').close()   # of several processes one gets it
+    except FileExistsError:
+        raise ValueError(f"folder: {path} was taken by another process just now; each run needs a folder of its own") from None
+    run = os.urandom(8).hex()
+    created = time.strftime('%Y-%m-%d %H:%M:%S')
+    try: _put(mark, _json(format=FORMAT, run=run, created=created, process=os.getpid(), tables=schema, **info))
+    except BaseException:
+        mark.unlink(missing_ok=True)
+        raise
     return run
 
-def check_mine(p, run):
+def claim(path, tables, **info):
+    "Take the folder for this process, or say who has it; returns what `check_mine` knows it by"
+    check_free(path, tables)
+    held = _mine.get(path, _unclaimed)
+    if held.process!=os.getpid() or not (path/MARK).exists():
+        run = _take(path, **info)
+        held = _Claim(os.getpid(), set(), run)
+    _mine[path] = held._replace(tables=held.tables | set(tables))
+    return held.run
+
+def check_mine(path, run):
     "Nobody removed the folder, and took it, since it was claimed"
-    with open(p/MARK, 'rb') as f:
-        if run.encode() not in f.read(100): raise FileExistsError(f"{p/MARK} is not what this run wrote")
+    with open(path/MARK, 'rb') as f: start = f.read(100)
+    if run.encode() not in start: raise FileExistsError(f"{path/MARK} is not what this run wrote")
 
 # %% ../nbs/02a_files.ipynb #9b972642
-def _check(fn, table, types):
+def _check(file, table, types):
     "The columns of a part, by name and type, are the table's"
-    for c in schema[table]:
-        if c not in types: raise BadPart(f"{fn}: no column {c!r}; a part of {table!r} has {', '.join(schema[table])}")
-    for c,t in types.items():
-        want = dtype(table, c)
-        ok = t==want if want else t=='category' or t in ('bool','int32','int64','float32','float64')
-        if not ok: raise BadPart(f"{fn}: column {c!r} is {t}, expected {want or 'a number or category'}")
+    for column in schema[table]:
+        if column not in types:
+            raise BadPart(f"{file}: no column {column!r}; a part of {table!r} has {', '.join(schema[table])}")
+    for column,found in types.items():
+        want = dtype(table, column)
+        ok = found==want if want else found=='category' or found in _plain
+        if not ok: raise BadPart(f"{file}: column {column!r} is {found}, expected {want or 'a number or category'}")
 
-def _check_format(fn, meta):
-    if not isinstance(meta, dict) or 'format' not in meta: raise BadPart(f"{fn}: not a gradstats file (no format number in it)")
-    if meta['format']!=FORMAT: raise BadPart(f"{fn}: format {meta['format']!r} found, this version reads format {FORMAT}")
+def _check_format(file, meta):
+    if not isinstance(meta, dict) or 'format' not in meta:
+        raise BadPart(f"{file}: not a gradstats file (no format number in it)")
+    if meta['format']!=FORMAT:
+        raise BadPart(f"{file}: format {meta['format']!r} found, this version reads format {FORMAT}")
+
+# %% ../nbs/02a_files.ipynb #c3000014
+_fact = dict(fit=int, phase=int, params=list, half=bool, scaled=bool)
+
+def _is_param(obj): return isinstance(obj, list) and [type(o) for o in obj]==[str,bool,int]
+
+def _is_fact(obj):
+    if not isinstance(obj, dict): return False
+    if not all(isinstance(obj.get(key), kind) for key,kind in _fact.items()): return False
+    return all(map(_is_param, obj['params']))
+
+def _check_facts(file, facts):
+    "They are lists of facts, by the table whose callback knows them"
+    lists = facts.values() if isinstance(facts, dict) else [None]
+    if all(isinstance(o, list) and all(map(_is_fact, o)) for o in lists): return facts
+    want = ', '.join(f'{key}: {kind.__name__}' for key,kind in _fact.items())
+    raise BadPart(f"{file}: 'facts' is not a table's list of {{{want}}} "
+                  f"with params of [name, requires_grad, dimensions]; found {str(facts)[:200]}")
+
+def pick_facts(facts):
+    "The first list that names parameters, else the first that is not empty"
+    for known in facts:
+        if any(o['params'] for o in known): return known
+    return next(filter(None, facts), [])
 
 # %% ../nbs/02a_files.ipynb #3622b579
+Coded = namedtuple('Coded', 'codes names')   # a category's column in one part
+
 _arrow = dict(float='float32', double='float64')
 
-def _read_parquet(fn, table, mark):
-    "Columns and metadata of a part; of a category its codes and names"
-    import pyarrow as pa, pyarrow.parquet as pq
-    try:
-        b = fn.read_bytes()
-        with pq.ParquetFile(pa.BufferReader(b), page_checksum_verification=True) as f:
-            meta = json.loads((f.schema_arrow.metadata or {}).get(b'fastai_gradstats', b'null'))
-            _check_format(fn, meta)
-            check_seal(fn, b)
-            def name(t): return ('category' if pa.types.is_string(t.value_type) else str(t)) if pa.types.is_dictionary(t) else _arrow.get(str(t), str(t))
-            _check(fn, table, {c.name:name(c.type) for c in f.schema_arrow})
-            _check_facts(fn, {table:meta.get('facts', [])})
-            t = f.read(use_threads=f.metadata.num_rows>100_000)
-    except (pa.ArrowException, OSError, ValueError) as e:
-        if isinstance(e, (BadPart,FileNotFoundError,PermissionError)): raise
-        raise BadPart(f"{fn}: damaged, or no Parquet file ({e})") from e
-    return {c:_column(fn, c, t[c].combine_chunks()) for c in t.column_names},meta
+def _arrow_type(kind):
+    "The name of an Arrow type, as in `schema`"
+    import pyarrow as pa
+    if not pa.types.is_dictionary(kind): return _arrow.get(str(kind), str(kind))
+    return 'category' if pa.types.is_string(kind.value_type) else str(kind)
 
-def _column(fn, c, a):
+def _column(file, column, array):
     "An Arrow array as numpy, or as codes and names; nothing is missing in it"
     import pyarrow as pa
-    is_names = pa.types.is_dictionary(a.type)
-    nulls = a.null_count + (a.dictionary.null_count if is_names else 0)
-    if nulls: raise BadPart(f"{fn}: column {c!r} has {nulls} nulls, expected none")
-    return (a.indices.to_numpy(),a.dictionary.to_pylist()) if is_names else a.to_numpy(zero_copy_only=False)
+    is_names = pa.types.is_dictionary(array.type)
+    nulls = array.null_count + (array.dictionary.null_count if is_names else 0)
+    if nulls: raise BadPart(f"{file}: column {column!r} has {nulls} nulls, expected none")
+    if is_names: return Coded(array.indices.to_numpy(), array.dictionary.to_pylist())
+    return array.to_numpy(zero_copy_only=False)
+
+def _open_parquet(file, table):
+    "The rows as an Arrow table, and the metadata, checked"
+    import pyarrow as pa, pyarrow.parquet as pq
+    content = file.read_bytes()
+    with pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True) as f:
+        meta = json.loads((f.schema_arrow.metadata or {}).get(b'fastai_gradstats', b'null'))
+        _check_format(file, meta)
+        check_seal(file, content)
+        _check(file, table, {field.name:_arrow_type(field.type) for field in f.schema_arrow})
+        _check_facts(file, {table:meta.get('facts', [])})
+        return f.read(use_threads=f.metadata.num_rows>100_000),meta
+
+def _read_parquet(file, table, mark):
+    "Columns and metadata of a part"
+    import pyarrow as pa
+    try: rows,meta = _open_parquet(file, table)
+    except (BadPart,FileNotFoundError,PermissionError): raise
+    except (pa.ArrowException,OSError,ValueError) as e:
+        raise BadPart(f"{file}: damaged, or no Parquet file ({e})") from e
+    return {column:_column(file, column, rows[column].combine_chunks()) for column in rows.column_names},meta
 
 # %% ../nbs/02a_files.ipynb #cd3ea896
-_exact = {} if tuple(map(int, pd.__version__.split('.')[:2]))>=(3,1) else dict(float_precision='round_trip')   # pandas 3.1 reads exactly
-def _read_csv(fn, table, mark):
-    "Columns and metadata of a part, as `_read_parquet`; the metadata lie in the folder's `gradstats.json`"
+_exact = {}   # how pandas reads the very number that was written; from 3.1 on it does so by itself
+if tuple(map(int, pd.__version__.split('.')[:2]))<(3,1): _exact['float_precision'] = 'round_trip'
+
+def _csv_types(table, columns, meta):
+    beside = meta.get('types', {})
+    def kind(column):
+        if column in schema[table]: return dtype(table, column)
+        return 'category' if column in meta['names'] else beside.get(column, 'float64')
+    return {column:kind(column) for column in columns}
+
+def _csv_rows(content, kinds):
+    read_as = {column:str if kind=='category' else kind for column,kind in kinds.items()}
+    missing = {column:[''] for column,kind in kinds.items() if kind.startswith('float')}   # elsewhere it is a text
+    return pd.read_csv(BytesIO(content), dtype=read_as, keep_default_na=False, na_values=missing, **_exact)
+
+def _csv_column(series, kind):
+    if kind!='category': return series.to_numpy()
+    codes,names = pd.factorize(series)
+    return Coded(codes, names.tolist())
+
+def _read_csv(file, table, mark):
+    "Columns and metadata of a part; `mark` is what `gradstats.json` says"
     meta = mark.get('parts', {}).get(table) or describe(table, empty(table))|dict(format=mark.get('format'))
-    _check_format(fn, meta)
-    b = fn.read_bytes()
-    try: head = list(pd.read_csv(BytesIO(b), nrows=0))
-    except ValueError as e: raise BadPart(f"{fn}: damaged, or no CSV file ({e})") from e
-    kinds = {c:dtype(table, c) or ('category' if c in meta['names'] else meta.get('types', {}).get(c, 'float64')) for c in head}
-    _check(fn, table, kinds)
-    if meta.get('csv_crc32', crc := crc32(b))!=crc: raise BadPart(f"{fn}: other bytes than were written: damaged, or edited. `GradRecord(pd.read_csv(...))` takes an edited file as it is")
-    try: df = pd.read_csv(BytesIO(b), dtype={c:str if t=='category' else t for c,t in kinds.items()}, keep_default_na=False,
-                          na_values={c:[''] for c,t in kinds.items() if t.startswith('float')}, **_exact)
-    except ValueError as e: raise BadPart(f"{fn}: columns of other types than expected ({e}); expected {kinds}") from e
-    def col(s, t):
-        if t!='category': return s.to_numpy()
-        codes,names = pd.factorize(s)
-        return codes,names.tolist()
-    return {c:col(df[c], t) for c,t in kinds.items()},meta
+    _check_format(file, meta)
+    content = file.read_bytes()
+    try: head = list(pd.read_csv(BytesIO(content), nrows=0))
+    except ValueError as e: raise BadPart(f"{file}: damaged, or no CSV file ({e})") from e
+    kinds = _csv_types(table, head, meta)
+    _check(file, table, kinds)
+    found = crc32(content)
+    if meta.get('csv_crc32', found)!=found:
+        raise BadPart(f"{file}: other bytes than were written: damaged, or edited. "
+                      "`GradRecord(pd.read_csv(...))` takes an edited file as it is")
+    try: df = _csv_rows(content, kinds)
+    except ValueError as e:
+        raise BadPart(f"{file}: columns of other types than expected ({e}); expected {kinds}") from e
+    return {column:_csv_column(df[column], kind) for column,kind in kinds.items()},meta
+
 readers = dict(parquet=_read_parquet, csv=_read_csv)
 
 # %% ../nbs/02a_files.ipynb #03819aed
+def _join_numbers(cols, rows):
+    "The numbers of the parts, one after another"
+    return np.concatenate([np.full(n, np.nan) if col is None else col for col,n in zip(cols, rows)])
+
+def _join_names(column, cols, rows, metas):
+    "A category from its parts"
+    known = [fixed.get(column, [])]
+    known += [meta['names'].get(column, []) for meta in reversed(metas)]
+    known += [col.names for col in cols if col]
+    known = list(dict.fromkeys(map(tuple, known)))
+    names = list(dict.fromkeys(name for o in known for name in o))
+    place = {name:i for i,name in enumerate(names)}
+    places = {o:np.array([place[name] for name in o]+[-1], np.int32) for o in known}   # code -1, no name, stays -1
+    codes = [places[tuple(col.names)][col.codes] if col else np.full(n, -1) for col,n in zip(cols, rows)]
+    return category(np.concatenate(codes), names)
+
+def _n_rows(part):
+    col = next(iter(part.values()))
+    return len(col.codes if isinstance(col, Coded) else col)
+
 def _join(table, parts, metas):
     "One frame from the columns of a table's parts"
     if not parts: return empty(table)
-    d,rows = {},[len(next(o[0] if isinstance(o, tuple) else o for o in p.values())) for p in parts]
-    for c in dict.fromkeys(c for p in parts for c in p):
-        cols = [p.get(c) for p in parts]
-        if any(isinstance(o, tuple) for o in cols): d[c] = _join_names(c, cols, rows, metas)
-        else: d[c] = np.concatenate([np.full(n, np.nan) if o is None else o for o,n in zip(cols, rows)])
-    return pd.DataFrame(d, copy=False)
-
-def _join_names(c, cols, rows, metas):
-    "A category from its parts"
-    lists = dict.fromkeys(tuple(n) for n in [fixed.get(c, []), *(m['names'].get(c, []) for m in metas[::-1]), *(o[1] for o in cols if o)])
-    at = {n:i for i,n in enumerate(dict.fromkeys(n for o in lists for n in o))}
-    to = {o:np.array([at[n] for n in o]+[-1], np.int32) for o in lists}
-    return category(np.concatenate([to[tuple(o[1])][o[0]] if o else np.full(n, -1) for o,n in zip(cols, rows)]), list(at))
-
+    rows = [_n_rows(part) for part in parts]
+    joined = {}
+    for column in dict.fromkeys(column for part in parts for column in part):
+        cols = [part.get(column) for part in parts]
+        is_names = any(isinstance(col, Coded) for col in cols)
+        joined[column] = _join_names(column, cols, rows, metas) if is_names else _join_numbers(cols, rows)
+    return pd.DataFrame(joined, copy=False)
 
 # %% ../nbs/02a_files.ipynb #0cf882b9
-def _gaps(files):
-    "Parts that are not there although later ones are"
-    at = {}
-    for r,n,f in files: at.setdefault(r, []).append((n,f))
-    return [f.with_name(re.sub(r'\d+(?=\.\w+$)', f'{i:06}', f.name)) for v in at.values() for i,f in [(i, v[0][1]) for i in sorted(set(range(v[-1][0]+1))-{n for n,_ in v})]]
+def _gaps(parts):
+    "Files that are not there although later ones are"
+    ranks = {}
+    for part in parts: ranks.setdefault(part.rank, []).append(part)
+    gaps = []
+    for there in ranks.values():
+        first,last = there[0],there[-1]
+        absent = set(range(last.number+1)) - {part.number for part in there}
+        format = first.file.suffix[1:]
+        gaps += [first.file.with_name(part_name(first.table, first.rank, number, format)) for number in sorted(absent)]
+    return gaps
 
 def _listed(path):
-    "The parts, and those that are missing; listed again where a run that is writing may have been overtaken"
+    "The parts, and those that are missing"
     for _ in range(3):
         parts = find_parts(path)
-        if not (gaps := [g for v in parts.values() for g in _gaps(v)]): break
+        gaps = [gap for of_table in parts.values() for gap in _gaps(of_table)]
+        if not gaps: break
     return parts,gaps
 
+# %% ../nbs/02a_files.ipynb #6ffd6def
 def _mark(path):
-    try: b = (path/MARK).read_bytes()
+    "What `gradstats.json` says; None where there is none"
+    try: content = (path/MARK).read_bytes()
     except FileNotFoundError: return None
-    if not b: return {}   # claimed a moment ago
-    try: mark = json.loads(b.decode('utf-8'))
+    if not content: return {}   # claimed a moment ago
+    try: mark = json.loads(content.decode('utf-8'))
     except ValueError as e: raise Damaged(f"{path/MARK}: damaged ({e})") from e
     _check_format(path/MARK, mark)
-    check_seal(path/MARK, b)
+    check_seal(path/MARK, content)
     return mark
 
-# %% ../nbs/02a_files.ipynb #6ffd6def
 def write_facts(path, table, facts):
     "Put into `gradstats.json` what one callback knows of fits"
     mark = _mark(path)
     if mark is None: raise FileNotFoundError(f"{path/MARK} is gone")
-    _put(path/MARK, _json(**mark|dict(facts=mark.get('facts', {})|{table:facts})))
-
-def _check_facts(fn, facts):
-    want = dict(fit=int, phase=int, params=list, half=bool, scaled=bool)
-    def ok(f): return isinstance(f, dict) and all(isinstance(f.get(k), t) for k,t in want.items()) and all(isinstance(p, list) and list(map(type, p))==[str,bool,int] for p in f['params'])
-    if not isinstance(facts, dict) or not all(isinstance(v, list) and all(map(ok, v)) for v in facts.values()):
-        raise BadPart(f"{fn}: 'facts' is not a table's list of {{{', '.join(f'{k}: {t.__name__}' for k,t in want.items())}}} with params of [name, requires_grad, dimensions]; found {str(facts)[:200]}")
-    return facts
-
-def pick_facts(facts):
-    "The first list that names parameters, else the first that is not empty"
-    return next((f for f in facts if any(o['params'] for o in f)), next(filter(None, facts), []))
+    known = mark.get('facts', {})|{table:facts}
+    _put(path/MARK, _json(**mark|dict(facts=known)))
 
 # %% ../nbs/02a_files.ipynb #b5b27220
 class _Reading:
-    "Reads one file after another; with `errors='skip'` it goes on after one that is bad"
-    def __init__(self, skip): self.skip,self.bad = skip,[]
+    "Reads one file after another; with `skip` it goes on after one that is bad"
+    def __init__(self, skip):
+        self.skip = skip
+        self.bad = []   # what was left out: errors
 
-    def attempt(self, f, *args):
-        try: return f(*args)
+    def attempt(self, read, *args):
+        "What `read` returns; None where the file is bad and left out"
+        try: return read(*args)
         except (BadPart,OSError) as e:
-            if not self.skip: raise type(e)(f"{e}. `errors='skip'` (of the command: `--skip`) loads the rest") if isinstance(e, BadPart) else e
+            if not self.skip and isinstance(e, BadPart):
+                raise type(e)(f"{e}. `errors='skip'` (of the command: `--skip`) loads the rest") from e
+            if not self.skip: raise
             self.bad.append(e)
 
     def mark(self, path):
@@ -397,30 +575,47 @@ class _Reading:
         mark['facts'] = self.attempt(_check_facts, path/MARK, mark.get('facts', {})) or {}
         return mark
 
-    def table(self, table, files, mark):
+    def table(self, table, parts, mark):
         "Frame and metadata of a table; facts of its parts join those of `mark`"
-        got = [r for *_,f in files if (r := self.attempt(readers[f.suffix[1:]], f, table, mark))]
-        later = [o for _,m in got for o in m.get('facts', [])]
+        columns,metas = [],[]
+        for part in parts:
+            got = self.attempt(readers[part.file.suffix[1:]], part.file, table, mark)
+            if not got: continue
+            columns.append(got[0])
+            metas.append(got[1])
+        later = [fact for meta in metas for fact in meta.get('facts', [])]
         if later: mark.setdefault('facts', {}).setdefault(table, []).extend(later)
-        return _join(table, [d for d,_ in got], [m for _,m in got]),got[-1][1] if got else {}
+        return _join(table, columns, metas),metas[-1] if metas else {}
 
 # %% ../nbs/02a_files.ipynb #da8f4a9f
-def _missing(g): raise BadPart(f"{g}: missing, although later parts are there")
+def _missing(file): raise BadPart(f"{file}: missing, although later parts are there")
+
+def _check_folder(path):
+    if not path.exists(): raise FileNotFoundError(f"{path}: no such folder")
+    if not path.is_dir(): raise ValueError(f"{path} is a file, expected a folder with a record")
+
+def _no_record(path):
+    found = sorted(file.name for file in path.iterdir())[:5]
+    raise ValueError(f"{path}: no record; expected are files like tensors-0-000000.parquet, "
+                     f"found {', '.join(found) or 'nothing'}")
 
 def read_folder(folder, errors='raise'):
     "{table: frame}, {table: metadata} and what `gradstats.json` says of a folder"
     if errors not in ('raise','skip'): raise ValueError(f"errors: accepted are 'raise' and 'skip', got {errors!r}")
-    path,frames,metas,reading = Path(folder).expanduser(),{},{},_Reading(errors=='skip')
-    if not path.exists(): raise FileNotFoundError(f"{path}: no such folder")
-    if not path.is_dir(): raise ValueError(f"{path} is a file, expected a folder with a record")
+    path = Path(folder).expanduser()
+    _check_folder(path)
+    reading = _Reading(errors=='skip')
     parts,gaps = _listed(path)
-    mark,bad = reading.mark(path),reading.bad
-    if not parts and mark is None and not bad:
-        raise ValueError(f"{path}: no record; expected are files like tensors-0-000000.parquet, found {', '.join(sorted(f.name for f in path.iterdir())[:5]) or 'nothing'}")
+    mark = reading.mark(path)
+    if not parts and mark is None and not reading.bad: _no_record(path)
     mark = mark or {}
-    for g in gaps: reading.attempt(_missing, g)
-    if any(f.suffix=='.parquet' for v in parts.values() for *_,f in v): need_parquet(f"reading {path}")
-    for t,files in parts.items(): frames[t],metas[t] = reading.table(t, files, mark)
-    if bad and not any(len(f) for f in frames.values()): raise BadPart(f"{path}: nothing could be read: {'; '.join(map(str, bad))}")
-    if bad: warn(f"{path}: {len(bad)} parts left out: {'; '.join(map(str, bad))}")
-    return {t:frames.get(t, empty(t)) for t in schema},metas,mark
+    for gap in gaps: reading.attempt(_missing, gap)
+    suffixes = {part.file.suffix for of_table in parts.values() for part in of_table}
+    if '.parquet' in suffixes: need_parquet(f"reading {path}")
+    frames,metas = {},{}
+    for table,of_table in parts.items(): frames[table],metas[table] = reading.table(table, of_table, mark)
+    if reading.bad:
+        reasons = '; '.join(map(str, reading.bad))
+        if not any(map(len, frames.values())): raise BadPart(f"{path}: nothing could be read: {reasons}")
+        warn(f"{path}: {len(reading.bad)} parts left out: {reasons}")
+    return {table:frames.get(table, empty(table)) for table in schema},metas,mark

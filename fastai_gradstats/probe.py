@@ -32,7 +32,8 @@ def _devices(model):
     if torch.cuda.is_initialized(): res['cuda'].update(range(torch.cuda.device_count()))
     for p in model.parameters():
         backend = getattr(torch, p.device.type, None)   # torch.mps, torch.xpu, ...
-        if hasattr(backend, 'get_rng_state') and backend.is_available(): res.setdefault(p.device.type, set()).add(p.device.index or 0)
+        if not hasattr(backend, 'get_rng_state') or not backend.is_available(): continue
+        res.setdefault(p.device.type, set()).add(p.device.index or 0)
     return res
 
 @contextmanager
@@ -126,9 +127,9 @@ def _keep_dict(held):
         if _same(list(dict.keys(held)), keys) and _same(list(dict.values(held)), values): return
         kind.clear(held)
         for key,value in want: kind.__setitem__(held, key, value)
-    inner = [key for key,_ in was if key not in spare]
+    inner = []
     for key,value in was:
-        if key not in spare: inner.append(value)
+        if key not in spare: inner += [key,value]
         elif key is not value: inner.append(key)
     return put,inner
 
@@ -386,7 +387,7 @@ large = 2**28   # bytes; a larger tensor or array of the data set is taken to be
 def _warn_of(lost):
     "Say what cannot be put back"
     lost = ', '.join(dict.fromkeys(lost))
-    if lost: warn(f"{lost}: can be neither copied nor put back, so what it gives after this probe may differ from a run without; `batch=` leaves the data set alone", stacklevel=6)
+    if lost: warn(f"{lost}: can be neither copied nor put back, so what it gives after this probe may differ from a run without; `batch=` leaves the data set alone", stacklevel=5)
 
 @contextmanager
 def _as_it_was(learn, model, batch, set_modes):
@@ -413,9 +414,9 @@ def _map(f, o):
     "`f` of the tensors in nested tuples, lists and dicts"
     if isinstance(o, Tensor): return f(o)
     if isinstance(o, dict): return {key:_map(f, value) for key,value in o.items()}
-    if not isinstance(o, (tuple,list)): return type(o)(*(_map(f, part) for part in o)) if hasattr(o, '_fields') else o
-    parts = [_map(f, part) for part in o]
-    return type(o)(*parts) if hasattr(o, '_fields') else type(o)(parts)
+    if hasattr(o, '_fields'): return type(o)(*(_map(f, part) for part in o))
+    if isinstance(o, (tuple,list)): return type(o)(_map(f, part) for part in o)
+    return o
 
 def _device(model):
     "Where the model's values are: that of its first parameter that has any"
@@ -537,10 +538,11 @@ def _direction(direction, ws, grads):
 def _slope(t, y):
     "d log y / d log |t| from the neighbours on the same side of 0; NaN where y or t is 0 or not finite"
     slope = np.full(len(t), np.nan)
+    far = np.abs(t)
     for side in (t>0, t<0):
         i = np.flatnonzero(side & (y>0) & np.isfinite(y))
-        i = i[np.argsort(np.abs(t[i]))]
-        if len(i)>1: slope[i] = np.gradient(np.log(y[i]), np.log(np.abs(t[i])))
+        i = i[np.argsort(far[i])]
+        if len(i)>1: slope[i] = np.gradient(np.log(y[i]), np.log(far[i]))
     return slope
 
 def _scales(scales):
@@ -645,7 +647,7 @@ def _squares(grads):
 # %% ../nbs/08_probe.ipynb #83fe09b8
 class SampleNorms(pd.Series):
     "The norm of each sample's gradient. `mean_norm` is the norm of the mean gradient of all of them, `how` says by what they were computed"
-    _metadata = ['how','mean_norm']   # fields that pandas hands on
+    _metadata = [*pd.Series._metadata, 'how', 'mean_norm']   # fields that pandas hands on
     how = None
     mean_norm = None
     @property

@@ -86,7 +86,8 @@ class GradRecord:
                  threshold=1., # what `above` counts from
                  breaks=(), # (fit, phase, iteration, after, before) where a forward pass met a NaN or inf
                  facts=None, # per fit what rows cannot say: a list of dicts, see `GradStatsCallback`
-                 hist=None # elements per octave: a frame; None: those in `rows`
+                 hist=None, # elements per octave: a frame; None: those in `rows`
+                 asked=() # 'output', 'param': what its callback was asked for, though there may be no rows of it
                 ):
         given = dict(tensors=rows, steps=steps, params=params)
         if all(o is None for o in given.values()): given = dict(tensors=Rows(floats, counts), steps=Steps(), params=param_rows())
@@ -96,6 +97,7 @@ class GradRecord:
         self._breaks = [_as_break(o) for o in breaks]
         self._facts = _copied(facts or [])
         self._kinds = None   # of the record that this one is a part of
+        self._asked = tuple(asked)
 
     def lacks(self, table # 'tensors', 'steps', 'params' or 'hist'
              )->bool:
@@ -136,7 +138,7 @@ class GradRecord:
         "The record as it is now: what training adds later is not in it"
         with stores.lock:
             now = {table:o.still() if isinstance(o, (Rows,Steps)) else o for table,o in self.stores.items()}
-            return _of_stores(now, self.threshold, self._breaks, self._facts, self._kinds)
+            return _of_stores(now, self.threshold, self._breaks, self._facts, self._kinds, self._asked)
 
     def __getstate__(self): return self.__dict__ | self.still().__dict__
 
@@ -145,9 +147,9 @@ def _as_break(o):
     if isinstance(o, (Break,RunBreak)): return o
     return Break(*o) if len(o)==len(Break._fields) else RunBreak(*o)
 
-def _of_stores(tables, threshold=1., breaks=(), facts=(), kinds=None):
+def _of_stores(tables, threshold=1., breaks=(), facts=(), kinds=None, asked=()):
     "A record of stores and frames that are right already"
-    res = GradRecord(threshold=threshold, breaks=breaks, facts=facts)
+    res = GradRecord(threshold=threshold, breaks=breaks, facts=facts, asked=asked)
     res.stores = dict.fromkeys(_recorded_by) | tables
     res._kinds = kinds
     return res
@@ -246,7 +248,7 @@ def _check_kind(rec, kind):
     "`kind` is one, and was recorded where anything was"
     if kind not in (None,'both',*kinds): raise ValueError(f"kind: accepted are 'output', 'param' and 'both', got {kind!r}")
     there = rec.kinds_recorded()
-    if kind in kinds and there and kind not in there:
+    if kind in kinds and there and kind not in (*there,*rec._asked):
         raise NotRecorded(f"no row of kind {kind!r} in this record: GradStatsCallback(kind={kind!r}) or kind='both' records them")
 
 @patch
@@ -269,7 +271,7 @@ def select(self:GradRecord,
         df = self.frame('steps' if self.lacks('tensors') else 'tensors')
         breaks = _of_epochs(breaks, df, epoch)
     facts = [f for f in self.facts if _matches(f, wanted)]
-    return _of_stores(tables, self.threshold, breaks, facts, self.kinds_recorded())
+    return _of_stores(tables, self.threshold, breaks, facts, self.kinds_recorded(), self._asked)
 
 # %% ../nbs/03_record.ipynb #a012b3d9
 class _Iterations(Sequence):
@@ -773,7 +775,7 @@ def _merged(records):
     of_tensors = sources['tensors']
     facts = pick_facts([r.facts for r in sorted(records[::-1], key=lambda r: not len(r.frame('tensors')))])
     if of_tensors is None: return _of_stores(tables, facts=facts)
-    return _of_stores(tables|dict(hist=of_tensors.stores['hist']), of_tensors.threshold, of_tensors.breaks, facts)
+    return _of_stores(tables|dict(hist=of_tensors.stores['hist']), of_tensors.threshold, of_tensors.breaks, facts, asked=of_tensors._asked)
 
 def _has_record(o): return isinstance(getattr(type(o), 'record', None), property)
 def _is_callback(o): return _has_record(o) or hasattr(type(o), 'order')   # ours, or another of fastai's

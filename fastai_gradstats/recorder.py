@@ -608,14 +608,14 @@ class Says(ReadsOutputs):
         who = ' or '.join(self.loop.acts_before) or 'A callback'
         self.say(f"{who} changed the gradients before they were read: parameter rows and norms are of what it left. {self.loop.reads_at}, and they are those from before", 'changed before')
 
-# %% ../nbs/03d_recorder.ipynb #49482e6a
+# %% ../nbs/03d_recorder.ipynb #f13b90d5
 class Reader(Says):
     "Reads the gradients of one training for all who want them"
     def __init__(self, loop:Loop):
         self.loop = loop
         self.consumers = []
         self.engine = Engine()
-        self.layout = None      # what the engine was made for
+        self.layout = 1.,(),False,None   # what the engine is made for, see `set_columns`
         self.keys = Keys()
         self.watches = []       # of optimizers
         self.unwatched = set()  # ids of those that do not let their steps be watched
@@ -672,7 +672,6 @@ class Reader(Says):
         "What is recorded from now on is of another fit"
         self.run = run or object()
         self.phase = phase
-        self.said = set()
 
     def start(self):
         "Training begins, or goes on with another network"
@@ -714,9 +713,10 @@ class Reader(Says):
         threshold,extra = engine_columns(statistics)
         hists = [c.options.hist for c in statistics]
         hist = 'all' if 'all' in hists else True in hists
-        layout = threshold,tuple(extra.items()),hist
+        by_rows = any(c.by_rows for c in self.consumers) or None
+        layout = threshold,tuple(extra.items()),hist,by_rows
         if layout==self.layout: return
-        self.engine = Engine(threshold, extra, hist=hist, by_rows=self.engine.by_rows)
+        self.engine = Engine(threshold, extra, hist=hist, by_rows=by_rows)
         self.layout = layout
 
     def start_consumer(self, consumer):
@@ -920,7 +920,7 @@ def is_unscaled(scaler, opt, owners)->bool: # ids under which the scaler may kno
     states = getattr(scaler, '_per_optimizer_states', {})
     return any(states[id(o)]['stage'] in (OptState.UNSCALED,OptState.STEPPED) for o in owners if id(o) in states)
 
-# %% ../nbs/03d_recorder.ipynb #ae1a2c66
+# %% ../nbs/03d_recorder.ipynb #059cb345
 def _in_backward(): return torch._C._current_graph_task_id()!=-1
 
 def _batch_size(output)->int:
@@ -933,6 +933,7 @@ class LoopReader(Reader):
     make_hooks = LoopHooks
     task = None             # number of the last backward of this batch
     step_was_taken = False  # since the scaler began its step
+    goes_on = None          # a function: is the training that began still under way? None: until `stop`
 
     def start(self):
         super().start()
@@ -954,6 +955,9 @@ class LoopReader(Reader):
         if self.steps_under_way(): return False            # of a step with a closure, the first evaluation counts
         if _in_backward(): return self.batch is not None   # a checkpoint computes it again
         if self.batch is None or self.task is not None:
+            if self.goes_on is not None and not self.goes_on():   # it ended by an exception, and nobody told
+                self.guarded('the end', self.stop)
+                return False
             self.loop.current_loss = None
             self.next_batch()
             self.loop.batch_size = _batch_size(output)
@@ -1047,7 +1051,7 @@ def delegate_to_record(cls):
     cls._repr_html_ = lambda self: self.record._repr_html_()
     return cls
 
-# %% ../nbs/03d_recorder.ipynb #1cc59936
+# %% ../nbs/03d_recorder.ipynb #e3e34af4
 def check_model(model, kind):
     "Raise where gradients of parameters cannot be told apart"
     flattens = any(wrapped_child(m)=='_fsdp_wrapped_module' for m in model.modules())
@@ -1080,7 +1084,7 @@ class GradRecorder:
         stats = StatsConsumer(options, 'GradRecorder', folder)
         norms = NormConsumer(NormOptions(every, update_every), 'GradRecorder', folder)
         stats.choose(model)   # raises where `modules` or `include` name nothing
-        self._record = GradRecord(stats.rows, norms.steps, norms.norms, threshold=options.threshold)
+        self._record = GradRecord(stats.rows, norms.steps, norms.norms, threshold=options.threshold, asked=options.kinds)
         for consumer in (stats,norms):
             consumer.record = self._record
             self.reader.join(consumer)
@@ -1089,6 +1093,7 @@ class GradRecorder:
     def start(self):
         "Hooks go on. Each start is a `fit` of its own in the record"
         if self.reader.live: return self
+        self.reader.said = set()
         self.reader.fit_begins()
         self.reader.start()
         scaler = self.loop.scaler

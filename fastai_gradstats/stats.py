@@ -83,38 +83,59 @@ def measure(g:Tensor, # a gradient
 
 # %% ../nbs/00_stats.ipynb #acb6fb01
 sums = ['max','sum_abs','sum_sq','sum','m2','q','zeros','nonfinite','above','w_sq','dot','scale']
-MAX,SUM_ABS,SUM_SQ,SUM,M2,Q,ZEROS,NONFINITE,ABOVE,W_SQ,DOT,SCALE = range(len(sums))
+MAX,SUM_ABS,SUM_SQ,SUM,M2,Q,ZEROS,NONFINITE,ABOVE,W_SQ,DOT,SCALE = range(len(sums))   # columns of an array of sums
 
 # %% ../nbs/00_stats.ipynb #58d65a90
-def finish(s:np.ndarray, # (rows, sums) float64
+def finish(s:np.ndarray, # (rows, sums) float64; columns after the named ones are a user's own statistics
            numel:np.ndarray # (rows,) elements
           )->tuple: # floats (5 + extra, rows) float32: max_abs, mean_abs, norm, mean, std, extra; counts (4, rows) integers: numel, zeros, nonfinite, above
     "Statistics from sums"
+    n = numel.astype(np.float64)
     scale = np.where(s[:,SCALE]==0, 1, s[:,SCALE])
+    extra = s[:,len(sums):].T
     with np.errstate(all='ignore'):
-        n = numel.astype(np.float64)
-        mx = np.where(np.isnan(s[:,SUM_ABS]), np.nan, s[:,MAX])
-        var = np.maximum(s[:,M2] + (s[:,Q]-s[:,SUM]**2/n), 0)/n
-        f = np.stack([mx, s[:,SUM_ABS]/n, np.sqrt(s[:,SUM_SQ]), s[:,SUM]/n, np.sqrt(var)])/scale
-        floats = np.concatenate([f, s[:,len(sums):].T]).astype(np.float32)
+        largest = np.where(np.isnan(s[:,SUM_ABS]), np.nan, s[:,MAX])
+        distances = s[:,M2] + (s[:,Q]-s[:,SUM]**2/n)   # squared, from the mean of all elements
+        var = np.maximum(distances, 0)/n
+        own = [largest, s[:,SUM_ABS]/n, np.sqrt(s[:,SUM_SQ]), s[:,SUM]/n, np.sqrt(var)]
+        floats = np.concatenate([np.stack(own)/scale, extra]).astype(np.float32)
     counts = np.stack([n, s[:,ZEROS], s[:,NONFINITE], s[:,ABOVE]])
     huge = n.max(initial=0)>=2**32   # no count is larger than `numel`
     return floats,counts.astype(np.int64 if huge else np.uint32)
+
+# %% ../nbs/00_stats.ipynb #c2000008
+def group_norms(sum_sq:np.ndarray, # (rows,) a row's sum of squares
+                group:np.ndarray, # (rows,) the group that it belongs to, from 0
+                n:int # how many groups there are
+               )->np.ndarray: # (n,) float64; NaN for a group without rows
+    "L2 norm of all the rows of each group together"
+    total = np.bincount(group, sum_sq, minlength=n)
+    rows = np.bincount(group, minlength=n)
+    return np.where(rows>0, np.sqrt(total), np.nan)
+
+# %% ../nbs/00_stats.ipynb #c2000011
+def ratio(a:np.ndarray, b:np.ndarray)->np.ndarray:
+    "a/b as IEEE has it, without a warning: NaN for 0/0, inf where only `b` is 0"
+    with np.errstate(all='ignore'): return np.divide(a, b)
 
 # %% ../nbs/00_stats.ipynb #3ce9b516
 @cache
 def _powers(dtype # a floating point dtype
            )->tuple: # the smallest exponent, and the tensor of all powers of ten that `dtype` holds
     "Powers of ten, each the nearest number `dtype` has"
-    ks = [k for k in range(-324,309) if (p := torch.tensor(float(f'1e{k}'), dtype=torch.float64).to(dtype))>0 and p.isfinite()]
-    return ks[0], torch.tensor([float(f'1e{k}') for k in ks], dtype=torch.float64).to(dtype)
+    exponents = range(-324, 309)
+    powers = torch.tensor([float(f'1e{k}') for k in exponents], dtype=torch.float64).to(dtype)
+    held = (powers>0) & powers.isfinite()
+    return exponents[held.nonzero()[0].item()], powers[held]
 
 # %% ../nbs/00_stats.ipynb #4973dd78
 def decade(x # a number or tensor
           )->Tensor: # same shape: floor(log10(|x|)); -inf for 0; inf and NaN pass through
     "The power of ten just below `|x|`, exact at every power of ten (`log10().floor()` is not) "
-    x = torch.as_tensor(x, dtype=torch.float64 if isinstance(x, (int,float)) else None).detach().abs()
+    if isinstance(x, (int,float)): x = torch.tensor(x, dtype=torch.float64)
+    x = torch.as_tensor(x).detach().abs()
     if not x.is_floating_point(): x = wide(x)
-    k0,p = _powers(x.dtype)
-    d = torch.bucketize(x, p.to(x.device), right=True).to(x.dtype) + (k0-1)
-    return torch.where(x.isfinite(), d, x).masked_fill(x==0, -torch.inf)
+    smallest,powers = _powers(x.dtype)
+    reached = torch.bucketize(x, powers.to(x.device), right=True)
+    exponent = reached.to(x.dtype) + (smallest-1)
+    return torch.where(x.isfinite(), exponent, x).masked_fill(x==0, -torch.inf)

@@ -74,7 +74,7 @@ def _with_told_closure(args, kwargs, done):
         if callable(arg): return (*args[:i], ToldClosure(arg, done), *args[i+1:]),kwargs
     if callable(kwargs.get('closure')): return args,{**kwargs, 'closure':ToldClosure(kwargs['closure'], done)}
 
-# %% ../nbs/02b_watch.ipynb #cbdb224e
+# %% ../nbs/02b_watch.ipynb #22ee1c6d
 def _on_stack(frame):
     "Is it still running, in this thread?"
     f = sys._getframe(1)
@@ -137,7 +137,7 @@ class StepWatch:
         if watcher in self.watchers: self.watchers.remove(watcher)
         if self.watchers: return
         while self.handles: self.handles.pop().remove()
-        _watches.pop(self.opt(), None)
+        if self.opt() is not None: _watches.pop(self.opt(), None)
 
 _watches = WeakKeyDictionary()   # optimizer -> its watch
 

@@ -1,42 +1,40 @@
 "The benchmarks run, and what they count on the device path is as promised. No times are asserted."
 import sys
 from functools import partial
-
 import pandas as pd
 import pytest
 from fastai.basics import Callback,Learner
 from torch import nn
-
-from conftest import ROOT,run
+from helpers.project import ROOT,run_command
 sys.path.insert(0, str(ROOT))
 from benchmarks import counts,curves,end_to_end,peers,share,writing
 from benchmarks.models import images
 
-def net(n): return lambda: nn.Sequential(nn.Flatten(), *(nn.Linear(48, 48) for _ in range(n)))
-batch = partial(images, 2, 4)
+def flat_net(n): return lambda: nn.Sequential(nn.Flatten(), *(nn.Linear(48, 48) for _ in range(n)))
+small_batch = partial(images, 2, 4)
 default = {k:f for k,f in peers.ours.items() if k in ('norm','param','output','both')}
-each = pytest.mark.parametrize('name', default)
+each_default = pytest.mark.parametrize('name', default)
 
 class Looks(Callback):
     "What everybody does: a number from the device for every parameter"
     def before_step(self): self.got = [p.grad.norm().cpu() for p in self.model.parameters()]
 
 def test_reads_are_counted():
-    assert counts.device_step(net(3), batch, [Looks()]).reads==6
-    assert counts.device_step(net(3), batch, []).reads==0
+    assert counts.device_step(flat_net(3), small_batch, [Looks()]).reads==6
+    assert counts.device_step(flat_net(3), small_batch, []).reads==0
     class Item(Callback):
         def before_step(self): next(self.model.parameters()).grad.sum().item()
     for d in ('cuda','meta'):
-        with pytest.raises(Exception, match='item|_local_scalar_dense|meta tensors'): counts.device_step(net(3), batch, [Item()], d)
+        with pytest.raises(Exception, match='item|_local_scalar_dense|meta tensors'): counts.device_step(flat_net(3), small_batch, [Item()], d)
 
-@each
+@each_default
 @pytest.mark.parametrize('device', ['cuda','meta'])
-def test_no_host_reads(name, device): assert counts.device_step(net(3), batch, default[name](), device).reads==0
+def test_no_host_reads(name, device): assert counts.device_step(flat_net(3), small_batch, default[name](), device).reads==0
 
 @pytest.mark.parametrize('name', ['norm','param'])
 def test_constant_work(name):
     "The device gets as much to do for 80 parameters as for 8"
-    a,b = (counts.device_step(net(n), batch, default[name]()).work - counts.device_step(net(n), batch, []).work for n in (4,40))
+    a,b = (counts.device_step(flat_net(n), small_batch, default[name]()).work - counts.device_step(flat_net(n), small_batch, []).work for n in (4,40))
     assert a==b>0
 
 def test_share():
@@ -89,7 +87,7 @@ def test_curves():
 
 @pytest.mark.slow
 def test_main(tmp_path):
-    run(sys.executable, '-W', 'ignore', '-m', 'benchmarks', '--only', 'machine', 'bounded', '--out', str(tmp_path), cwd=ROOT)
+    run_command(sys.executable, '-W', 'ignore', '-m', 'benchmarks', '--only', 'machine', 'bounded', '--out', str(tmp_path), cwd=ROOT)
     assert set(pd.read_csv(tmp_path/'machine.csv')['what'])>={'date','cpu','cores','torch'}
     text = (tmp_path/'README.md').read_text()
     assert '| iterations | kept | peak_mb |' in text and '## Share' not in text

@@ -3,31 +3,25 @@ import gc,tracemalloc
 from random import Random
 import numpy as np,pytest,torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,digits_learner,engine
-from fastai_gradstats.engine import DROP,LOWEST,SAMPLE,Engine,octaves
+from fastai_gradstats import GradStatsCallback,GradRecord,digits_learner,engine
+from fastai_gradstats.engine import Engine
+from fastai_gradstats.histogram import DROP,LOWEST,SAMPLE,octaves,stride_of
 from fastai_gradstats.stats import SUM_SQ
 from fastai_gradstats.stores import Rows,counts,floats
-from oracles import Spy,fit,paths
+from helpers.callbacks import each_reader
+from helpers.oracles import GradSpy,octaves_by_numpy
+from helpers.training import fit
 
-def of(g, hist='all', scale=None, **kw):
+def octave_counts(g, hist='all', scale=None, **kw):
     "Elements per octave of one gradient"
     e = Engine(hist=hist, **kw)
-    if scale: e.scale = lambda device: torch.tensor(scale)
-    e.put(0, g)
-    e.close()
-    n,o,c = octaves(e.fetch()[4])
+    e.put(0, g, torch.tensor(scale) if scale else None)
+    e.commit()
+    n,o,c = octaves(e.fetch().octaves)
     assert len(n)==1 and n[0]==len(o)
     return dict(zip(o.tolist(), c.tolist()))
 
-def want(g):
-    "The same by numpy in double precision: `frexp` gives 2**(e-1) <= |x| < 2**e; what float32 cannot hold is left out"
-    x = np.abs(g.double().numpy().ravel())
-    octave = np.frexp(x)[1]-1
-    o,c = np.unique(octave[np.isfinite(x) & (x>0) & (octave>=-149) & (octave<=127)], return_counts=True)
-    return dict(zip(o.tolist(), c.tolist()))
-
-@paths
+@each_reader
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float16, torch.bfloat16, torch.float64))
 @pytest.mark.parametrize('n', (1, 5, SAMPLE, SAMPLE+1, 300_000))
 def test_all_elements(n, dtype, by_rows):
@@ -35,37 +29,39 @@ def test_all_elements(n, dtype, by_rows):
     x = (torch.randn(n, generator=g)*10**torch.randint(-6, 4, (n,), generator=g)).to(dtype)
     x[::7] = 0
     if n>2: x[1],x[2] = torch.nan,torch.inf
-    assert of(x, by_rows=by_rows)==want(x)
+    assert octave_counts(x, by_rows=by_rows)==octaves_by_numpy(x)
 
-@paths
+@each_reader
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16, torch.float64))
 def test_same_sample(dtype, by_rows):
     "At most `SAMPLE` elements, the same ones whatever reads them, also where a tensor is converted in pieces"
     x = torch.randn(300_001, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    e,rng,s = Engine(hist=True, by_rows=by_rows),Random(0),engine._stride(len(x))
+    e,rng,s = Engine(hist=True, by_rows=by_rows),Random(0),stride_of(len(x))
     for i in range(3):
         e.put(0, x)
-        e.close()
-        part = want(x[int(rng.random()*s)::s])
-        n,o,c = octaves(e.fetch()[4])
+        e.commit()
+        part = octaves_by_numpy(x[int(rng.random()*s)::s])
+        n,o,c = octaves(e.fetch().octaves)
         assert dict(zip(o.tolist(), (c//s).tolist()))==part and sum(part.values())<=SAMPLE
 
-@paths
+@each_reader
 def test_more_rows_than_the_first_buffer(by_rows):
     e,x = Engine(hist='all', by_rows=by_rows),2.**torch.arange(-3, 4)
     for i in range(3000): e.put(i, x)
-    e.close()
-    n,o,c = octaves(e.fetch()[4])
+    e.commit()
+    n,o,c = octaves(e.fetch().octaves)
     assert n.tolist()==[7]*3000 and o.tolist()==[*range(-3, 4)]*3000 and (c==1).all()
 
 def test_edges():
     "Powers of two and one ulp below; the smallest and largest numbers; zeros and what is not finite apart"
     p = 2.**torch.arange(-149, 128, dtype=torch.float64)
     x = torch.cat([p.float(), -p.float(), torch.nextafter(p.float(), torch.tensor(0.)), torch.tensor([0., -0., torch.inf, -torch.inf, torch.nan, 3.4e38])])
-    assert of(x)==want(x)
-    assert of(torch.zeros(9))=={} and of(torch.full((9,), torch.nan))=={} and of(torch.empty(0))=={}
+    assert octave_counts(x)==octaves_by_numpy(x)
+    assert octave_counts(torch.zeros(9))=={} and octave_counts(torch.full((9,), torch.nan))=={} and octave_counts(torch.empty(0))=={}
 
-def test_amp_scale(): assert of(torch.randn(1000, generator=torch.Generator().manual_seed(0))*2**12, scale=2.**12)==want(torch.randn(1000, generator=torch.Generator().manual_seed(0)))
+def test_amp_scale():
+    g = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert octave_counts(g*2**12, scale=2.**12)==octaves_by_numpy(g)
 
 @pytest.mark.parametrize('shape', ((64,64,3,3), (512,288), (7,4099)))
 def test_sample_is_unbiased(shape):
@@ -74,23 +70,26 @@ def test_sample_is_unbiased(shape):
     x.view(-1)[4::9] *= 1000
     e = Engine(hist=True)
     for i in range(200): e.put(0, x)
-    e.close()
-    h = e.fetch()[4]
+    e.commit()
+    h = e.fetch().octaves
     h = h[:,:DROP]
     got,all_ = h.mean(0),np.zeros(DROP)
-    for o,c in want(x).items(): all_[o-LOWEST] = c
+    for o,c in octaves_by_numpy(x).items(): all_[o-LOWEST] = c
     sd = h.std(0, ddof=1)/np.sqrt(len(h))
     ok = all_>200
     assert ok.sum()>8 and (np.abs(got-all_)[ok]<5*sd[ok]+1e-9).all()
     assert abs(got.sum()-x.numel())<.01*x.numel()
     assert 0<h.std(0)[ok].max()      # a sample indeed
 
-def test_small_tensors_are_counted_whole(): x = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0)); assert of(x, True)==want(x)
+def test_small_tensors_are_counted_whole():
+    x = torch.randn(SAMPLE, generator=torch.Generator().manual_seed(0))
+    assert octave_counts(x, True)==octaves_by_numpy(x)
 
 def test_training():
-    "Of each tensor all elements that are finite and not 0, at each iteration; parameter rows those of the gradients the optimizer got; training is the same without"
+    """Of each tensor all elements that are finite and not 0, at each iteration; parameter rows those of the gradients the optimizer
+    got; training is the same without"""
     def go(*cbs): return fit(digits_learner(cbs=[*cbs]))
-    learn,plain = go(GradStatsCallback(hist='all'), spy := Spy()),go()
+    learn,plain = go(GradStatsCallback(hist='all'), spy := GradSpy()),go()
     assert all(torch.equal(a, b) for a,b in zip(learn.model.state_dict().values(), plain.model.state_dict().values()))
     df,h = learn.grad_stats.df,learn.grad_stats.hist_df
     key = ['iteration','kind','name']
@@ -99,7 +98,7 @@ def test_training():
     for i,gs in enumerate(spy.grads):
         for name,g in gs.items():
             r = h[(h['iteration']==i)&(h['kind']=='param')&(h['name']==name)]
-            assert dict(zip(r['octave'], r['count']))==want(torch.from_numpy(g))
+            assert dict(zip(r['octave'], r['count']))==octaves_by_numpy(torch.from_numpy(g))
 
 def test_hist_survives_keep_and_files(tmp_path):
     learn = fit(digits_learner(cbs=GradStatsCallback(hist=True, keep=6, folder=tmp_path/'a')))
@@ -160,7 +159,7 @@ def test_bad_hist(hist):
 
 # --- the device path
 
-class Count(TorchDispatchMode):
+class CountsKernels(TorchDispatchMode):
     "How many kernels run (a view is none), and how many operations ask the device for a number"
     def __init__(self): super().__init__(); self.ops,self.reads = 0,0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -176,9 +175,9 @@ def test_no_read_in_a_step(hist, weights):
         e,gs = Engine(by_rows=True, hist=hist),[torch.randn(30,40, device='meta') for _ in range(n)]
         ws = gs if weights else None
         for _ in range(2):   # plans are made once
-            with Count() as c:
+            with CountsKernels() as c:
                 e.put_all(list(range(n)), gs, ws)
-                e.close()
+                e.commit()
         assert c.reads==0
         return c.ops
     a,b = ops(5),ops(50)
@@ -189,9 +188,9 @@ def test_one_copy_per_output():
     def ops(n):
         e = Engine(by_rows=True)
         for _ in range(2):
-            with Count() as c:
+            with CountsKernels() as c:
                 for i in range(n): e.put(i, torch.empty(8,16, device='meta'))
-                e.close()
+                e.commit()
         assert c.reads==0
         return c.ops
     a,b = ops(5),ops(50)
@@ -199,8 +198,8 @@ def test_one_copy_per_output():
 
 def test_plans_go_by_shape():
     "Other tensors under the same keys: the same clipped rows of another model, or after unfreezing"
-    e,gs = Engine(norms_only=True),[torch.ones(5,3), torch.ones(4000), torch.ones(3000), torch.ones(2,2), torch.ones(7, dtype=torch.float64), torch.ones(3)]
-    for i in (0,2): e.put_all([-2]*2, gs[i:i+2])
-    for g in gs[4:]: e.put_all([-2], [g])
-    e.close()
-    assert e.fetch()[3][:,SUM_SQ].tolist()==[15,4000,3000,4,7,3]
+    e,gs = Engine(),[torch.ones(5,3), torch.ones(4000), torch.ones(3000), torch.ones(2,2), torch.ones(7, dtype=torch.float64), torch.ones(3)]
+    for i in (0,2): e.put_all([-2]*2, gs[i:i+2], full=False)
+    for g in gs[4:]: e.put_all([-2], [g], full=False)
+    e.commit()
+    assert e.fetch().sums[:,SUM_SQ].tolist()==[15,4000,3000,4,7,3]

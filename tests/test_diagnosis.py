@@ -3,32 +3,31 @@ import numpy as np,pandas as pd,pytest,torch
 from fastai.basics import *
 from fastai.callback.training import GradientClip
 from torch import nn
-
 from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,compare,diagnose,digits
+from helpers.records import calm_at,calm_steps
 
-del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's
-
-def mlp(depth=3, n=64, init=None):
+def deep_mlp(depth=3, n=64, init=None):
     m = nn.Sequential(nn.Flatten(), *(l for _ in range(depth-1) for l in (nn.Linear(64 if _==0 else n,n), nn.ReLU())), nn.Linear(n,10))
     if init: init(m)
     return m
 
-def cnn(bn=False):
+def strided_cnn(bn=False):
     block = lambda i,o: [nn.Conv2d(i,o,3,2,1), *([nn.BatchNorm2d(o)] if bn else []), nn.ReLU()]
     return nn.Sequential(*block(1,16), *block(16,32), nn.Flatten(), nn.Linear(128,10))
 
-class Seq(nn.Module):
+class DigitRows(nn.Module):
     "Rows of a digit as a sequence"
     def __init__(self, kind):
         super().__init__()
         self.inp = nn.Linear(8,32)
-        self.body = nn.LSTM(32,32,batch_first=True) if kind=='lstm' else nn.TransformerEncoder(nn.TransformerEncoderLayer(32,4,64,dropout=0.,batch_first=True), 2)
+        if kind=='lstm': self.body = nn.LSTM(32,32,batch_first=True)
+        else: self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(32,4,64,dropout=0.,batch_first=True), 2)
         self.out = nn.Linear(32,10)
     def forward(self, x):
         x = self.body(self.inp(x[:,0]))
         return self.out((x[0] if isinstance(x, tuple) else x)[:,-1])
 
-def run(model, lr=.1, epochs=3, cbs=(), opt_func=SGD):
+def diagnose_run(model, lr=.1, epochs=3, cbs=(), opt_func=SGD):
     "Findings, by rule"
     set_seed(0)
     learn = Learner(digits(), model() if callable(model) and not isinstance(model, nn.Module) else model, loss_func=nn.CrossEntropyLoss(), opt_func=opt_func,
@@ -37,51 +36,55 @@ def run(model, lr=.1, epochs=3, cbs=(), opt_func=SGD):
     f = diagnose(learn)
     return f, {r: d for r,d in zip(f['rule'], f.to_dict('records'))}
 
-@pytest.mark.parametrize('model,lr,opt', [(mlp,.01,SGD),(mlp,.1,SGD),(mlp,.3,SGD),(cnn,.1,SGD),(partial(cnn,True),.1,SGD),(partial(cnn,True),1,SGD),(partial(Seq,'lstm'),.01,Adam),(partial(Seq,'transformer'),.01,SGD)], ids=str)
+@pytest.mark.parametrize('model,lr,opt',
+                         [(deep_mlp,.01,SGD), (deep_mlp,.1,SGD), (deep_mlp,.3,SGD), (strided_cnn,.1,SGD),
+                          (partial(strided_cnn,True),.1,SGD), (partial(strided_cnn,True),1,SGD),
+                          (partial(DigitRows,'lstm'),.01,Adam), (partial(DigitRows,'transformer'),.01,SGD)],
+                         ids='mlp-.01 mlp-.1 mlp-.3 cnn-.1 batchnorm-.1 batchnorm-1 lstm transformer'.split())
 def test_healthy(model, lr, opt):
-    f,_ = run(model, lr, opt_func=opt)
+    f,_ = diagnose_run(model, lr, opt_func=opt)
     assert f.ok, f.to_string()
 
-def says(found, rule, tensor=None, severity='warning'):
+def assert_found(found, rule, tensor=None, severity='warning'):
     assert rule in found and found[rule]['severity']==severity, found.keys()
     assert tensor is None or found[rule]['tensor']==tensor, found[rule]
 
-def test_vanishing(): says(run(partial(mlp, 20), .1, 1)[1], 'depth', '1')
+def test_vanishing(): assert_found(diagnose_run(partial(deep_mlp, 20), .1, 1)[1], 'depth', '1')
 
 def test_high_lr():
     "With BatchNorm the norm and the loss jump; at lr 1 a plain MLP loses most units of a layer"
-    says(run(partial(cnn, True), 30., 2)[1], 'spike')
-    says(run(mlp, 1.)[1], 'dead_units', '1.bias')
+    assert_found(diagnose_run(partial(strided_cnn, True), 30., 2)[1], 'spike')
+    assert_found(diagnose_run(deep_mlp, 1.)[1], 'dead_units', '1.bias')
 
 def test_dead():
     def kill(m): m[3].bias.data.fill_(-50)
-    says(run(partial(mlp, init=kill))[1], 'dead_units', '3.bias')
+    assert_found(diagnose_run(partial(deep_mlp, init=kill))[1], 'dead_units', '3.bias')
 
 def test_clipping_is_a_note():
-    f,d = run(mlp, cbs=[GradientClip(.01)])
-    says(d, 'clipping', '(all)', 'note')
+    f,d = diagnose_run(deep_mlp, cbs=[GradientClip(.01)])
+    assert_found(d, 'clipping', '(all)', 'note')
     assert f.ok, f.to_string()
 
 def test_non_finite():
     class Bad(Callback):
         def before_batch(self):
             if self.train_iter==5: self.learn.xb = (self.xb[0]/0.,)
-    d = run(mlp, cbs=[Bad()])[1]
-    says(d, 'non_finite', '1', 'error')
+    d = diagnose_run(deep_mlp, cbs=[Bad()])[1]
+    assert_found(d, 'non_finite', '1', 'error')
     assert d['non_finite']['evidence']=='not finite from iteration 5 on: in forward between (input) and 1'
 
 def test_frozen():
     def freeze(m): m[3].weight.requires_grad_(False)
-    says(run(partial(mlp, init=freeze))[1], 'frozen', '3.weight')
+    assert_found(diagnose_run(partial(deep_mlp, init=freeze))[1], 'frozen', '3.weight')
     def body(m): m[1].requires_grad_(False)
-    f,d = run(partial(mlp, init=body))
-    says(d, 'frozen', '1.weight', 'note')
+    f,d = diagnose_run(partial(deep_mlp, init=body))
+    assert_found(d, 'frozen', '1.weight', 'note')
 
 def test_unused():
     def add(m): m[5].extra = nn.Parameter(torch.ones(3))
-    says(run(partial(mlp, init=add))[1], 'unused', '5.extra')
+    assert_found(diagnose_run(partial(deep_mlp, init=add))[1], 'unused', '5.extra')
 
-class Half(Callback):
+class HalfWithoutScaler(Callback):
     "Autocast to fp16 without a scaler"
     order = 10
     def before_fit(self): self.autocast = torch.autocast('cpu', torch.float16)
@@ -92,28 +95,20 @@ def test_fp16_flush():
     def shrink(m):
         for l in m:
             if isinstance(l, nn.Linear): l.weight.data.mul_(.02)
-    says(run(partial(mlp, 5, init=shrink), epochs=1, cbs=[Half()])[1], 'fp16_flush', '1.weight')
+    assert_found(diagnose_run(partial(deep_mlp, 5, init=shrink), epochs=1, cbs=[HalfWithoutScaler()])[1], 'fp16_flush', '1.weight')
 
-# --- on frames made by hand, where the answer is known
-
-def at(n): return dict(fit=0, phase=pd.Categorical(['fit']*n, ['fit','lr_find']), epoch=0, iteration=np.arange(n), step=np.arange(n))
-
-def steps(n=100, **cols):
-    "A calm run, but for `cols`"
-    return pd.DataFrame(at(n)|dict(lr=.1, loss=1., bs=64, norm=1., clip_coef=1., clipped_norm=1., weight_norm=10., nonfinite=0, skipped=False)|cols)
-
-def params(**ratios):
+def update_ratios(**ratios):
     "A frame of |update|/|weight| per parameter, over 20 steps"
-    one = lambda n,r: pd.DataFrame(at(20)|dict(name=n, group=0, norm=1., weight_norm=2., dot=.5, update_norm=2*r, update_ratio=r))
+    one = lambda n,r: pd.DataFrame(calm_at(20)|dict(name=n, group=0, norm=1., weight_norm=2., dot=.5, update_norm=2*r, update_ratio=r))
     d = pd.concat([one(n.replace('_', '.'), r) for n,r in ratios.items()], ignore_index=True)
     return d.assign(name=d['name'].astype('category'))
 
-def found(rule, rec, **kw):
+def findings_of(rule, rec, **kw):
     "(severity, tensor, iterations, evidence) of each finding of a rule"
     f = diagnose(rec, **kw)
     return [tuple(r) for r in f.loc[f['rule']==rule, ['severity','tensor','iterations','evidence']].to_numpy()]
 
-def some(n, *idx, of=True, else_=False):
+def filled(n, *idx, of=True, else_=False):
     a = np.full(n, else_)
     a[list(idx)] = of
     return a
@@ -126,67 +121,68 @@ def some(n, *idx, of=True, else_=False):
     (dict(a_weight=.2, b_weight=1e-5), [('warning','a.weight'), ('note','b.weight')]),
     (dict(a_weight=1e-3, a_bias=3.), [])], ids=str)                          # a bias starts at 0
 def test_update_ratio(ratios, want):
-    assert [o[:2] for o in found('update_ratio', GradRecord(steps=steps(20), params=params(**ratios)))]==want
+    assert [o[:2] for o in findings_of('update_ratio', GradRecord(steps=calm_steps(20), params=update_ratios(**ratios)))]==want
 
 def test_update_ratio_threshold():
-    rec = GradRecord(steps=steps(20), params=params(a_weight=.05))
-    assert not found('update_ratio', rec) and found('update_ratio', rec, high=.01)[0][:2]==('warning','a.weight')
+    rec = GradRecord(steps=calm_steps(20), params=update_ratios(a_weight=.05))
+    assert not findings_of('update_ratio', rec) and findings_of('update_ratio', rec, high=.01)[0][:2]==('warning','a.weight')
 
 def test_zero_norm():
-    assert found('zero_norm', GradRecord(steps=steps(norm=some(100, 7, 8, 9, of=0., else_=1.))))==[('warning', '(all)', '7 to 9 (3)', 'norm exactly 0 in 3 of 100 steps')]
-    assert not found('zero_norm', GradRecord(steps=steps(norm=1e-30)))
-    skip = some(100, 7)
-    assert not found('zero_norm', GradRecord(steps=steps(norm=np.where(skip, 0., 1.), skipped=skip)))
+    rec = GradRecord(steps=calm_steps(norm=filled(100, 7, 8, 9, of=0., else_=1.)))
+    assert findings_of('zero_norm', rec)==[('warning', '(all)', '7 to 9 (3)', 'norm exactly 0 in 3 of 100 steps')]
+    assert not findings_of('zero_norm', GradRecord(steps=calm_steps(norm=1e-30)))
+    skip = filled(100, 7)
+    assert not findings_of('zero_norm', GradRecord(steps=calm_steps(norm=np.where(skip, 0., 1.), skipped=skip)))
 
 @pytest.mark.parametrize('n,severity', [(0,None),(3,'note'),(20,'note'),(21,'warning'),(100,'warning')])
 def test_skipped(n, severity):
-    got = found('skipped', GradRecord(steps=steps(skipped=some(100, *range(n)))))
+    got = findings_of('skipped', GradRecord(steps=calm_steps(skipped=filled(100, *range(n)))))
     assert [(o[0],o[3]) for o in got]==([(severity, f'{n} of 100 steps skipped')] if n else [])
 
 def test_few_skipped_steps_of_few():
     "A scaler looks for its scale in the first steps"
-    assert found('skipped', GradRecord(steps=steps(10, skipped=some(10, 0, 1, 2, 3, 4))))[0][0]=='note'
+    assert findings_of('skipped', GradRecord(steps=calm_steps(10, skipped=filled(10, 0, 1, 2, 3, 4))))[0][0]=='note'
 
 @pytest.mark.parametrize('end,named', [(1.,False),(1.4,False),(1.6,True),(np.nan,True),(np.inf,True)])
 def test_loss_rose(end, named):
     loss = np.r_[np.ones(80), np.full(20, end)]
-    got = found('loss_rose', GradRecord(steps=steps(loss=loss, norm=some(100, 60, of=5., else_=1.)), params=params(a_weight=1e-3)))
+    got = findings_of('loss_rose', GradRecord(steps=calm_steps(loss=loss, norm=filled(100, 60, of=5., else_=1.)), params=update_ratios(a_weight=1e-3)))
     assert len(got)==named and all(o[0]=='warning' and 'loss 1 at the start' in o[3] for o in got)
 
 def test_loss_rose_names_the_largest_gradient():
     "Of the step with the largest norm"
-    par = params(a_weight=1e-3, b_weight=1e-3)
+    par = update_ratios(a_weight=1e-3, b_weight=1e-3)
     par.loc[(par['name']=='b.weight')&(par['step']==7), 'norm'] = 9.
-    rec = GradRecord(steps=steps(20, loss=np.linspace(1, 3, 20), norm=some(20, 7, of=9.1, else_=1.)), params=par)
-    assert [(o[1],o[3]) for o in found('loss_rose', rec)]==[('', 'loss 1.21 at the start, 2.95 at the end; largest norm at iteration 7, in b.weight')]
+    rec = GradRecord(steps=calm_steps(20, loss=np.linspace(1, 3, 20), norm=filled(20, 7, of=9.1, else_=1.)), params=par)
+    assert [(o[1],o[3]) for o in findings_of('loss_rose', rec)]==[('', 'loss 1.21 at the start, 2.95 at the end; largest norm at iteration 7, in b.weight')]
 
-def test_loss_rose_needs_ten_steps(): assert not found('loss_rose', GradRecord(steps=steps(9, loss=np.arange(1., 10))))
+def test_loss_rose_needs_ten_steps(): assert not findings_of('loss_rose', GradRecord(steps=calm_steps(9, loss=np.arange(1., 10))))
 
 def test_spike_needs_a_rising_loss():
-    norm = some(100, 60, of=20., else_=1.)
-    assert not found('spike', GradRecord(steps=steps(norm=norm)))
-    got = found('spike', GradRecord(steps=steps(norm=norm, loss=np.where(np.arange(100)>=60, 3., 1.))))
+    norm = filled(100, 60, of=20., else_=1.)
+    assert not findings_of('spike', GradRecord(steps=calm_steps(norm=norm)))
+    got = findings_of('spike', GradRecord(steps=calm_steps(norm=norm, loss=np.where(np.arange(100)>=60, 3., 1.))))
     assert [o[:3] for o in got]==[('warning','(all)','60')] and '20 times' in got[0][3]
 
 def test_spike_names_the_largest_gradient():
     "Of the step with the jump, not of the loudest step before"
-    par = params(a_weight=1e-3, b_weight=1e-3)
+    par = update_ratios(a_weight=1e-3, b_weight=1e-3)
     par.loc[(par['name']=='b.weight')&(par['step']==15), 'norm'] = 19.
     par.loc[(par['name']=='a.weight')&(par['step']==14), 'norm'] = 20.
-    rec = GradRecord(steps=steps(20, norm=some(20, 15, of=20., else_=1.), loss=np.where(np.arange(20)>=15, 3., 1.)), params=par)
-    assert [o[:3] for o in found('spike', rec)]==[('warning','b.weight','15')]
+    rec = GradRecord(steps=calm_steps(20, norm=filled(20, 15, of=20., else_=1.), loss=np.where(np.arange(20)>=15, 3., 1.)), params=par)
+    assert [o[:3] for o in findings_of('spike', rec)]==[('warning','b.weight','15')]
 
 def test_comparison():
     "Each run by itself: the calm one is not blamed, and a rule that saw nothing of one run is not ok"
-    sick = GradRecord(steps=steps(norm=some(100, 60, of=0., else_=1.)))
-    f = diagnose(compare({'calm':GradRecord(steps=steps()), 'sick':sick}))
+    sick = GradRecord(steps=calm_steps(norm=filled(100, 60, of=0., else_=1.)))
+    f = diagnose(compare({'calm':GradRecord(steps=calm_steps()), 'sick':sick}))
     d = f[f['severity']!='not checked']
     assert d[['rule','severity','run','iterations']].to_numpy().tolist()==[['zero_norm','warning','sick','60']]
     assert f.loc[f['rule']=='depth','run'].tolist()==['calm','sick'] and not f.ok and f.attrs['checked']>0
-    assert 'run' not in diagnose(sick) and diagnose(compare({'calm':GradRecord(steps=steps())})).ok
-    assert diagnose(compare({'calm':GradRecord(steps=steps()), 'none':GradRecord()})).ok   # a run without a row is not in the comparison
+    assert 'run' not in diagnose(sick) and diagnose(compare({'calm':GradRecord(steps=calm_steps())})).ok
+    assert diagnose(compare({'calm':GradRecord(steps=calm_steps()), 'none':GradRecord()})).ok   # a run without a row is not in the comparison
 
 def test_not_checked_is_not_ok():
-    f = diagnose(GradRecord(steps=steps()))
+    f = diagnose(GradRecord(steps=calm_steps()))
     assert f.ok and {'depth','dead_units','update_ratio'} <= set(f.loc[f['severity']=='not checked','rule'])
     assert not diagnose(GradRecord()).ok

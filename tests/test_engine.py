@@ -2,19 +2,21 @@
 import math,warnings
 import numpy as np,pytest,torch
 from torch import tensor
-
-from fastai_gradstats import engine
-from fastai_gradstats.engine import BLOCK,CHUNK,SMALL,Engine,octaves
+from fastai_gradstats import by_blocks,buffer,histogram
+from fastai_gradstats.by_blocks import BLOCK,CHUNK,SMALL
+from fastai_gradstats.engine import Engine
+from fastai_gradstats.histogram import octaves
 from fastai_gradstats.stats import ABOVE,DOT,MAX,NONFINITE,SUM_SQ,W_SQ,finish
-from oracles import compare,np64,paths
+from helpers.callbacks import each_reader
+from helpers.oracles import as_float64,compare_row
 
 cpu = torch.device('cpu')
 
-def stats(e):
+def engine_floats(e):
     "Of all rows: max_abs, mean_abs, norm, mean, std, extra"
-    e.close()
-    _,_,n,s,_ = e.fetch()
-    return finish(s, n)[0]
+    e.commit()
+    got = e.fetch()
+    return finish(got.sums, got.numel)[0]
 
 # --- random sequences
 
@@ -38,48 +40,59 @@ def gradient(rng):
     return t
 
 class Rows:
-    "An engine beside a list of what its rows should be: (key, gradient, weights)"
-    def __init__(self, hist=False, **kw): self.e,self.rows,self.closed,self.hist = Engine(hist=hist, **kw),[],0,hist; self.e.buffer(cpu)
+    "An engine beside a list of what its rows should be: (key, gradient, weights, are all sums wanted?)"
+    def __init__(self, hist=False, **kw):
+        self.e,self.rows,self.committed,self.hist,self.notes = Engine(hist=hist, **kw),[],0,hist,[]
+        self.e.buffer(cpu)
     def put(self, rng):
         g,k,scale = gradient(rng),int(rng.integers(9)),2.**rng.integers(0, 20)
-        if scale>2**9: self.e.scale = lambda device, s=tensor(scale): s
-        with torch.no_grad(): self.e.put(k, g)
-        self.rows.append((k, np64(g)/scale if self.e.scale else np64(g), None))
-        self.e.scale = None
+        scaled = scale>2**9
+        with torch.no_grad(): self.e.put(k, g, tensor(scale) if scaled else None)
+        self.rows.append((k, as_float64(g)/scale if scaled else as_float64(g), None, True))
     def put_all(self, rng):
+        full = bool(rng.random()<.6)
         gs = [gradient(rng) for _ in range(rng.integers(1, 9))]
         ws = [torch.randn(g.shape).to(g.dtype).requires_grad_() for g in gs]
         keys = rng.integers(0, 9, len(gs)).tolist()
-        self.e.put_all(keys, gs, ws)
+        self.e.put_all(keys, gs, ws, full)
         odd,double = (lambda g: g.layout!=torch.strided or g.is_complex()),(lambda g: g.dtype==torch.float64)
         first = next((double(g) for g in gs if not odd(g)), None)
         o = sorted(zip(keys, gs, ws), key=lambda o: 0 if odd(o[1]) else 1 if double(o[1])==first else 2)   # as they are grouped
-        self.rows += [(k, np64(g), np64(w)) for k,g,w in o]
-    def rewind(self, rng):
+        self.rows += [(k, as_float64(g), as_float64(w), full) for k,g,w in o]
+    def discard(self, rng):
         m,n = self.e.mark(),len(self.rows)
         self.put_all(rng)
-        self.e.rewind(m)
+        self.e.discard(m)
         del self.rows[n:]
-    def take(self, rng, other):
-        m,n = other.e.mark(),len(other.rows)
-        other.put_all(rng)
-        self.e.take(other.e, m, {k:k+100 for k in range(9)})
-        self.rows += [(k+100, *o) for k,*o in other.rows[n:]]
-        if rng.random()<.3: other.e.rewind(m); del other.rows[n:]
-    def close(self): self.e.close(); self.closed = len(self.rows)
+    def rename(self, rng):
+        m,n = self.e.mark(),len(self.rows)
+        self.put_all(rng)
+        self.e.rename(m, self.e.mark(), -7)
+        self.rows[n:] = [(-7, *o) for _,*o in self.rows[n:]]
+    def drop(self, rng):
+        keys = {int(k) for k in rng.integers(9, size=2)}
+        self.e.drop(keys)
+        self.rows[self.committed:] = [o for o in self.rows[self.committed:] if o[0] not in keys]
+    def commit(self):
+        self.e.commit(len(self.rows)-self.committed)
+        self.notes.append(len(self.rows)-self.committed)
+        self.committed = len(self.rows)
+        assert not self.e.pending()
     def check(self):
-        n,keys,numel,s,h = self.e.fetch()
+        notes,n,keys,numel,s,h = self.e.fetch()
         f,c = finish(s, numel)
-        assert keys.tolist()==[k for k,*_ in self.rows[:self.closed]] and n.sum()==self.closed
-        for i,(_,g,w) in enumerate(self.rows[:self.closed]): check(g.ravel(), w, s[i], f[:,i], c[:,i], h[i] if self.hist else None, self.e.norms_only)
-        self.rows,self.closed = self.rows[self.closed:],0
+        assert notes==n.tolist()==self.notes
+        assert keys.tolist()==[k for k,*_ in self.rows[:self.committed]] and n.sum()==self.committed
+        for i,(_,g,w,full) in enumerate(self.rows[:self.committed]): check_engine_row(g.ravel(), w, s[i], f[:,i], c[:,i], h[i] if self.hist and full else None, not full)
+        self.rows,self.committed,self.notes = self.rows[self.committed:],0,[]
 
 @np.errstate(all='ignore')
-def check(g, w, s, f, c, h, norms_only):
+def check_engine_row(g, w, s, f, c, h, norms_only):
     "One row"
     ok = np.isfinite(g).all()
     if norms_only: np.testing.assert_allclose([s[SUM_SQ],s[NONFINITE]], [np.square(np.abs(g)).sum(),(~np.isfinite(g)).sum()], rtol=2e-5)
-    elif ok or not np.iscomplexobj(g): compare(dict(zip(['max_abs','mean_abs','norm','mean','std','numel','zeros','nonfinite','above'], [*f,*c]), name='row'), g)
+    elif ok or not np.iscomplexobj(g):
+        compare_row(dict(zip(['max_abs','mean_abs','norm','mean','std','numel','zeros','nonfinite','above'], [*f,*c]), name='row'), g)
     if w is not None and ok:
         w = w.ravel()
         np.testing.assert_allclose(s[W_SQ], np.square(np.abs(w)).sum(), rtol=2e-5)
@@ -87,98 +100,96 @@ def check(g, w, s, f, c, h, norms_only):
     x = np.abs(g)
     if h is not None: assert octaves(h[None])[2].sum()==((x>=2.**-149)&(x<2.**128)).sum()
 
-@paths
+@each_reader
 @pytest.mark.parametrize('seed', range(12))
 @pytest.mark.filterwarnings('ignore:Sparse')
 def test_random_sequences(seed, by_rows):
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    a,b = Rows('all', by_rows=by_rows),Rows(norms_only=True, by_rows=by_rows)
-    for _ in range(14):
-        match rng.integers(8):
-            case 0|1: a.put(rng)
-            case 2: a.put_all(rng)
-            case 3: b.put_all(rng)
-            case 4: (a if rng.random()<.5 else b).rewind(rng)
-            case 5: b.take(rng, a)
-            case 6: (a if rng.random()<.5 else b).close()
-            case _: (a if rng.random()<.5 else b).check()
-    for o in (b,a) if seed%2 else (a,b):
-        o.close()
+    for o in (Rows('all', by_rows=by_rows), Rows(by_rows=by_rows)):
+        for _ in range(14):
+            match rng.integers(9):
+                case 0|1: o.put(rng)
+                case 2|3: o.put_all(rng)
+                case 4: o.discard(rng)
+                case 5: o.rename(rng)
+                case 6: o.drop(rng)
+                case 7: o.commit()
+                case _: o.check()
+        o.commit()
         o.check()
 
 # --- hard sums
 
-def hard(n):
+def hard_values(n):
     "Values whose float32 sums go wrong: one huge among many that vanish beside it, halves of two sizes, constants, ulps apart"
     huge,i = np.full(n, 5.9e-8**.5),np.arange(n)
     huge[0] = 1
-    return dict(huge=huge, halves=np.where(i<n//2, 1, .01), tenths=np.full(n, .1), alternating=(-1.)**i*.1, sorted=np.linspace(1, 0, n)**4, ulps=1+i%5*2**-23, powers=2.**-(i%60), subnormal=i%9*1e-45, faint=np.linspace(1, 2, n)*1e-21)
+    return dict(huge=huge, halves=np.where(i<n//2, 1, .01), tenths=np.full(n, .1), alternating=(-1.)**i*.1,
+                sorted=np.linspace(1, 0, n)**4, ulps=1+i%5*2**-23, powers=2.**-(i%60), subnormal=i%9*1e-45,
+                faint=np.linspace(1, 2, n)*1e-21)
 
-@paths
+@each_reader
 @pytest.mark.parametrize('n', (10, SMALL, SMALL+1, BLOCK+1, 3_000_000))
-@pytest.mark.parametrize('how', hard(1))
+@pytest.mark.parametrize('how', hard_values(1))
 def test_hard_sums(how, n, by_rows):
-    x = tensor(hard(n)[how], dtype=torch.float32)
-    e,norms = (Engine(by_rows=by_rows, norms_only=o) for o in (False, True))
-    for o in (e,norms): o.put_all([0], [x], [x])
-    g,f = np64(x),stats(e)[:5,0]
+    x = tensor(hard_values(n)[how], dtype=torch.float32)
+    e,norms = (Engine(by_rows=by_rows) for _ in range(2))
+    for o in (e,norms): o.put_all([0], [x], [x], full=o is e)
+    g,f = as_float64(x),engine_floats(e)[:5,0]
     np.testing.assert_allclose(f[[0,1,2]], np.float32([g.max(), np.abs(g).mean(), np.linalg.norm(g)]), rtol=1e-5, atol=1e-45)
     np.testing.assert_allclose(f[3], g.mean(), rtol=0, atol=1e-6*np.abs(g).mean()+1e-45)
     rows = 1+n//(1024 if by_rows else BLOCK)   # a spread below the last digits of the mean: each row's sum adds an error of float64
     np.testing.assert_allclose(f[4], g.std(), rtol=1e-5, atol=(1e-7+np.sqrt(rows*2**-54) if by_rows else np.sqrt((rows-1)*2**-54))*np.abs(g).mean()+1e-45)
-    np.testing.assert_allclose(stats(norms)[2,0], np.linalg.norm(g), rtol=1e-5, atol=1e-45)
+    np.testing.assert_allclose(engine_floats(norms)[2,0], np.linalg.norm(g), rtol=1e-5, atol=1e-45)
 
 # --- what once went wrong
 
-@paths
+@each_reader
 @pytest.mark.parametrize('hist', (False, True, 'all'))
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.complex64))
 def test_empty(dtype, hist, by_rows):
     e,g = Engine(by_rows=by_rows, hist=hist),torch.empty(0, 3, dtype=dtype)
     with torch.no_grad(): e.put(0, g)
     e.put_all([0], [g], [g])
-    assert stats(e)[0].tolist()==[0,0]
+    assert engine_floats(e)[0].tolist()==[0,0]
 
-@paths
+@each_reader
 def test_scale_changes(by_rows):
     "Rows that wait keep the scale they came with, also where a sparse gradient without one comes next"
     e = Engine(by_rows=by_rows)
     for s in (2.,1024.,8.):
-        e.scale = lambda device: tensor(s)
-        e.put(0, torch.full((10,), s))
+        e.put(0, torch.full((10,), s), tensor(s))
     e.put_all([1], [torch.ones(5).to_sparse()])
-    e.scale = None
     e.put(2, torch.ones(10))
-    assert stats(e)[0].tolist()==[1]*5
+    assert engine_floats(e)[0].tolist()==[1]*5
 
-@paths
+@each_reader
 def test_complex_with_scale(by_rows):
     "Divided by it, counted without it, and with the user's own statistics"
     e = Engine(by_rows=by_rows, extra=dict(top=lambda g: g.abs().max()))
-    e.scale = lambda device: tensor(1024.)
-    e.put(0, torch.full((10,), 768j))
-    e.close()
-    _,_,n,s,_ = e.fetch()
+    e.put(0, torch.full((10,), 768j), tensor(1024.))
+    e.commit()
+    _,_,_,n,s,_ = e.fetch()
     assert s[0,[MAX,ABOVE,-1]].tolist()==[.75,0,.75] and finish(s, n)[0][2,0]==np.float32(.75*10**.5)
 
-@paths
+@each_reader
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64))
 def test_lazy_minus(dtype, by_rows):
     e,g = Engine(by_rows=by_rows),torch.full((SMALL+1,), 2-3j).to(torch.complex(tensor(0., dtype=dtype), tensor(0., dtype=dtype)).dtype).conj().imag
     assert g.is_neg()
     e.put_all([0,1], [g,g[:1]])
-    assert stats(e)[3].tolist()==[3,3]
+    assert engine_floats(e)[3].tolist()==[3,3]
 
-@paths
+@each_reader
 @pytest.mark.parametrize('n', (100, SMALL+1, BLOCK+CHUNK+1))
 def test_sparse_norms(n, by_rows):
-    "Values that come one by one to an engine of norms"
-    e,g = Engine(norms_only=True, by_rows=by_rows),torch.linspace(-3, 4, n)
-    e.put_all([0,1], [g.to_sparse(), g.to_sparse()*1e30], [g, g])
-    np.testing.assert_allclose(stats(e)[2], [np.linalg.norm(np64(g)), 1e30*np.linalg.norm(np64(g))], rtol=2e-5)
+    "Values that come one by one, for norms only"
+    e,g = Engine(by_rows=by_rows),torch.linspace(-3, 4, n)
+    e.put_all([0,1], [g.to_sparse(), g.to_sparse()*1e30], [g, g], full=False)
+    np.testing.assert_allclose(engine_floats(e)[2], [np.linalg.norm(as_float64(g)), 1e30*np.linalg.norm(as_float64(g))], rtol=2e-5)
 
-@paths
+@each_reader
 @pytest.mark.parametrize('hist', (False, True))
 @pytest.mark.parametrize('n', (9, SMALL+1))
 def test_default_dtype_and_device(n, hist, by_rows):
@@ -192,7 +203,9 @@ def test_default_dtype_and_device(n, hist, by_rows):
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
-    np.testing.assert_allclose(stats(e)[:5,0], [3, np.abs(np64(x)).mean(), np.linalg.norm(np64(x)), 0, np64(x).std()], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(engine_floats(e)[:5,0],
+                               [3, np.abs(as_float64(x)).mean(), np.linalg.norm(as_float64(x)), 0, as_float64(x).std()], rtol=1e-5,
+                               atol=1e-6)
 
 @pytest.mark.parametrize('mean', (1e3, 1e7, 1e9))
 def test_double_far_from_zero(mean):
@@ -201,9 +214,9 @@ def test_double_far_from_zero(mean):
     x = mean+torch.randn(4*BLOCK+7, dtype=torch.float64)
     e = Engine()
     e.put(0, x)
-    np.testing.assert_allclose(stats(e)[4,0], np64(x).std(), rtol=1e-6)
+    np.testing.assert_allclose(engine_floats(e)[4,0], as_float64(x).std(), rtol=1e-6)
 
-@paths
+@each_reader
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float16, torch.float64))
 def test_infinities_in_two_blocks(dtype, by_rows):
     e,x = Engine(by_rows=by_rows),torch.ones(BLOCK+5, dtype=dtype)
@@ -211,72 +224,64 @@ def test_infinities_in_two_blocks(dtype, by_rows):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         e.put(0, x)
-    f = stats(e)[:,0]
+    f = engine_floats(e)[:,0]
     assert f[0]==math.inf and f[2]==math.inf and np.isnan(f[3])
 
-def test_settle():
-    "A close that its caller did not note is forgotten; what is closed is never rewound"
+def test_committed_stays():
+    "What was put and not committed is forgotten; what is committed is never discarded, whatever savepoint is named"
     e,x = Engine(),torch.ones(5)
-    e.put(0, x), e.close()
-    e.put(1, x), e.close()
-    e.settle(1)
-    e.rewind({})
-    e.put(2, 2*x), e.close()
-    ns,keys,_,s,_ = e.fetch()
-    assert (ns.tolist(),keys.tolist(),s[:,MAX].tolist())==([1,1],[0,2],[1,2])
+    e.put(0, x), e.commit('a')
+    e.put(1, x)
+    e.discard({})
+    e.put(2, 2*x), e.commit('b')
+    e.discard({})
+    notes,ns,keys,_,s,_ = e.fetch()
+    assert (notes,ns.tolist(),keys.tolist(),s[:,MAX].tolist())==(['a','b'],[1,1],[0,2],[1,2])
 
-@paths
+@each_reader
 def test_some_with_weights(by_rows):
     "Rows without weights have no products, also where their neighbours do"
     e,x = Engine(by_rows=by_rows),torch.full((10,), 3.)
     e.put_all(range(9), [x]*9, [x]*9)
-    e.rewind({})
+    e.discard()
     e.put_all([0,1], [x, torch.full((SMALL+1,), 3.)], [x, torch.full((SMALL+1,), 3.)])
     with torch.no_grad(): e.put(2, x), e.put(3, torch.full((SMALL+1,), 3.))
     e.put_all([4], [x])
-    e.close()
-    assert e.fetch()[3][:,[W_SQ,DOT]].tolist()==[[90,90], [9*(SMALL+1)]*2, *[[0,0]]*3]
+    e.commit()
+    assert e.fetch().sums[:,[W_SQ,DOT]].tolist()==[[90,90], [9*(SMALL+1)]*2, *[[0,0]]*3]
 
-@paths
+@each_reader
 def test_sparse_products(by_rows):
     "In double precision: neither rounded to bfloat16 nor beyond float32"
     e,g = Engine(by_rows=by_rows),torch.linspace(1, 2, 99).bfloat16()
     big = torch.full((9,), 1e38+1e38j)
     e.put_all([0,1], [g.to_sparse(), big], [g.flip(0), big])
-    e.close()
-    np.testing.assert_allclose(e.fetch()[3][:,DOT], [np64(g)@np64(g)[::-1], 9*2*float(np.float32(1e38))**2], rtol=1e-12)
-
-@paths
-def test_take_what_was_taken(by_rows):
-    a,b,c = (Engine(by_rows=by_rows) for _ in range(3))
-    a.put_all([0], [torch.full((9,), 4.)])
-    b.take(a, {}, {0:1})
-    c.take(b, {}, {1:2})
-    assert stats(c)[0].tolist()==[4]
+    e.commit()
+    np.testing.assert_allclose(e.fetch().sums[:,DOT], [as_float64(g)@as_float64(g)[::-1], 9*2*float(np.float32(1e38))**2], rtol=1e-12)
 
 @pytest.mark.parametrize('by_rows', ('blocks',), indirect=True)
-@pytest.mark.parametrize('f', ('_segments', '_products'))
+@pytest.mark.parametrize('f', ('segment_sums', 'segment_products'))
 def test_interrupt(f, by_rows, monkeypatch):
     "One that comes while the pool is summed loses nothing"
     e,gs = Engine(),[torch.full((100,), 2.), torch.full((7,), 3.)]
     e.put_all([0,1], gs, gs)
-    e.close()
+    e.commit()
     def stop(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        m.setattr(engine, f, stop)
+        m.setattr(by_blocks, f, stop)
         with pytest.raises(KeyboardInterrupt): e.fetch()
-    s = e.fetch()[3]
+    s = e.fetch().sums
     assert s[:,MAX].tolist()==[2,3] and s[:,DOT].tolist()==s[:,W_SQ].tolist()==s[:,SUM_SQ].tolist()==[400,63]
 
-@paths
+@each_reader
 def test_threshold_beyond_float32(by_rows):
     e = Engine(1e39, by_rows=by_rows)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         e.put_all([0,1], [torch.full((9,), 3e38), torch.full((9,), torch.inf)])
-        e.close()
-        assert e.fetch()[3][:,ABOVE].tolist()==[0,9]
+        e.commit()
+        assert e.fetch().sums[:,ABOVE].tolist()==[0,9]
 
 def test_caches_are_bounded():
-    for n in range(1, 6000): engine._stride(n), engine._floor32(float(n))
-    assert engine._stride.cache_info().currsize<=2**12 and engine._floor32.cache_info().currsize<=2**10
+    for n in range(1, 6000): histogram.stride_of(n), buffer.floor32(float(n))
+    assert histogram.stride_of.cache_info().currsize<=2**12 and buffer.floor32.cache_info().currsize<=2**10

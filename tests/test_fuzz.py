@@ -19,7 +19,6 @@ from copy import deepcopy
 from dataclasses import dataclass,field,replace
 from functools import partial
 from tempfile import TemporaryDirectory
-
 import numpy as np
 import pytest
 import torch
@@ -30,14 +29,13 @@ from torch.utils.hooks import unserializable_hook
 from fastai.basics import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
     CancelStepException, CancelTrainException, CancelValidException, DataLoaders, L, Learner, OptimWrapper, TensorBase,
     TrainEvalCallback, params, set_seed)
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 import fastai.callback.schedule   # gives Learner `fit_one_cycle`, `fine_tune` and `lr_find`
 from fastai.callback.tracker import EarlyStoppingCallback,SaveModelCallback,TerminateOnNaNCallback
 from fastai.callback.training import BnFreeze,GradientAccumulation,GradientClip,ShortEpochCallback
 from fastai.optimizer import Adam,SGD,ranger
-
 from fastai_gradstats import GradNormCallback,GradStatsCallback
+from helpers.callbacks import CPUAmp
 
 WIDTH,CLASSES,BATCH = 6,3,4
 events = ('before_fit before_epoch before_train before_batch after_pred after_loss before_backward after_cancel_backward after_backward '
@@ -1215,15 +1213,6 @@ class Fixer(Callback):
 
 class NoValid(Callback):
     def before_validate(self): raise CancelValidException('not needed')
-
-class CPUAmp(MixedPrecision):
-    "fastai's MixedPrecision hard-codes 'cuda'; the same on a CPU"
-    def __init__(self, dtype, **kwargs):
-        super().__init__()
-        self.dtype,self.kwargs = dtype,kwargs
-    def before_fit(self):
-        self.autocast = torch.autocast('cpu', self.dtype, enabled=self.dtype!=torch.float32)
-        self.learn.scaler,self.scales = torch.amp.GradScaler('cpu', **self.kwargs),L()
 
 class EMA(Callback):
     "A running mean of the weights, in a copy of the model"

@@ -1,4 +1,5 @@
-"Training is the same with and without the callbacks, bit for bit: losses, weights, buffers, the optimizer's state and every random generator, in those cases of the page that no other file compares so."
+"""Training is the same with and without the callbacks, bit for bit: losses, weights, buffers, the optimizer's state and every random
+generator, in those cases of the page "When is a number right?" that no other file compares so."""
 import io,random,warnings
 from contextlib import redirect_stdout
 
@@ -9,13 +10,11 @@ from fastai.callback.all import *
 from torch import nn
 
 from fastai_gradstats import GradNormCallback,GradStatsCallback
-from oracles import fit,loaders
-from test_learners import classifier,collab,language_model,tabular,vision
-from test_models import Fn,Graph,Net,convnext,leaves,pictures,swin,vit
-from test_more_cases import TwoLosses,TwoSteps
-from test_training import Branch,Clip12,CPUAmp,Overflow,Raise,both,convnet,excs,learner,linear
-
-del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns,test_overflow   # fastcore's, which fastai exports and pytest would collect
+from helpers.callbacks import CPUAmp,Overflow,OwnClip,RaisesAt,cancel_exceptions
+from helpers.learners import classifier_toy,collab_toy,language_model_toy,tabular_toy,vision_toy
+from helpers.loops import CreatesGraph,TwoLosses,TwoStepsPerBatch
+from helpers.models import Branches,FunctionNet,FunctionWithWeight,convnext,random_pictures,swin,tensor_leaves,vit
+from helpers.training import both_callbacks,fit,image_learner,linear_classifier,loaders,wrapped_sgd
 
 def traces(learn):
     "All that training left behind, as bytes"
@@ -25,9 +24,10 @@ def traces(learn):
             if isinstance(v, Tensor): g.append(v)
             elif isinstance(v, (dict,list,tuple)): walk(v)
     walk(learn.opt.state_dict())
-    return [t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b'' for t in g],random.getstate(),np.random.get_state()[1].tobytes(),str(learn.opt.hypers)
+    tensors = [t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b'' for t in g]
+    return tensors,random.getstate(),np.random.get_state()[1].tobytes(),str(learn.opt.hypers)
 
-def check(train, ours=both):
+def check_same_bits(train, ours=both_callbacks):
     "`train` takes callbacks, builds a learner and trains it"
     res = []
     for cbs in ([], ours()):
@@ -39,84 +39,156 @@ def check(train, ours=both):
     a,b = res
     assert len(a[0])>4 and len(a[0])==len(b[0])
     assert [i for i,(x,y) in enumerate(zip(a[0], b[0])) if x!=y]==[] and a[1:]==b[1:]
-    return learn
 
-def quiet(learn, what, *args, **kw):
-    with learn.no_bar(), learn.no_logging(): getattr(learn, what)(*args, **kw)
+# --- cases: functions that take callbacks, and return a Learner that was trained with them
 
-def plain(epochs=2, **kw):
-    "A case from arguments of `learner`"
-    return lambda cbs: fit(learner(**{**kw, 'cbs':[*cbs,*(f() for f in kw.get('cbs', ()))]}), epochs)
+def images(epochs=2, cbs=(), **kw):
+    "Pictures, with arguments of `image_learner`; `cbs` are classes or functions that make callbacks"
+    return lambda ours: fit(image_learner(cbs=[*ours, *(make() for make in cbs)], **kw), epochs)
 
-def vec(f, n=1, loss=None, opt_func=Adam, cls=Learner, dtype=torch.float32, x=None, **kw):
-    "Vectors through a function of its modules"
+def vectors_through(forward, epochs=1, loss=None, opt_func=Adam, cls=Learner, dtype=torch.float32, x=None, **modules):
+    "Twelve vectors through a function of the net and its input; `modules`: functions that make them"
+    def absolute(o, y): return sum(t.abs().mean() for t in tensor_leaves([o]))
     def train(cbs):
-        net = Net(f, **{k:m() for k,m in kw.items()})
-        d = torch.randn(12,4, dtype=dtype) if x is None else x
-        return fit(cls(loaders(d, torch.arange(len(d))%3, 4), net, loss_func=loss or (lambda o,y: sum(t.abs().mean() for t in leaves([o]))), opt_func=opt_func, lr=1e-2, cbs=cbs), n)
+        net = FunctionNet(forward, **{k:make() for k,make in modules.items()})
+        data = torch.randn(12,4, dtype=dtype) if x is None else x
+        dls = loaders(data, torch.arange(len(data))%3, 4)
+        return fit(cls(dls, net, loss_func=loss or absolute, opt_func=opt_func, lr=1e-2, cbs=cbs), epochs)
     return train
 
-def pics(model): return lambda cbs: fit(Learner(loaders(*pictures(), 2), model(), loss_func=F.cross_entropy, opt_func=Adam, lr=1e-3, cbs=cbs))
+def pictures_through(model):
+    return lambda cbs: fit(Learner(loaders(*random_pictures(), 2), model(), loss_func=F.cross_entropy, opt_func=Adam, lr=1e-3, cbs=cbs))
 
-def tune(cbs):
-    learn = vision(cbs=cbs, train_bn=False)
-    quiet(learn, 'fine_tune', 1)
+def call_quietly(learn, what, *args, **kw):
+    with learn.no_bar(), learn.no_logging(): getattr(learn, what)(*args, **kw)
+
+def fine_tuned(cbs):
+    learn = vision_toy(cbs=cbs, train_bn=False)
+    call_quietly(learn, 'fine_tune', 1)
     return learn
 
-def stages(make):
+def in_stages(make):
     "Frozen, then more and more of it, then frozen again, at discriminative rates"
     def train(cbs):
         learn = make(cbs=cbs)
-        for i in (1,2): learn.freeze_to(-i); fit(learn, lr=slice(1e-4,1e-2))
-        quiet(learn, 'fine_tune', 1)
+        for i in (1,2):
+            learn.freeze_to(-i)
+            fit(learn, lr=slice(1e-4,1e-2))
+        call_quietly(learn, 'fine_tune', 1)
         learn.freeze()
         return fit(learn)
     return train
 
-def around(cbs):
-    "Everything that does not train, before, between and after"
-    learn = learner(cbs=cbs)
+def twice(make): return lambda cbs: fit(make(cbs=cbs), 2)
+
+def with_all_that_does_not_train(cbs):
+    "Before, between and after"
+    learn = image_learner(cbs=cbs)
     for _ in range(2):
         with learn.no_bar(), learn.no_logging():
-            learn.validate(); learn.get_preds()
+            learn.validate()
+            learn.get_preds()
             learn.lr_find(num_it=5, show_plot=False, suggest_funcs=None)
             learn.fit(1)
     return learn
 
-def broken(cbs):
-    "Cancelled and interrupted in each way, and trained again"
-    for i,exc in enumerate(excs):
+def cancelled_and_interrupted(cbs):
+    "In each way, and trained again"
+    for i,exc in enumerate(cancel_exceptions):
         for event in ('before_batch','before_backward','after_step'):
-            learn = learner(linear, [*cbs, Raise(exc, event, 1, 5+15*(i%2))], n=48)
+            learn = image_learner(linear_classifier, [*cbs, RaisesAt(exc, event, 1, 5+15*(i%2))], n=48)
             try: fit(learn)
             except (KeyboardInterrupt,Exception): pass
             fit(learn)
-            for c in cbs: learn.remove_cb(c); c.reset()
+            for c in cbs:
+                learn.remove_cb(c)
+                c.reset()
     return learn
 
-adamw = partial(OptimWrapper, opt=partial(torch.optim.AdamW, weight_decay=.1))
-cases = dict(
-    vit=pics(vit), swin=pics(swin), convnext=pics(convnext), vision=tune, tabular=stages(tabular), collab=lambda cbs: fit(collab(cbs=cbs), 2),
-    language_model=lambda cbs: fit(language_model(cbs=cbs), 2), classifier=stages(classifier), around=around, broken=broken,
-    lstm=vec(lambda s,x: s.r(x[:,:,None]), r=lambda: nn.LSTM(1,3, 2, dropout=.3, batch_first=True), n=2), dict_=vec(lambda s,x: dict(a=s.l(x), b=[s.l(x*2)]), l=lambda: nn.Linear(4,3)),
-    chunk=vec(lambda s,x: s.c(s.l(x)), l=lambda: nn.Linear(4,4), c=lambda: Fn(lambda w,x: (x*w).chunk(2, 1))), view_in_place=vec(lambda s,x: s.l(x[:,None]).relu_(), l=lambda: nn.Linear(4,4)),
-    hidden_view=vec(lambda s,x: s.t(s.l(x)).add_(1), l=lambda: nn.Linear(4,4), t=lambda: Fn(lambda w,x: (x*w).t())), shared=vec(lambda s,x: s.l(s.l(x).relu_()), l=lambda: nn.Linear(4,4)),
-    sparse=vec(lambda s,x: s.e(x).mean(1), e=lambda: nn.Embedding(9,3, sparse=True), x=torch.arange(24).view(12,2)%9, opt_func=partial(OptimWrapper, opt=torch.optim.SGD)), float64=vec(lambda s,x: s.l(x).float(), l=lambda: nn.Linear(4,3).double(), dtype=torch.float64),
-    complex=vec(lambda s,x: s.c(x.to(torch.complex64)), c=lambda: nn.Linear(4,4, dtype=torch.complex64), opt_func=partial(OptimWrapper, opt=torch.optim.Adam)), empty=vec(lambda s,x: torch.cat([s.e(x),s.l(x)*s.z], 1), e=lambda: nn.Linear(4,0), l=lambda: nn.Linear(4,2), z=lambda: nn.Parameter(torch.tensor(2.))),
-    graph=vec(lambda s,x: s.l(x), l=lambda: nn.Linear(4,3), cls=Graph, loss=F.cross_entropy), parallel=vec(lambda s,x: s.l(x), l=lambda: nn.DataParallel(nn.Linear(4,3))),
-    unused=plain(model=Branch), unused_torch=plain(model=Branch, opt_func=adamw), two_losses=plain(cls=TwoLosses), two_steps=plain(cls=TwoSteps),
-    overflow=plain(cbs=[partial(CPUAmp, init_scale=2.**16, growth_interval=2), lambda: Overflow([1])]), fp16=plain(cbs=[partial(CPUAmp, torch.float16)], model=linear), bf16=plain(cbs=[partial(CPUAmp, torch.bfloat16)]),
-    accumulate=plain(cbs=[partial(GradientAccumulation, 32), partial(GradientClip, .1)], n=80), clip_inf=plain(cbs=[partial(GradientClip, .01, norm_type=float('inf'))]), own_clip=plain(cbs=[Clip12]),
-    l2=plain(opt_func=partial(Adam, wd=.1, decouple_wd=False)), adamw=plain(opt_func=adamw), nan=plain(cbs=[lambda: Overflow([1,3])]), stop=plain(cbs=[partial(EarlyStoppingCallback, min_delta=100)]), short=plain(cbs=[partial(ShortEpochCallback, .5)]))
+def weight_and_chunk(w, x): return (x*w).chunk(2, 1)
+def weight_and_transpose(w, x): return (x*w).t()
+def empty_and_scaled(net, x): return torch.cat([net.empty(x), net.linear(x)*net.scale], 1)
 
-@pytest.mark.parametrize('name', cases)
-def test_same_bits(name): check(cases[name])
+adam_of_torch = partial(OptimWrapper, opt=torch.optim.Adam)
+adamw_of_torch = partial(OptimWrapper, opt=partial(torch.optim.AdamW, weight_decay=.1))
+words = torch.arange(24).view(12,2)%9
 
-options = dict(hist=lambda p: [GradStatsCallback(hist=True)], hist_all=lambda p: [GradStatsCallback(hist='all', threshold=.1)], extra=lambda p: [GradStatsCallback(extra=dict(m=lambda g: g.float().abs().median()))],
-               every=lambda p: [GradStatsCallback(every=3), GradNormCallback(every=2)], keep=lambda p: [GradStatsCallback('param', keep=2)], some=lambda p: [GradStatsCallback('output', include='0|6')],
-               updates=lambda p: [GradNormCallback(update_every=2, show=True)], folder=lambda p: [GradStatsCallback(hist=True, folder=p/'a'), GradNormCallback(folder=p/'a')], twice=lambda p: both()+both())
+architectures = dict(
+    vit=pictures_through(vit),
+    swin=pictures_through(swin),
+    convnext=pictures_through(convnext),
+    vision=fine_tuned,
+    tabular=in_stages(tabular_toy),
+    collab=twice(collab_toy),
+    language_model=twice(language_model_toy),
+    text_classifier=in_stages(classifier_toy))
+
+outputs = dict(
+    lstm_with_dropout=vectors_through(lambda net,x: net.rnn(x[:,:,None]), epochs=2,
+                                      rnn=lambda: nn.LSTM(1,3, 2, dropout=.3, batch_first=True)),
+    dict_of_outputs=vectors_through(lambda net,x: dict(a=net.linear(x), b=[net.linear(x*2)]), linear=lambda: nn.Linear(4,3)),
+    chunks_of_an_output=vectors_through(lambda net,x: net.chunk(net.linear(x)),
+                                        linear=lambda: nn.Linear(4,4), chunk=lambda: FunctionWithWeight(weight_and_chunk)),
+    view_changed_in_place=vectors_through(lambda net,x: net.linear(x[:,None]).relu_(), linear=lambda: nn.Linear(4,4)),
+    hidden_view_changed_in_place=vectors_through(lambda net,x: net.transpose(net.linear(x)).add_(1), linear=lambda: nn.Linear(4,4),
+                                                 transpose=lambda: FunctionWithWeight(weight_and_transpose)),
+    called_twice=vectors_through(lambda net,x: net.linear(net.linear(x).relu_()), linear=lambda: nn.Linear(4,4)),
+    data_parallel=vectors_through(lambda net,x: net.linear(x), linear=lambda: nn.DataParallel(nn.Linear(4,3))))
+
+dtypes_and_layouts = dict(
+    sparse_embedding=vectors_through(lambda net,x: net.embedding(x).mean(1), x=words, opt_func=wrapped_sgd,
+                                     embedding=lambda: nn.Embedding(9,3, sparse=True)),
+    float64=vectors_through(lambda net,x: net.linear(x).float(), dtype=torch.float64, linear=lambda: nn.Linear(4,3).double()),
+    complex_weights=vectors_through(lambda net,x: net.linear(x.to(torch.complex64)), opt_func=adam_of_torch,
+                                    linear=lambda: nn.Linear(4,4, dtype=torch.complex64)),
+    empty_and_0d_parameters=vectors_through(empty_and_scaled, empty=lambda: nn.Linear(4,0), linear=lambda: nn.Linear(4,2),
+                                            scale=lambda: nn.Parameter(torch.tensor(2.))))
+
+odd_loops = dict(
+    around_training=with_all_that_does_not_train,
+    cancelled=cancelled_and_interrupted,
+    create_graph=vectors_through(lambda net,x: net.linear(x), linear=lambda: nn.Linear(4,3), cls=CreatesGraph, loss=F.cross_entropy),
+    two_losses=images(cls=TwoLosses),
+    two_steps_per_batch=images(cls=TwoStepsPerBatch),
+    unused_parameters=images(model=Branches),
+    unused_parameters_of_torch=images(model=Branches, opt_func=adamw_of_torch))
+
+precision = dict(
+    overflow=images(cbs=[partial(CPUAmp, init_scale=2.**16, growth_interval=2), lambda: Overflow([1])]),
+    fp16=images(cbs=[partial(CPUAmp, torch.float16)], model=linear_classifier),
+    bf16=images(cbs=[partial(CPUAmp, torch.bfloat16)]),
+    nan_in_the_loss=images(cbs=[lambda: Overflow([1,3])]))
+
+steps = dict(
+    accumulation_and_clipping=images(cbs=[partial(GradientAccumulation, 32), partial(GradientClip, .1)], n=80),
+    clipping_by_the_largest=images(cbs=[partial(GradientClip, .01, norm_type=float('inf'))]),
+    own_clipping=images(cbs=[OwnClip]),
+    l2=images(opt_func=partial(Adam, wd=.1, decouple_wd=False)),
+    adamw=images(opt_func=adamw_of_torch),
+    stopped_early=images(cbs=[partial(EarlyStoppingCallback, min_delta=100)]),
+    short_epochs=images(cbs=[partial(ShortEpochCallback, .5)]))
+
+all_trainings = architectures | outputs | dtypes_and_layouts | odd_loops | precision | steps
+
+@pytest.mark.parametrize('name', all_trainings)
+def test_same_bits(name): check_same_bits(all_trainings[name])
+
+# --- options: functions from a folder to callbacks
+
+def median(g): return g.float().abs().median()
+
+options = dict(
+    hist=lambda folder: [GradStatsCallback(hist=True)],
+    hist_of_all=lambda folder: [GradStatsCallback(hist='all', threshold=.1)],
+    extra=lambda folder: [GradStatsCallback(extra=dict(m=median))],
+    every=lambda folder: [GradStatsCallback(every=3), GradNormCallback(every=2)],
+    keep=lambda folder: [GradStatsCallback('param', keep=2)],
+    include=lambda folder: [GradStatsCallback('output', include='0|6')],
+    updates=lambda folder: [GradNormCallback(update_every=2, show=True)],
+    into_files=lambda folder: [GradStatsCallback(hist=True, folder=folder/'a'), GradNormCallback(folder=folder/'a')],
+    two_of_each=lambda folder: both_callbacks()+both_callbacks())
 
 @pytest.mark.parametrize('name', options)
 def test_same_bits_with(name, tmp_path):
     "Whatever the callbacks are asked to record."
-    check(plain(3), lambda: options[name](tmp_path))
+    check_same_bits(images(epochs=3), lambda: options[name](tmp_path))

@@ -3,19 +3,17 @@ import os,subprocess,sys
 import pytest,torch
 from fastai.basics import *
 from torch.utils._pytree import tree_map
-
-from conftest import ROOT
-from fastai_gradstats import engine
+from fastai_gradstats.by_blocks import BLOCK
+from fastai_gradstats.engine import Engine
 from fastai_gradstats.stats import DOT,MAX,SUM_SQ,W_SQ,ZEROS,finish,measure
+from helpers.project import ROOT
 
 pytest.importorskip('numba')
 
-del test,test_close,test_eq,test_eq_type,test_fail,test_fig_exists,test_is,test_ne,test_set,test_shuffled,test_sig,test_stdout,test_warns   # fastcore's, which fastai exports and pytest would collect
-
-train = """
+training_code = """
 import sys,torch
 from fastai.basics import *
-from fastai_gradstats import GradNormCallback,GradStatsCallback,engine
+from fastai_gradstats import GradNormCallback,GradStatsCallback,by_kernel,engine
 def learner():
     set_seed(0)
     x,y = torch.randn(40,6),torch.randint(3, (40,))
@@ -28,17 +26,17 @@ def run():
     return learn
 """
 
-def child(code, **env):
+def new_process(code, **env):
     "What a new process prints"
-    res = subprocess.run([sys.executable, '-W', 'always', '-c', train+code], capture_output=True, text=True, cwd=ROOT, env=os.environ|env)
+    res = subprocess.run([sys.executable, '-W', 'always', '-c', training_code+code], capture_output=True, text=True, cwd=ROOT, env=os.environ|env)
     assert res.returncode==0, res.stderr
     return res.stdout,res.stderr
 
-norms = "\nprint(*(f'{v:.3g}' for v in run().grad_norm.norms), engine._kernel() is not None)"
+print_norms = "\nprint(*(f'{v:.3g}' for v in run().grad_norm.norms), by_kernel.find_kernel() is not None)"
 
 @pytest.fixture(scope='module')
 def want():
-    out,_ = child(norms)
+    out,_ = new_process(print_norms)
     assert out.endswith('True\n')
     return out
 
@@ -48,40 +46,40 @@ def want():
                                            ("", dict(NUMBA_DISABLE_JIT='1'), False)), ids=('missing', 'broken', 'unloadable', 'off'))
 def test_without(code, env, said, want):
     "Training goes on, with the same numbers; a numba that is there and cannot be used is worth a warning"
-    out,err = child(code+norms, **env)
+    out,err = new_process(code+print_norms, **env)
     assert out==want.replace('True', 'False') and ('numba is installed, but cannot be used' in err)==said
 
 def test_nowhere_to_cache(want):
     "Compiled code that cannot be kept is compiled again"
-    assert child(norms, NUMBA_CACHE_LOCATOR_CLASSES='ZipCacheLocator')[0]==want
+    assert new_process(print_norms, NUMBA_CACHE_LOCATOR_CLASSES='ZipCacheLocator')[0]==want
 
 @pytest.mark.parametrize('files,size', (('*.nbi', 0), ('*.nbc', 1000)), ids=('index','code'))
 def test_damaged_cache(files, size, want, tmp_path):
     "As after a power cut: compiled anew, and said"
-    assert child(norms, NUMBA_CACHE_DIR=str(tmp_path))[0]==want
+    assert new_process(print_norms, NUMBA_CACHE_DIR=str(tmp_path))[0]==want
     found = list(tmp_path.rglob(files))
     for f in found: os.truncate(f, size)
-    out,err = child(norms, NUMBA_CACHE_DIR=str(tmp_path))
+    out,err = new_process(print_norms, NUMBA_CACHE_DIR=str(tmp_path))
     assert found and out==want and "numba's cache cannot be used" in err
 
 def test_full_disk(want, tmp_path):
-    out,err = child("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192,8192))"+norms, NUMBA_CACHE_DIR=str(tmp_path))
+    out,err = new_process("import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192,8192))"+print_norms, NUMBA_CACHE_DIR=str(tmp_path))
     assert out==want and "numba's cache cannot be used" in err
 
 def test_threads():
     "torch keeps its threads, and numba starts none"
-    out,_ = child("""
+    out,_ = new_process("""
 import threading
 torch.set_num_threads(2)
 n = threading.active_count()
 run()
 import numba.np.ufunc.parallel as p
-print(torch.get_num_threads(), threading.active_count()-n, p._is_initialized, engine._kernel() is not None)""")
+print(torch.get_num_threads(), threading.active_count()-n, p._is_initialized, by_kernel.find_kernel() is not None)""")
     assert out=='2 0 False True\n'
 
 def test_not_before_it_is_needed():
     "Neither the package nor a gradient elsewhere loads numba"
-    assert child("""
+    assert new_process("""
 e = engine.Engine()
 for dev in ('meta', 'cpu'):
     print('numba' in sys.modules)
@@ -90,7 +88,7 @@ print('numba' in sys.modules)""")[0].split()==['False','False','True']
 
 def test_interrupted_while_it_compiles():
     "The next fit compiles"
-    assert child("""
+    assert new_process("""
 from numba.core.dispatcher import _FunctionCompiler
 whole = _FunctionCompiler._compile_core
 def stop(*args):
@@ -116,41 +114,41 @@ class Wrapped(torch.Tensor):
         return Wrapped(res) if isinstance(res, Tensor) and f._schema.name!='aten::copy_' else res
 
 def test_no_memory_of_its_own():
-    e,x = engine.Engine(),torch.linspace(-3, 2, 99)
+    e,x = Engine(),torch.linspace(-3, 2, 99)
     assert Wrapped(x).data_ptr()==0
     with torch.no_grad():
         e.put(0, Wrapped(x))
         assert e.witness(Wrapped(x)).isfinite()
         e.put_all([1], [x], [Wrapped(x)])
-    e.close()
-    s = e.fetch()[3]
+    e.commit()
+    s = e.fetch().sums
     assert s[:,MAX].tolist()==[3,3]
     np.testing.assert_allclose(s[1,[SUM_SQ,W_SQ,DOT]], [np.square(x.double().numpy()).sum()]*3, rtol=1e-6)
 
 def test_weights_of_other_kinds():
     "Without memory, of another size (a parameter that was replaced before the step), of another dtype"
-    e,x = engine.Engine(),torch.linspace(-3, 2, 99)
+    e,x = Engine(),torch.linspace(-3, 2, 99)
     with torch.no_grad():
         with pytest.raises((ValueError,RuntimeError)): e.put_all([0], [torch.ones(200_000)], [torch.ones(100)])
-        e.rewind({})
+        e.discard()
         e.put_all([0], [x], [nn.Parameter(torch._efficientzerotensor(99), requires_grad=False)])
         for k,dtype in enumerate((torch.float16, torch.bfloat16, torch.float64), 1): e.put_all([k], [x], [x.to(dtype)])
         e.put(4, torch._efficientzerotensor(10)[3:])
-    e.close()
-    _,_,n,s,_ = e.fetch()
+    e.commit()
+    _,_,_,n,s,_ = e.fetch()
     assert s[:,MAX].tolist()==[3,3,3,3,0] and s[0,W_SQ]==0 and s[4,ZEROS]==7
     np.testing.assert_allclose(s[1:4,DOT], [(x.double()@x.to(d).double()).item() for d in (torch.float16,torch.bfloat16,torch.float64)], rtol=1e-6)
 
 @pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16))
-@pytest.mark.parametrize('at', (0, engine.BLOCK, 2*engine.BLOCK+4))
+@pytest.mark.parametrize('at', (0, BLOCK, 2*BLOCK+4))
 def test_half_precision_in_pieces(at, dtype):
-    x = torch.randn(2*engine.BLOCK+5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(2*BLOCK+5, generator=torch.Generator().manual_seed(0)).to(dtype)
     x[at] = -99
-    e = engine.Engine()
+    e = Engine()
     e.put(0, x)
     e.put_all([1], [x], [x])
-    e.close()
-    _,_,n,s,_ = e.fetch()
+    e.commit()
+    _,_,_,n,s,_ = e.fetch()
     f,c = finish(s, n)
     for k in (0,1): np.testing.assert_allclose([*f[:,k], *c[1:,k]], [*measure(x).values()], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(s[1,[W_SQ,DOT]], s[1,SUM_SQ], rtol=1e-6)
@@ -159,17 +157,17 @@ def test_std_far_below_the_mean():
     "Also where the weights have another dtype"
     x = (torch.randn(1_500_000, dtype=torch.float64, generator=torch.Generator().manual_seed(9))*3e-7+.7).float()
     for w in (None, torch.ones(len(x)), torch.ones(len(x), dtype=torch.bfloat16)):
-        e = engine.Engine()
+        e = Engine()
         e.put_all([0], [x], w if w is None else [w])
-        e.close()
-        _,_,n,s,_ = e.fetch()
+        e.commit()
+        _,_,_,n,s,_ = e.fetch()
         np.testing.assert_allclose(finish(s, n)[0][4,0], x.double().std(unbiased=False).item(), rtol=1e-5)
 
 @pytest.mark.parametrize('v', (math.nan, math.inf, -math.inf))
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.bfloat16))
 def test_witness(v, dtype):
     "Finite or not, not the sum"
-    e,x = engine.Engine(),torch.full((3000,4), 3e38).to(dtype).t()
+    e,x = Engine(),torch.full((3000,4), 3e38).to(dtype).t()
     assert math.isfinite(e.witness(x)) or dtype is torch.bfloat16   # whose sum is one of float32
     x[2,1999] = v
     assert not math.isfinite(e.witness(x)) and not math.isfinite(e.witness(x[:,1999:]))

@@ -1,23 +1,21 @@
 "Every notebook runs, in this process, as `nbdev-test` runs it."
 import io,signal,sys
-
 import matplotlib.pyplot as plt
 import pytest
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_nb
+from helpers.project import ROOT
 
-from conftest import ROOT
+RUN_NBS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(ROOT).parts))
 
-NBS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(ROOT).parts))
-
-def files():
+def files_around():
     "The files a notebook could leave behind: in nbs/, where it runs, and beside it."
     return {p for d in (ROOT.glob('*'), (ROOT/'nbs').rglob('*')) for p in d if not {'__pycache__', '.pytest_cache', '.hypothesis'} & set(p.parts)}
 
-@pytest.mark.parametrize('nb', NBS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
+@pytest.mark.parametrize('nb', RUN_NBS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
 def test_notebook(nb, monkeypatch):
     if nb.name=='00a_kernel.ipynb': pytest.importorskip('numba')
-    before,err,sigint = files(),io.StringIO(),signal.getsignal(signal.SIGINT)
+    before,err,sigint = files_around(),io.StringIO(),signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys, '__stderr__', err)  # where nbdev writes the traceback of a failing cell
     monkeypatch.syspath_prepend(ROOT)
     try: ok,_ = run_nb(nb, skip_flags=get_config(ROOT).tst_flags.split())
@@ -25,5 +23,5 @@ def test_notebook(nb, monkeypatch):
         signal.signal(signal.SIGINT, sigint)     # nbdev's handler would end pytest without a report
         plt.close('all')
     if not ok: pytest.fail(err.getvalue(), pytrace=False)
-    stray = files() - before
+    stray = files_around() - before
     assert not stray, f'{nb.name} left files behind: {sorted(map(str, stray))}'

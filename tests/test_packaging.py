@@ -2,13 +2,11 @@
 import re,sys,tarfile,venv,zipfile
 from configparser import ConfigParser
 from importlib import metadata
-
 import pytest
 from packaging.requirements import Requirement
+from helpers.project import PKG,checkout,run_command
 
-from conftest import checkout,run
-
-NAME,PKG = 'fastai-gradstats','fastai_gradstats'
+NAME = 'fastai-gradstats'
 
 @pytest.fixture(scope='module')
 def settings(root):
@@ -20,7 +18,7 @@ def settings(root):
 def dist(root, tmp_path_factory):
     "sdist and wheel, built from a copy of the project."
     src,out = checkout(tmp_path_factory.mktemp('src')),tmp_path_factory.mktemp('dist')
-    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, src)
+    run_command(sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, src)
     return out
 
 @pytest.fixture(scope='module')
@@ -62,7 +60,7 @@ def test_pictures():
     "PyPI shows pictures only by absolute address."
     assert not re.search(r'!\[[^]]*\]\((?!https://)', metadata.metadata(NAME).get_payload())
 
-def test_twine(dist): run(sys.executable, '-m', 'twine', 'check', '--strict', *dist.iterdir())
+def test_twine(dist): run_command(sys.executable, '-m', 'twine', 'check', '--strict', *dist.iterdir())
 
 def test_sdist(dist):
     with tarfile.open(next(dist.glob('*.tar.gz'))) as t: names = {n.split('/', 1)[1] for n in t.getnames() if '/' in n}
@@ -80,12 +78,12 @@ def test_wheel_runs_elsewhere(wheel, tmp_path):
     "The wheel in another venv, which borrows only this one's dependencies, runs the main job."
     venv.create(tmp_path/'venv', with_pip=False)
     py = tmp_path/'venv'/('Scripts' if sys.platform=='win32' else 'bin')/'python'
-    run(sys.executable, '-m', 'pip', '--python', py, 'install', '-q', '--no-deps', '--no-index', wheel)
-    site = run(py, '-c', "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    run_command(sys.executable, '-m', 'pip', '--python', py, 'install', '-q', '--no-deps', '--no-index', wheel)
+    site = run_command(py, '-c', "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     # A path line only: this venv's own .pth files (the editable install) are not processed
     with open(f'{site}/borrowed.pth', 'w') as f: f.write(str(metadata.distribution('torch').locate_file('')))
-    where = run(py, '-c', f'import {PKG}; print({PKG}.__file__)', cwd=tmp_path)
+    where = run_command(py, '-c', f'import {PKG}; print({PKG}.__file__)', cwd=tmp_path)
     assert str(tmp_path) in where
     out = tmp_path/'out'
-    run(py, '-m', PKG, '--epochs', '1', '--out', out, cwd=tmp_path)
+    run_command(py, '-m', PKG, '--epochs', '1', '--out', out, cwd=tmp_path)
     assert {'.png', '.csv'} <= {p.suffix for p in out.rglob('*')}

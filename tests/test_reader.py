@@ -4,14 +4,17 @@ import numpy as np,pandas as pd,pytest,torch
 from torch import nn
 from fastai.basics import Callback,Learner,SGD
 from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,engine
-from fastai_gradstats.engine import Engine,octaves
+from fastai_gradstats.engine import Engine
+from fastai_gradstats.histogram import octaves
 from fastai_gradstats.record import as_record
 from fastai_gradstats.stores import Rows,counts,floats
 from fastai_gradstats.stats import finish
-from conftest import ROOT
-from oracles import ByRows,Spy,TrainOnly,fit,loaders,paths
+from helpers.callbacks import ByRows,TrainOnly,each_reader
+from helpers.oracles import GradSpy,octaves_by_numpy
+from helpers.project import ROOT
+from helpers.training import fit,loaders
 
-def learner(*cbs, model=None, n=6, bs=8, seed=0, **kw):
+def reader_learner(*cbs, model=None, n=6, bs=8, seed=0, **kw):
     torch.manual_seed(seed)
     x,y = torch.randn(n*bs, 4),torch.randint(0, 3, (n*bs,))
     model = model or nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
@@ -34,7 +37,7 @@ class Reader(threading.Thread):
     def __enter__(self): self.start(); return self
     def __exit__(self, *args): self.over = True; self.join()
 
-def right(stats, norms, spy):
+def check_record_against_spy(stats, norms, spy):
     "Every parameter row and norm is what the optimizer got"
     df = stats.df[stats.df['kind']=='param']
     want = [np.linalg.norm(g) for gs in spy.grads for g in gs.values()]
@@ -46,33 +49,34 @@ def right(stats, norms, spy):
 @pytest.mark.parametrize('cls', (GradStatsCallback, ByRows))
 def test_second_thread(cls):
     "Frames, norms, copies and pickles taken while training: nothing lost, mixed up or raised"
-    stats,norms,spy = cls(**dict(hist=True) if cls is GradStatsCallback else {}),GradNormCallback(),Spy()
-    learn = learner(stats, norms, spy, n=150)
-    reads = lambda: stats.df,lambda: norms.norms[-1:],lambda: norms.by(),lambda: stats.hist_df,lambda: copy.deepcopy(stats.record),lambda: pickle.dumps(norms.record)
+    stats,norms,spy = cls(**dict(hist=True) if cls is GradStatsCallback else {}),GradNormCallback(),GradSpy()
+    learn = reader_learner(stats, norms, spy, n=150)
+    frames = lambda: stats.df,lambda: norms.norms[-1:],lambda: norms.by(),lambda: stats.hist_df
+    reads = *frames,lambda: copy.deepcopy(stats.record),lambda: pickle.dumps(norms.record)
     with Reader(*reads) as r: fit(learn)
     assert not r.errors and r.n>6
-    right(stats, norms, spy)
+    check_record_against_spy(stats, norms, spy)
 
 def test_second_thread_and_files(tmp_path):
     "What is on disk is what a run without a reader has"
-    stats,norms,spy = GradStatsCallback(folder=tmp_path/'a'),GradNormCallback(folder=tmp_path/'a'),Spy()
-    learn = learner(stats, norms, spy, n=100)
+    stats,norms,spy = GradStatsCallback(folder=tmp_path/'a'),GradNormCallback(folder=tmp_path/'a'),GradSpy()
+    learn = reader_learner(stats, norms, spy, n=100)
     with Reader(lambda: stats.df, lambda: norms.df) as r: fit(learn, 2)
     assert not r.errors
     back = GradRecord.load(tmp_path/'a')
     pd.testing.assert_frame_equal(back.df, stats.df)
     pd.testing.assert_frame_equal(back.steps, norms.df)
-    right(stats, norms, spy)
+    check_record_against_spy(stats, norms, spy)
 
 def test_two_readers_and_kept_iterations():
     "A record that is thinned while two threads read it"
     stats = GradStatsCallback(keep=20)
-    with Reader(lambda: stats.df) as a, Reader(lambda: stats.summary()) as b: fit(learner(stats, n=300))
+    with Reader(lambda: stats.df) as a, Reader(lambda: stats.summary()) as b: fit(reader_learner(stats, n=300))
     assert not a.errors+b.errors
     its = stats.df['iteration'].unique()
     assert len(its)<=20 and (np.diff(its)>0).all()
     alone = GradStatsCallback(keep=20)
-    fit(learner(alone, n=300))
+    fit(reader_learner(alone, n=300))
     assert stats.df['iteration'].isin(range(300)).all() and stats.df['norm'].max()==alone.df['norm'].max()
 
 def test_interrupted_beside_a_reader():
@@ -82,13 +86,13 @@ def test_interrupted_beside_a_reader():
             if self.iter==100 and self.training and not done:
                 done.append(1)
                 raise KeyboardInterrupt
-    done,stats,norms,spy = [],GradStatsCallback(),GradNormCallback(),Spy()
-    learn = learner(stats, norms, spy, n=150)
+    done,stats,norms,spy = [],GradStatsCallback(),GradNormCallback(),GradSpy()
+    learn = reader_learner(stats, norms, spy, n=150)
     with Reader(lambda: stats.df, lambda: norms.df) as r:
         with pytest.raises(KeyboardInterrupt): fit(learn, cbs=Stop())
         fit(learn)
     assert not r.errors and len(spy.norms)==250
-    right(stats, norms, spy)
+    check_record_against_spy(stats, norms, spy)
 
 FORK = """
 import multiprocessing as mp,os,threading,torch
@@ -109,7 +113,7 @@ held.wait()
 def child():
     engine = Engine(by_rows=True)
     engine.put(0, torch.ones(3))
-    engine.close()
+    engine.commit()
     engine.fetch()
     os._exit(0 if len(record.as_record(stats).df)==rows>0 else 1)
 process = mp.get_context('fork').Process(target=child)
@@ -132,18 +136,18 @@ def test_fetch_of_some():
         e = Engine(by_rows=by_rows, hist='all')
         for i in range(5):
             e.put(i, torch.full((3,), 2.**i))
-            e.close()
+            e.commit(i)
         e.put(9, torch.ones(1))   # its iteration is not over
         for first,last in ((0,2),(2,3),(3,5)):
-            n,keys,_,s,h = e.fetch(last-first)
-            assert n.tolist()==[1]*(last-first) and keys.tolist()==[*range(first, last)]
+            notes,n,keys,_,s,h = e.fetch(last-first)
+            assert notes==[*range(first, last)] and n.tolist()==[1]*(last-first) and keys.tolist()==[*range(first, last)]
             assert s[:,0].tolist()==[2.**i for i in range(first, last)] and octaves(h)[1].tolist()==[*range(first, last)]
-        e.close()
-        assert e.fetch()[1].tolist()==[9]
+        e.commit()
+        assert e.fetch().keys.tolist()==[9]
 
 # --- what a reader changes
 
-def spoil(df):
+def spoil_frame(df):
     "What a notebook may do to a frame"
     for c in df.columns:
         if df[c].dtype.kind=='f': df[c] = np.log10(df[c].abs())
@@ -153,22 +157,23 @@ def spoil(df):
     df.drop(df.index[2:], inplace=True)
     df.insert(0, 'mine', 1)
 
-def state(rec): return [o.to_csv() for o in (rec.df, rec.steps, rec.by(), rec.hist_df)]+[rec.sentence(), rec.summary(), [*rec.norms], rec.breaks, rec.facts, str(rec.stats[1])]
+def record_state(rec):
+    return [o.to_csv() for o in (rec.df, rec.steps, rec.by(), rec.hist_df)]+[rec.sentence(), rec.summary(), [*rec.norms], rec.breaks, rec.facts, str(rec.stats[1])]
 
 @pytest.mark.parametrize('how', ('live','loaded','selected','compared','frame'))
 def test_readers_get_copies(how, tmp_path):
     "Whatever is handed out may be changed: frames, lists, facts, rows of dicts"
     stats,norms = GradStatsCallback(hist='all'),GradNormCallback()
-    rec = as_record(fit(learner(stats, norms)))
+    rec = as_record(fit(reader_learner(stats, norms)))
     if how=='loaded': rec = GradRecord.load(rec.save(tmp_path/'a'))
     if how=='selected': rec = rec.select(phase='fit')
     if how=='frame': rec = GradRecord(mine := rec.df, steps := rec.steps, rec.by(), hist=rec.hist_df)
     if how=='compared':
         from fastai_gradstats import compare
         rec = compare({'a':rec, 'b':rec})
-    want = state(rec)
-    for get in (lambda: rec.df, lambda: rec.steps, lambda: rec.hist_df, lambda: rec.by(), lambda: rec.select(kind='param').df): spoil(get())
-    if how=='frame': spoil(mine), spoil(steps)
+    want = record_state(rec)
+    for get in (lambda: rec.df, lambda: rec.steps, lambda: rec.hist_df, lambda: rec.by(), lambda: rec.select(kind='param').df): spoil_frame(get())
+    if how=='frame': spoil_frame(mine), spoil_frame(steps)
     for f in rec.facts:
         f['params'].clear()
         f['fit'] = 9
@@ -178,7 +183,7 @@ def test_readers_get_copies(how, tmp_path):
     rec.norms[0] = -1
     rec.norms.append(3)
     rec.names.clear()
-    assert state(rec)==want
+    assert record_state(rec)==want
 
 def test_live_frames_stay(tmp_path):
     "A frame that was taken stays as it was, and what is done to it later changes nothing, while the record grows over it"
@@ -192,19 +197,19 @@ def test_live_frames_stay(tmp_path):
                 d,_,column,n,_ = taken.pop()
                 del d
                 column.iloc[0] = -1.
-                spoil(n)
-    fit(learner(stats, norms, Take(), n=40))
+                spoil_frame(n)
+    fit(reader_learner(stats, norms, Take(), n=40))
     for d,then,_,n,then_n in taken:
         pd.testing.assert_frame_equal(d, then)
         pd.testing.assert_frame_equal(n, then_n)
     alone = GradStatsCallback(),GradNormCallback()
-    fit(learner(*alone, n=40))
+    fit(reader_learner(*alone, n=40))
     pd.testing.assert_frame_equal(stats.df, alone[0].df)
     pd.testing.assert_frame_equal(norms.df, alone[1].df)
 
 def test_norms_are_floats():
     "`norms` is a list to whoever takes it for one"
-    rec = fit(learner(cb := GradNormCallback())).grad_norm
+    rec = fit(reader_learner(cb := GradNormCallback())).grad_norm
     want = rec.df['norm'].tolist()
     got = rec.norms
     assert got==want and got[-1]==want[-1] and got[1:3]==want[1:3] and [*got]==want and type(got[0]) is float
@@ -213,7 +218,7 @@ def test_norms_are_floats():
 
 # --- each read is up to date, and none costs more than the last
 
-def grow(rec, seed, n=60):
+def grown_record(rec, seed, n=60):
     "Appends in bulks of random size, and now and then a new tensor or a skipped step"
     rng,it = np.random.default_rng(seed),0
     rows = rec.stores['tensors']
@@ -232,7 +237,7 @@ def test_no_read_is_stale(keep):
     "A frame that grew is the frame that is made anew"
     for seed in range(2):
         rec = GradRecord(Rows(floats, counts, keep))
-        for rng in grow(rec, seed):
+        for rng in grown_record(rec, seed):
             if rng.random()<.5: pd.testing.assert_frame_equal(rec.df, rec.stores['tensors'].frame())
         pd.testing.assert_frame_equal(pickle.loads(pickle.dumps(rec)).df, rec.df)
 
@@ -247,19 +252,19 @@ def test_reading_each_step_is_flat():
             norms.norms[-1]
             norms.df
             spent.append(time.process_time()-start)
-    fit(learner(norms, Read(), n=500, bs=1))
+    fit(reader_learner(norms, Read(), n=500, bs=1))
     early,late = np.median(spent[30:80]),np.median(spent[-100:])
     assert late<2.5*early, (early,late)
 
 # --- the network as it is now
 
-class Net(nn.Module):
+class BodyAndHead(nn.Module):
     def __init__(self):
         super().__init__()
         self.body,self.head = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),nn.Linear(4, 3)
     def forward(self, x): return self.head(self.body(x).tanh())
 
-class Bad(nn.Module):
+class NanInBackward(nn.Module):
     "The gradient turns NaN in it"
     def forward(self, x):
         x = x*1.
@@ -267,14 +272,14 @@ class Bad(nn.Module):
         return x
 
 def adapter(m): m.body.append(nn.Linear(4, 4))
-def first(m): m.body.insert(0, nn.Linear(4, 4))
+def layer_in_front(m): m.body.insert(0, nn.Linear(4, 4))
 def renamed(m): m.body = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
 def bad(m):
-    m.body.append(Bad())
+    m.body.append(NanInBackward())
     m.body.append(nn.Linear(4, 4))
-def smaller(m): m.body = nn.Sequential(nn.Linear(4, 4))
+def fewer_layers(m): m.body = nn.Sequential(nn.Linear(4, 4))
 
-@pytest.mark.parametrize('change', (adapter, first, renamed, bad, smaller))
+@pytest.mark.parametrize('change', (adapter, layer_in_front, renamed, bad, fewer_layers))
 def test_network_changes_between_fits(change, tmp_path):
     "Rows, names and the place of a NaN are those of a run that had this network from the start; on disk too"
     def rows(stats):
@@ -282,7 +287,7 @@ def test_network_changes_between_fits(change, tmp_path):
         return d[d['iteration']==d['iteration'].max()][['kind','name','out','call']].astype(str).values.tolist()
     def go(before, folder):
         stats = GradStatsCallback(folder=folder)
-        learn = learner(stats, model=Net())
+        learn = reader_learner(stats, model=BodyAndHead())
         if before: fit(learn)
         change(learn.model)
         learn.opt = None
@@ -306,8 +311,8 @@ def test_counts_beyond_32_bits(by_rows, hist, tmp_path):
     e = Engine(by_rows=by_rows, hist=hist)
     e.put(0, g)
     e.put(1, torch.ones(5))
-    e.close()
-    n,keys,numel,s,h = e.fetch()
+    e.commit()
+    _,n,keys,numel,s,h = e.fetch()
     f,c = finish(s, numel)
     assert c[:,0].tolist()==[g.numel(), g.numel()-128, 0, 128] and c[:,1].tolist()==[5,0,0,0]
     rec = GradRecord(Rows(floats, counts))
@@ -321,14 +326,7 @@ def test_counts_beyond_32_bits(by_rows, hist, tmp_path):
         assert r.df.query('name=="a"')[['numel','zeros','above']].values.tolist()==[[g.numel(),g.numel()-128,128]]
         assert r.share_above()==128/(g.numel()+10)
 
-def in_octaves(x):
-    "By numpy in double precision"
-    x = np.abs(x.double().numpy().ravel())
-    octave = np.frexp(x)[1]-1
-    o,n = np.unique(octave[(x>0) & np.isfinite(x) & (octave>=-149) & (octave<=127)], return_counts=True)
-    return dict(zip(o.tolist(), n.tolist()))
-
-@paths
+@each_reader
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize('scale', (None, 2.**16))
 def test_octaves_of_subnormals(by_rows, dtype, scale):
@@ -340,24 +338,22 @@ def test_octaves_of_subnormals(by_rows, dtype, scale):
     x = g.double()/(scale or 1)
     if dtype!=torch.float64: x = x.float()
     e = Engine(by_rows=by_rows, hist='all')
-    if scale: e.scale = lambda device: torch.tensor(scale)
-    e.put(0, g)
-    e.scale = None
+    e.put(0, g, torch.tensor(scale) if scale else None)
     e.put_all([1], [x.to(g.dtype) if scale is None else x])
-    e.close()
-    n,o,c = octaves(e.fetch()[4])
-    assert dict(zip(o[:n[0]].tolist(), c[:n[0]].tolist()))==in_octaves(x)
-    assert dict(zip(o[n[0]:].tolist(), c[n[0]:].tolist()))==in_octaves(x)
+    e.commit()
+    n,o,c = octaves(e.fetch().octaves)
+    assert dict(zip(o[:n[0]].tolist(), c[:n[0]].tolist()))==octaves_by_numpy(x)
+    assert dict(zip(o[n[0]:].tolist(), c[n[0]:].tolist()))==octaves_by_numpy(x)
 
-@paths
+@each_reader
 def test_double_just_below_a_power_of_two(by_rows):
     "float64 is not rounded to float32 first"
     x = torch.tensor([1-1e-12, 2.**-126*(1-1e-12), 2.**-149, 2.**-150, 1e-300, 2.**128, 2.**128*(1-1e-12), torch.inf], dtype=torch.float64)
     e = Engine(by_rows=by_rows, hist='all')
     e.put(0, x)
-    e.close()
-    n,o,c = octaves(e.fetch()[4])
-    assert dict(zip(o.tolist(), c.tolist()))==in_octaves(x)=={-1:1, -127:1, -149:1, 127:1}
+    e.commit()
+    n,o,c = octaves(e.fetch().octaves)
+    assert dict(zip(o.tolist(), c.tolist()))==octaves_by_numpy(x)=={-1:1, -127:1, -149:1, 127:1}
 
 # --- in bulk
 
@@ -366,10 +362,10 @@ class Fetches(Callback):
     order = 1000
     def __init__(self, cb): self.cb,self.at,self.n = cb,[],0
     def before_batch(self): self.n += self.training
-    def before_fit(self):
-        own,fetch = self.cb._state.engine,Engine.fetch
+    def before_train(self):
+        own,fetch = self.cb._consumer.reader.engine,Engine.fetch
         def counted(*args):
-            if self.cb._state.live: self.at.append(self.n)
+            if self.cb._consumer.reader.live: self.at.append(self.n)
             return fetch(own, *args)
         own.fetch = counted
 
@@ -379,7 +375,7 @@ def test_fetched_in_bulk(cls, n, kw):
     layers = [nn.Linear(4, 4) for _ in range(10)]
     cb = cls(**kw)
     f = Fetches(cb)
-    fit(learner(cb, f, model=nn.Sequential(*layers, nn.Linear(4, 3)), n=n, bs=1))
+    fit(reader_learner(cb, f, model=nn.Sequential(*layers, nn.Linear(4, 3)), n=n, bs=1))
     assert not [i for i in f.at if i<n], f.at
 
 def test_memory_of_a_buffer_is_bounded(monkeypatch):
@@ -393,18 +389,18 @@ def test_memory_of_a_buffer_is_bounded(monkeypatch):
         while True:
             e.put_all([*range(per)], x)
             n += 1
-            if e.close(): break
+            if e.commit(): break
         assert (n-1)*per<=rows<(n+1)*per and len(e.buffers[torch.device('cpu')].acc)<=rows
     e = Engine()
     e.put_all([*range(2**14+5)], [torch.ones(1)]*(2**14+5))
-    assert e.close() and len(e.fetch()[1])==2**14+5
+    assert e.commit() and len(e.fetch().keys)==2**14+5
 
 # --- shuffled
 
 def test_shuffled_frames():
     "Rows in any order make the same record"
     stats,norms = GradStatsCallback(hist='all'),GradNormCallback()
-    rec = as_record(fit(learner(stats, norms), 2))
+    rec = as_record(fit(reader_learner(stats, norms), 2))
     mixed = [d.sample(frac=1, random_state=0) for d in (rec.df, rec.steps, rec.by(), rec.hist_df)]
     other = GradRecord(mixed[0], mixed[1], mixed[2], hist=mixed[3])
     for f in ('df','steps','hist_df'): pd.testing.assert_frame_equal(getattr(other, f), getattr(rec, f))

@@ -1,14 +1,13 @@
 "One page from a record: what is in it, how large it is, and that it works in a browser."
-import base64,json,re,shutil,subprocess,sys,time,warnings
+import base64,json,re,shutil,sys,time,warnings
 from functools import partial
 import numpy as np,pandas as pd,pytest
 from matplotlib import pyplot as plt
-
-from conftest import ROOT,run
 from fastai_gradstats import GradRecord,compare,plot_grad_flow,plot_grad_heatmap,plot_grad_log10,plot_grad_norm,save_report
 from fastai_gradstats.report import main
+from helpers.project import ROOT,run_command,visit_page
 
-def record(tensors=4, n=60, spike=None, bad=None, zero=None):
+def report_record(tensors=4, n=60, spike=None, bad=None, zero=None):
     "Gradients of 10**-3, but for a spike of 7 at (tensor, iteration), a NaN and a zero"
     it = np.repeat(np.arange(n, dtype=np.int32), tensors)
     name = np.tile(np.arange(tensors, dtype=np.int16), n)
@@ -17,80 +16,88 @@ def record(tensors=4, n=60, spike=None, bad=None, zero=None):
         if at: v[at[1]*tensors+at[0]] = x
     names = [f'layer{i//10}.{i%10}.</script>' for i in range(tensors)]
     cat,o = lambda codes,cs: pd.Categorical.from_codes(codes, cs),np.int32(0)
-    df = pd.DataFrame(dict(fit=o, phase=cat(name*0, ['fit','lr_find']), epoch=it//-(-n//2), iteration=it, step=it, kind=cat(name*0, ['output','param']), name=cat(name, names), out=o, call=o, numel=np.int32(10),
-                           max_abs=v, mean_abs=v, norm=v, mean=v, std=v, zeros=np.int32(10)*(v==0), nonfinite=np.isnan(v).astype(np.int32), above=(v>1).astype(np.int32), skipped=False))
+    df = pd.DataFrame(dict(fit=o, phase=cat(name*0, ['fit','lr_find']), epoch=it//-(-n//2), iteration=it, step=it,
+                           kind=cat(name*0, ['output','param']), name=cat(name, names), out=o, call=o, numel=np.int32(10),
+                           max_abs=v, mean_abs=v, norm=v, mean=v, std=v, zeros=np.int32(10)*(v==0),
+                           nonfinite=np.isnan(v).astype(np.int32), above=(v>1).astype(np.int32), skipped=False))
     s = np.arange(n)
-    steps = pd.DataFrame(dict(fit=0, phase=cat(s*0, ['fit','lr_find']), epoch=s*2//n, iteration=s, step=s, lr=.1, loss=1., bs=8, norm=1.+s%3, clip_coef=1/(1.+s%3), clipped_norm=1., weight_norm=1., nonfinite=0, skipped=False))
+    steps = pd.DataFrame(dict(fit=0, phase=cat(s*0, ['fit','lr_find']), epoch=s*2//n, iteration=s, step=s, lr=.1, loss=1., bs=8,
+                              norm=1.+s%3, clip_coef=1/(1.+s%3), clipped_norm=1., weight_norm=1., nonfinite=0, skipped=False))
     return GradRecord(df, steps)
 
-def page(rec, tmp_path, **kw): return save_report(rec, tmp_path/'grads.html', **kw).read_text(encoding='utf-8')
+def report_page(rec, tmp_path, **kw): return save_report(rec, tmp_path/'grads.html', **kw).read_text(encoding='utf-8')
 
-def heat(s):
+def heat_data(s):
     "The page's data, and its values as an array"
     d = json.loads(re.search(r'<script id=data type="application/json">(.*?)</script>', s, re.S)[1])
     return d, np.frombuffer(base64.b64decode(d['v']), '<f4').reshape(d['rows'], d['cols'])
 
 def test_content(tmp_path):
-    rec = record(spike=(2,40), bad=(1,50), zero=(0,10))
-    s = page(rec, tmp_path, title='A & B')
+    rec = report_record(spike=(2,40), bad=(1,50), zero=(0,10))
+    s = report_page(rec, tmp_path, title='A & B')
     assert '<title>A &amp; B</title>' in s and 'Largest output gradient 7 at iteration 40' in s
     assert 'non_finite' in s and 'after clipping' in s and s.count('<svg')==2
-    d,v = heat(s)
+    d,v = heat_data(s)
     assert v.shape==(4,60) and v[2,40]==7 and np.isnan(v[1,50]) and v[0,10]==0 and np.sum(v==np.float32(1e-3))==4*60-3
     assert d['names'][2]=='layer0.2.</script> (output)' and d['lo'][40]==d['hi'][40]==40 and '<i class=fit0 style="left:50.00%">' in s
 
 def test_comparison(tmp_path):
     "Each run has its sentence, its findings, its place in the heatmap and its rows in the table"
-    s = page(compare({'calm <1>':record(), 'wild':record(n=40, spike=(2,30), bad=(1,20))}), tmp_path)
+    s = report_page(compare({'calm <1>':report_record(), 'wild':report_record(n=40, spike=(2,30), bad=(1,20))}), tmp_path)
     assert '<b>calm &lt;1&gt;</b>: Largest output gradient 0.001' in s and '<b>wild</b>: Largest output gradient 7 at iteration 30' in s
     errors = re.findall(r'<tr class="error">(.*?)<tr', s, re.S)
     assert [re.findall(r'<td>([^<]*)', e)[:3] for e in errors]==[['non_finite','error','wild']]
-    d,v = heat(s)
+    d,v = heat_data(s)
     assert v.shape==(4,100) and v[2,90]==7 and np.isnan(v[1,80]) and d['segs']==['calm <1>','wild'] and d['seg']==[1]*60+[2]*40 and d['lo'][60]==0
     assert '<i class=fit1 style="left:60.00%">' in s and '<b style="left:60.00%">wild</b>' in s
     assert re.findall(r'<tr class=""><td>([^<]*)<td>', s)==['calm &lt;1&gt;']*4+['wild']*4
 
 def test_alone(tmp_path):
     "Nothing is loaded: no address but the namespaces of SVG, no file"
-    s = page(record(), tmp_path)
+    s = report_page(report_record(), tmp_path)
     assert not re.search(r'\bsrc=|<link|@import|url\((?!#)', s)
-    assert all(u.startswith(('http://www.w3.org/','http://purl.org/','https://matplotlib.org','http://creativecommons.org')) for u in re.findall(r'https?://[^\s"<]+', re.sub(r'<td>.*', '', s)))
+    namespaces = 'http://www.w3.org/','http://purl.org/','https://matplotlib.org','http://creativecommons.org'
+    assert all(u.startswith(namespaces) for u in re.findall(r'https?://[^\s"<]+', re.sub(r'<td>.*', '', s)))
 
 def test_large(tmp_path):
     "300 tensors fill all 800 columns; the one spike and the one NaN are there"
-    rec = record(300, 2400, spike=(123,1001), bad=(7,77))
-    s = page(rec, tmp_path)
-    d,v = heat(s)
+    rec = report_record(300, 2400, spike=(123,1001), bad=(7,77))
+    s = report_page(rec, tmp_path)
+    d,v = heat_data(s)
     assert len(s) < 5e6 and v.shape==(300,800)
     (r,),(c,) = np.where(v==7)
     assert r==123 and d['lo'][c]<=1001<=d['hi'][c]
     (r,),(c,) = np.where(np.isnan(v))
     assert r==7 and d['lo'][c]<=77<=d['hi'][c]
 
-@pytest.mark.parametrize('rec', [GradRecord(), record(n=1), GradRecord(record().df), GradRecord(steps=record().steps), GradRecord(record().df.assign(max_abs=np.nan, nonfinite=1)), GradRecord(record().df.assign(max_abs=np.float32(0), norm=np.float32(0)))],
+@pytest.mark.parametrize('rec',
+                         [GradRecord(), report_record(n=1), GradRecord(report_record().df), GradRecord(steps=report_record().steps),
+                          GradRecord(report_record().df.assign(max_abs=np.nan, nonfinite=1)),
+                          GradRecord(report_record().df.assign(max_abs=np.float32(0), norm=np.float32(0)))],
                          ids='empty one only_tensors only_steps nan zero'.split())
 def test_odd(rec, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert page(rec, tmp_path).rstrip().endswith('</html>')
+        assert report_page(rec, tmp_path).rstrip().endswith('</html>')
         h = rec._repr_html_()
     assert h.startswith('<p>') and ('data:image/png' in h)==(len(rec.frame('tensors'))>0) and '\n' not in repr(rec) and not plt.get_fignums()
 
 def test_repr_names_findings():
-    h = record(bad=(1,50))._repr_html_()
+    h = report_record(bad=(1,50))._repr_html_()
     assert '<b>error</b>: non_finite' in h and 'not checked' not in h
 
 def test_command(tmp_path):
-    record(spike=(2,40)).save(tmp_path/'run', format='csv')
-    out = run(sys.executable, '-m', 'fastai_gradstats.report', tmp_path/'run', '--html', tmp_path/'a.html', cwd=ROOT)
+    report_record(spike=(2,40)).save(tmp_path/'run', format='csv')
+    out = run_command(sys.executable, '-m', 'fastai_gradstats.report', tmp_path/'run', '--html', tmp_path/'a.html', cwd=ROOT)
     assert 'Largest output gradient 7 at iteration 40' in out and (tmp_path/'a.html').stat().st_size>10_000
 
 def test_command_fails(tmp_path, capsys):
     "A sentence, no traceback; damage can be left out"
-    record().save(tmp_path/'run', format='csv')
+    report_record().save(tmp_path/'run', format='csv')
     (tmp_path/'run'/'steps-0-000000.csv').write_text('hello')
-    for args,say in (((tmp_path/'none',), 'no such folder'), ((tmp_path,), 'no record; expected are files like'), ((tmp_path/'run',), 'steps-0-000000.csv: no column.*--skip')):
-        with pytest.raises(SystemExit, match=say): main(*map(str, args))
+    cases = (('none', 'no such folder'), ('', 'no record; expected are files like'), ('run', 'steps-0-000000.csv: no column.*--skip'))
+    for folder,say in cases:
+        with pytest.raises(SystemExit, match=say): main(str(tmp_path/folder))
     with pytest.warns(UserWarning, match='1 parts left out'): main(str(tmp_path/'run'), skip=True)
     assert 'Largest output gradient' in capsys.readouterr().out
 
@@ -98,14 +105,13 @@ def test_command_fails(tmp_path, capsys):
 def test_browser(tmp_path):
     "It opens without a message on the console; a mouse over the spike's pixel reads its tensor, iteration and value; a click sorts"
     assert shutil.which('chromium'), 'Debian: apt-get install chromium'
-    s = page(record(spike=(2,40)), tmp_path)
+    s = report_page(report_record(spike=(2,40)), tmp_path)
     s = s.replace('</html>', """<script>{const c=$('heat'),r=c.getBoundingClientRect()
       c.dispatchEvent(new MouseEvent('mousemove',{clientX:r.left+r.width*40.5/60,clientY:r.top+r.height*2.5/4}))
       document.querySelectorAll('.sort th')[3].click()
       document.title=[tip.hidden,tip.textContent,document.querySelector('.sort tbody tr').cells[3].textContent].join('|')}</script></html>""")
     (tmp_path/'hover.html').write_text(s, encoding='utf-8')
-    p = subprocess.run(['chromium', *'--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split(),
-                        f'--user-data-dir={tmp_path}/profile', *'--enable-logging=stderr --v=0 --virtual-time-budget=3000 --dump-dom'.split(), (tmp_path/'hover.html').as_uri()], capture_output=True, text=True, timeout=120)
+    p = visit_page(tmp_path/'hover.html', tmp_path)
     assert p.returncode==0 and 'CONSOLE' not in p.stderr, p.stderr
     title = re.search(r'<title>(.*?)</title>', p.stdout, re.S)[1]
     assert title=='false|layer0.2.&lt;/script&gt; (output)\niteration 40\n7.000|7', title
@@ -114,7 +120,7 @@ def test_browser(tmp_path):
 def test_full_size(tmp_path):
     "300 tensors, 100,000 iterations: every plot is there in seconds and has the one spike and the one NaN; the page has at most 5 MB"
     n,k,spike,bad = 100_000,300,(123,60_007),(7,33_333)
-    rec = record(k, n, spike=spike, bad=bad)
+    rec = report_record(k, n, spike=spike, bad=bad)
     steps = rec.steps
     steps.loc[spike[1],'norm'] = 7.
     rec = GradRecord(rec.df, steps)
@@ -137,5 +143,5 @@ def test_full_size(tmp_path):
     assert np.argwhere(z.filled(-9)>0).tolist()==at(spike) and np.argwhere((over[...,0]>.8)&(over[...,1]<.1)).tolist()==at(bad)
     assert line(drawn(partial(plot_grad_flow, iteration=spike[1]))).get_ydata()[spike[0]]==7
     t = time.process_time()
-    s = page(rec, tmp_path)
-    assert time.process_time()-t<200 and len(s)<5e6 and np.nanmax(heat(s)[1])==7 and np.isnan(heat(s)[1]).sum()==1
+    s = report_page(rec, tmp_path)
+    assert time.process_time()-t<200 and len(s)<5e6 and np.nanmax(heat_data(s)[1])==7 and np.isnan(heat_data(s)[1]).sum()==1

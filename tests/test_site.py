@@ -1,12 +1,10 @@
 "The built site opens in a browser without errors and asks no other host for anything."
-import importlib.util,re,shutil,subprocess,sys,threading
+import importlib.util,re,shutil,sys,threading
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler,ThreadingHTTPServer
-
 import pytest
-
-from conftest import checkout,run
+from helpers.project import checkout,run_command,visit_page
 
 pytestmark = [pytest.mark.slow,
     pytest.mark.skipif(not importlib.util.find_spec('smalldocs'), reason='smalldocs is not installed: pip install "fastai-gradstats[docs]"'),
@@ -33,25 +31,23 @@ class Handler(SimpleHTTPRequestHandler):
 def site(tmp_path_factory):
     "The site, built in a copy of the project; its address, and what was asked for and is not there"
     dest,missing = checkout(tmp_path_factory.mktemp('site')),[]
-    run(sys.executable, 'docs/build.py', cwd=dest)
+    run_command(sys.executable, 'docs/build.py', cwd=dest)
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=dest/'_docs', missing=missing))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield dest/'_docs',f'http://127.0.0.1:{server.server_port}',missing
     server.shutdown()
 
-flags = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update '
-         '--disable-sync --enable-logging=stderr --v=0 --virtual-time-budget=3000 --dump-dom').split()
-
 def visit(url, profile):
     "The page's final DOM, and what it wrote to the console"
-    res = subprocess.run(['chromium', *flags, f'--user-data-dir={profile}', url], capture_output=True, text=True, timeout=120)
+    res = visit_page(url, profile)
     assert res.returncode==0 and '</html>' in res.stdout, res.stderr
     return res.stdout,[l for l in res.stderr.splitlines() if 'CONSOLE' in l]
 
 def test_detects(tmp_path):
     "An error in the console and a picture of another host are seen."
     page = tmp_path/'bad.html'
-    page.write_text('<img src="https://example.invalid/a.png"><link href="//example.invalid/a.css" rel="stylesheet"><a href="https://example.invalid">x</a><script>nothing()</script>')
+    page.write_text('<img src="https://example.invalid/a.png"><link href="//example.invalid/a.css" rel="stylesheet">'
+                    '<a href="https://example.invalid">x</a><script>nothing()</script>')
     dom,log = visit(page.as_uri(), tmp_path/'profile')
     assert any('nothing is not defined' in l for l in log)
     assert foreign(dom)==['https://example.invalid/a.png', '//example.invalid/a.css']
@@ -75,7 +71,9 @@ def test_names_link(site):
     "Public names in the pages' text lead to their documentation, classes and functions alike"
     folder,_,_ = site
     text = {p.relative_to(folder).as_posix(): p.read_text(encoding='utf-8') for p in folder.rglob('*.html')}
-    for name,page in dict(GradStatsCallback='callback', GradNormCallback='callback', GradRecord='record', diagnose='diagnosis', plot_grad_heatmap='plot', grad_along_ray='probe', save_report='report').items():
+    documented = dict(GradStatsCallback='callback', GradNormCallback='callback', GradRecord='record', diagnose='diagnosis',
+                      plot_grad_heatmap='plot', grad_along_ray='probe', save_report='report')
+    for name,page in documented.items():
         assert f'id="{name.lower()}"' in text[f'{page}.html']
         plain = [p for p,t in text.items() if p!='changelog.html' and re.search(rf'<p>[^<]*<code>{name}</code>', t)]
         assert not plain, f'{name} is no link in {plain}'
