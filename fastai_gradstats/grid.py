@@ -43,8 +43,8 @@ def check_choice(argument, value, choices):
 def check_stat(df, stat):
     "Raises where `stat` is no column of numbers that tell something about a tensor"
     place = 'fit','epoch','iteration','step','out','call'
-    def is_stat(column): return column not in place and pd.api.types.is_numeric_dtype(df[column]) and df[column].dtype!=bool
-    stats = [c for c in df if is_stat(c)]
+    numbers = [c for c in df if pd.api.types.is_numeric_dtype(df[c]) and df[c].dtype!=bool]
+    stats = [c for c in numbers if c not in place]
     if stat not in stats: raise ValueError(f"stat: accepted are {', '.join(stats)}, got {stat!r}")
 
 def check_which(kind=None, phase=None):
@@ -64,7 +64,8 @@ def check_fit(df, fit, phase='fit'):
     missing = [f for f in (fit if several(fit) else [fit]) if f not in known]
     if not len(known) or not missing: return
     of_phase = f" in phase '{phase}'" if phase else ''
-    raise ValueError(f"fit: accepted are those recorded{of_phase}, between {known.min()} and {known.max()}, a list of them, and None for all, got {missing[0]!r}")
+    known = f'between {known.min()} and {known.max()}'
+    raise ValueError(f"fit: accepted are those recorded{of_phase}, {known}, a list of them, and None for all, got {missing[0]!r}")
 
 # %% ../nbs/04c_grid.ipynb #dc170acc
 def matching(df, **want):
@@ -79,8 +80,8 @@ def matching(df, **want):
 def absolute(df, stat):
     "The statistic's absolute value in each row, NaN where it or anything in the tensor was not finite"
     column = df[stat]
-    single = column.dtype==np.float32
-    with np.errstate(invalid='ignore'): value = np.abs(column.to_numpy(np.float32 if single else np.float64, copy=True))
+    dtype = np.float32 if column.dtype==np.float32 else np.float64
+    with np.errstate(invalid='ignore'): value = np.abs(column.to_numpy(dtype, copy=True))
     value[~np.isfinite(value)] = np.nan
     if 'nonfinite' in df: value[(df['nonfinite']>0).to_numpy()] = np.nan
     return value
@@ -92,12 +93,17 @@ def codes(column):
     code,values = pd.factorize(column)
     return code, list(values)
 
+def differs(values):
+    "Per value: is it the first, or another than the one before?"
+    return np.r_[True, values[1:]!=values[:-1]][:len(values)]
+
 def fit_numbers(df):
     "Per row the number of its fit among all fits of all runs, whatever phase it is of: in order of training"
     if not len(df): return np.zeros(0, np.int64)
-    key = {c:codes(df[c])[0] for c in ('run','phase') if c in df} | dict(fit=df['fit'].to_numpy())
-    changes = np.any([k[1:]!=k[:-1] for k in key.values()], axis=0)
-    start = np.flatnonzero(np.r_[True, changes])
+    key = {c:codes(df[c])[0] for c in ('run','phase') if c in df}
+    key['fit'] = df['fit'].to_numpy()
+    changes = np.any([differs(k) for k in key.values()], axis=0)
+    start = np.flatnonzero(changes)
     stretches = pd.DataFrame({c:k[start] for c,k in key.items()})
     if 'run' in key: stretches = stretches.sort_values('run', kind='stable')
     number = stretches.groupby(list(key), sort=False).ngroup().sort_index()   # as they first appear
@@ -137,11 +143,10 @@ def end_to_end(x, begins):
 
 def iterations(frame, time, at='iteration'):
     "A row per iteration: the number `start` of its first row, its place `x` on the axis, and which `segment` it is in, fits counted from 1"
-    start = np.flatnonzero(np.r_[True, time[1:]!=time[:-1]][:len(time)])
+    start = np.flatnonzero(differs(time))
     columns = [c for c in ('run','fit','phase','epoch',at) if c in frame]
     its = frame[columns].iloc[start].reset_index(drop=True)
-    number = fit_numbers(its)
-    begins = np.r_[True, number[1:]!=number[:-1]][:len(its)]
+    begins = differs(fit_numbers(its))
     x = end_to_end(its[at].to_numpy(np.int64), begins)
     return its.assign(x=x, start=start, segment=np.cumsum(begins))
 
@@ -172,7 +177,7 @@ def worst(x, y, n):
     return np.sort(order[first])
 
 # %% ../nbs/04c_grid.ipynb #96cf7b8a
-Boundary   = namedtuple('Boundary', 'at is_fit')       # number of the iteration; does a fit begin there, or only an epoch?
+Boundary   = namedtuple('Boundary', 'at is_fit')       # number of the iteration; does a fit begin there?
 Boundaries = namedtuple('Boundaries', 'lines named')   # `Boundary`s to draw, and numbers of iterations that get a name
 
 def boundaries(its):
@@ -187,18 +192,20 @@ def boundaries(its):
 def boundary_name(its, i):
     "What begins at iteration number `i`: a run, a fit where there are several, else an epoch"
     row = its.iloc[i]
-    runs = its['run'] if 'run' in its else None
-    if runs is not None and runs.nunique()>1 and (i==0 or runs.iloc[i-1]!=row['run']): return run_name(row['run'])
+    if 'run' in its and its['run'].nunique()>1:
+        first = i==0 or its['run'].iloc[i-1]!=row['run']
+        if first: return run_name(row['run'])
     if its['segment'].nunique()<2: return f"epoch {row['epoch']}"
     return 'lr_find' if row['phase']=='lr_find' else f"fit {row['fit']}"
 
 # %% ../nbs/04c_grid.ipynb #b09c0a36
 def at_iteration(df, iteration):
     "The rows of an iteration, in the last fit that has it; -1 is the last iteration of all"
+    if not len(df): return df
     time = times(df)
     known = np.sort(pd.unique(time))
-    if iteration<0: hit = known[iteration:][:1]
-    else: hit = known[known%(df['iteration'].max()+1)==iteration][-1:] if len(df) else known
+    if iteration>=0: known = known[known%(df['iteration'].max()+1)==iteration]
+    hit = known[min(iteration, -1):][:1]
     return df[time==hit[0]] if len(hit) else df[:0]
 
 # %% ../nbs/04c_grid.ipynb #9f973201
@@ -216,7 +223,8 @@ def tensors(df):
     kind = (df['kind']==kinds[1]).to_numpy(np.int64)
     call = df['call'].to_numpy(np.int64)
     out = df['out'].to_numpy(np.int64)
-    shape = len(kinds),len(names),int(call.max(initial=0))+1,int(out.max(initial=0))+1
+    calls,outs = int(call.max(initial=0))+1,int(out.max(initial=0))+1
+    shape = len(kinds),len(names),calls,outs
     code = np.ravel_multi_index((kind, name.astype(np.int64), call, out), shape)
     there = np.bincount(code, minlength=np.prod(shape))>0
     kind,name,call,out = np.unravel_index(np.flatnonzero(there), shape)
@@ -234,7 +242,7 @@ def groups(table, slots, n=32):
     for depth in range(max(map(len, parts)), 0, -1):
         stems = ['.'.join(p[:depth]) for p in parts]
         keys = list(zip(table['kind'], stems))
-        start = [i for i in range(len(keys)) if i==0 or keys[i]!=keys[i-1]]
+        start = [0]+[i for i in range(1, len(keys)) if keys[i]!=keys[i-1]]
         if len(start)<=slots: break
     return Groups(np.array(start), [shortened(stems[i], n) for i in start])
 
@@ -339,7 +347,9 @@ def octaves(rec, name, phase='fit', fit=None):
     check_which(phase=phase)
     check_fit(df, fit, phase)
     known = {*hist['name'].unique(), *rec.names}
-    if name not in known: raise ValueError(f"name: {name!r} was not recorded; near names: {', '.join(get_close_matches(str(name), known, 5, 0))}")
+    if name not in known:
+        near = ', '.join(get_close_matches(str(name), known, 5, 0))
+        raise ValueError(f"name: {name!r} was not recorded; near names: {near}")
     hist = hist[matching(hist, name=name, phase=phase, fit=fit)]
     place = [c for c in ('run','fit','phase','epoch','iteration') if c in hist]
     hist = hist.groupby([*place,'octave'], observed=True, sort=False)['count'].sum().reset_index()
@@ -348,7 +358,8 @@ def octaves(rec, name, phase='fit', fit=None):
     lowest = hist['octave'].min()-1
     if not len(hist) or not len(its): return Octaves(lowest, hist)
     largest = its[place].assign(octave=lowest, count=largest.astype(np.float64))
-    return Octaves(lowest, pd.concat([largest, hist], ignore_index=True))   # first what has all iterations, in order of training
+    both = [largest, hist]   # first what has all iterations, in order of training
+    return Octaves(lowest, pd.concat(both, ignore_index=True))
 
 # %% ../nbs/04c_grid.ipynb #1982fb91
 def kinds_there(df, kind='both', phase='fit', fit=None):
@@ -368,14 +379,14 @@ def no_tensors(rec, kind='both', phase='fit', fit=None):
         other = df['phase'].iloc[-1]
         return f"No {what} of phase '{phase}' recorded:\nphase='{other}' draws those of {other}"
     if kind: return f"No {what} recorded:\nGradStatsCallback(kind='both') records them"
-    only_norms = len(rec.frame('steps'))
-    return f"No gradients of single tensors recorded{', only norms' if only_norms else ' yet'}:\nGradStatsCallback() records them"
+    instead = ', only norms' if len(rec.frame('steps')) else ' yet'
+    return f'No gradients of single tensors recorded{instead}:\nGradStatsCallback() records them'
 
 def no_norms(rec, phase='fit'):
     "Why there is no norm to draw, and what would record it"
     steps = rec.frame('steps')
     if not len(steps): return 'No norms recorded:\nGradNormCallback() records them'
-    if phase is None or (steps['phase']==phase).any(): return 'No gradient was left at the step:\ndiagnose() says what that means'
+    if matching(steps, phase=phase).any(): return 'No gradient was left at the step:\ndiagnose() says what that means'
     other = steps['phase'].iloc[-1]
     return f"No norms of phase '{phase}' recorded:\nphase='{other}' draws those of {other}"
 

@@ -18,9 +18,10 @@ from matplotlib.colors import LogNorm,to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation,MaxNLocator
-from .grid import (Cells,at_iteration,boundaries,boundary_name,cells,check_choice,check_fit,check_stat,check_which,image,iterations,kinds_there,
-                                   matching,need_norms,need_octaves,need_tensors,no_norms,no_tensors,norm_steps,octaves,per_iteration,places,points,printed,run_name,shortened,
-                                   tensors,words,worst)
+from .grid import (Cells,absolute,at_iteration,boundaries,boundary_name,cells,check_fit,check_stat,check_which,image,
+                                   iterations,kinds_there,matching,need_norms,need_octaves,need_tensors,no_norms,no_tensors,
+                                   norm_steps,octaves,per_iteration,places,points,printed,run_name,shortened,tensors,words,
+                                   worst)
 from .record import as_record
 from .stores import kinds
 
@@ -28,7 +29,8 @@ from .stores import kinds
 colours = dict(output='#0072B2', param='#E69F00')
 cycle = ['#0072B2','#E69F00','#009E73','#CC79A7','#56B4E9','#D55E00','#999999']   # of runs
 red,grey,clip = '#E00000','0.5','#D55E00'
-labels = dict(max_abs='largest |gradient|', mean_abs='mean |gradient|', norm='gradient norm', mean='|mean gradient|', std='std of gradient')
+labels = dict(max_abs='largest |gradient|', mean_abs='mean |gradient|', norm='gradient norm', mean='|mean gradient|',
+              std='std of gradient')
 
 # %% ../nbs/05_plot.ipynb #c0de0202
 as_text = dict(parse_math=False, usetex=False)
@@ -79,8 +81,8 @@ def _edge_ticks(ax, mark, x, where, n, color, edge):
     shown = shown[worst(at, at*0, n)]
     if not len(shown): return
     y = 1-.05*edge if mark.at_top else .05*edge
-    kw = dict(ms=7, mfc=mark.color, mec=color, clip_on=False, zorder=4, transform=ax.get_xaxis_transform(), gid=mark.what)
-    ax.plot(x[shown], np.full(len(shown), y), mark.marker, **kw)
+    at_edge = dict(transform=ax.get_xaxis_transform(), clip_on=False)
+    ax.plot(x[shown], np.full(len(shown), y), mark.marker, ms=7, mfc=mark.color, mec=color, zorder=4, gid=mark.what, **at_edge)
 
 # %% ../nbs/05_plot.ipynb #f6bd9f12
 def _line(ax, x, y, label, color,
@@ -96,12 +98,14 @@ def _line(ax, x, y, label, color,
     shown = worst(_whole(x), np.where(positive, y, -1), n)
     line = np.full(len(shown), np.nan)
     line[positive[shown]] = transform(y[shown][positive[shown]].astype(np.float64))
-    where = [np.isnan(y)&~np.asarray(absent), y==0] if marks else []
-    said = [f'{w.sum():,} {mark.what}' for w,mark in zip(where, edge_marks) if w.any()] + list(also)
+    not_finite = np.isnan(y)&~np.asarray(absent)
+    marked = list(zip(edge_marks, (not_finite, y==0))) if marks else []
+    said = [f'{where.sum():,} {mark.what}' for mark,where in marked if where.any()]
+    said += also
     if said: label = f"{label} ({', '.join(said)})"
     style = dict(color=color, label=label, lw=1.2, marker='.', ms=6 if len(shown)<100 else 2, zorder=3, gid='line')
     ax.plot(x[shown], line, **{**style, **kw})
-    for w,mark in zip(where, edge_marks): _edge_ticks(ax, mark, x, w, n, color, edge)
+    for mark,where in marked: _edge_ticks(ax, mark, x, where, n, color, edge)
     return shown
 
 # %% ../nbs/05_plot.ipynb #e7a10002
@@ -149,7 +153,8 @@ def _boundary_names(ax, its, named, x):
         left = (x[i]-low)/(high-low)*_pixels(ax).width
         if left<end: continue
         name = boundary_name(its, i)
-        ax.text(x[i], 1.015, name, transform=ax.get_xaxis_transform(), fontsize=8, color=grey, va='bottom', gid='mark', **as_text)
+        style = dict(fontsize=8, color=grey, va='bottom', gid='mark', **as_text)
+        ax.text(x[i], 1.015, name, transform=ax.get_xaxis_transform(), **style)
         end = left+_text_px(ax, name, 8)
 
 def _draw_boundaries(ax, its, color=grey):
@@ -209,13 +214,13 @@ def _legend(ax, handles=None, size=9):
         more = Line2D([], [], ls='', label=f'and {len(handles)-room+1} more')
         handles = handles[:room-1]+[more]
     above = any(t.get_gid()=='mark' for t in ax.texts) or ax.get_title('left')
+    place = dict(loc='lower right', bbox_to_anchor=(1,1), borderaxespad=1.6 if above else .4, ncol=columns)
     style = dict(frameon=False, fontsize=size, handlelength=1.4, columnspacing=1.4)
-    legend = ax.legend(handles, ['.']*len(handles), loc='lower right', bbox_to_anchor=(1,1), borderaxespad=1.6 if above else .4, ncol=columns, **style)
-    for text,h in zip(legend.get_texts(), handles):
-        text.set(text=texts.get(h, h.get_label()), **as_text)   # set here, since a legend leaves out labels with a leading underscore
+    legend = ax.legend(handles, ['.']*len(handles), **place, **style)   # it leaves out labels with a leading underscore
+    for text,h in zip(legend.get_texts(), handles): text.set(text=texts.get(h, h.get_label()), **as_text)
 
 # %% ../nbs/05_plot.ipynb #8025c7e2
-Part = namedtuple('Part', 'want label color')   # of a picture: which rows (see `points`), and how their line is called and coloured
+Part = namedtuple('Part', 'want label color')   # which rows (see `points`), and how their line is called and coloured
 
 def _runs(df):
     "Names of the runs in a comparison"
@@ -225,7 +230,7 @@ def _by_kind(df, ks):
     "A part for each run where there are several, of the first kind; else one for each kind"
     runs = _runs(df)
     if len(runs)<2: return [Part(dict(kind=k), words[k], colours[k]) for k in ks]
-    return [Part(dict(kind=ks[0], run=run), run_name(run), cycle[i%len(cycle)]) for i,run in enumerate(runs)]
+    return [part._replace(want=dict(kind=ks[0], **part.want)) for part in _by_run(df, '')]
 
 def _by_run(df, label):
     "A part for each run; one of this label where there are no runs"
@@ -241,6 +246,11 @@ def _check(rec, stat, kind, phase, fit):
     check_stat(df, stat)
     check_fit(df, fit, phase)
     need_tensors(rec, kind)
+
+def _say_no_row(ax, missing):
+    "Say in the legend which kinds have no row"
+    for kind in kinds:
+        if kind in missing: ax.plot([], [], ' ', label=f"no {words[kind]}: kind='both' records them")
 
 def _log_lines(ax, df, parts, stat, reduce, want):
     "A line for each part, of the rows that it and `want` pick; returns their iterations"
@@ -271,10 +281,11 @@ def plot_grad_log10(o, # whatever `as_record` takes
     its = _log_lines(ax, df, _by_kind(df, ks), stat, reduce, dict(phase=phase, fit=fit))
     _finite(ax, log=False)
     ax.axhline(0, color=grey, lw=1, ls='--', zorder=1, label='gradient 1')
-    for k in kinds:
-        if kind in (None,'both') and k not in ks: ax.plot([], [], ' ', label=f"no {words[k]}: kind='both' records them")
+    if kind in (None,'both'): _say_no_row(ax, set(kinds)-set(ks))
     _x_axis(ax, its)
-    text,kw = _log_label(stat, 'mean of ' if reduce=='mean' else '', f', {words[ks[0]]}' if len(_runs(df))>1 else '')
+    before = 'mean of ' if reduce=='mean' else ''
+    after = f', {words[ks[0]]}' if len(_runs(df))>1 else ''
+    text,kw = _log_label(stat, before, after)
     ax.set_ylabel(text, **kw)
     _legend(ax)
     return ax
@@ -307,7 +318,8 @@ def _column_ticks(ax, mark, where, first, last):
     x = first-.5+(np.flatnonzero(where)+.5)*width
     if not len(x): return []
     y = np.full(len(x), 1 if mark.at_top else 0)
-    return ax.plot(x, y, mark.marker, color=mark.color, ms=5, clip_on=False, transform=ax.get_xaxis_transform(), label=mark.what, gid=mark.what)
+    at_edge = dict(transform=ax.get_xaxis_transform(), clip_on=False)
+    return ax.plot(x, y, mark.marker, color=mark.color, ms=5, label=mark.what, gid=mark.what, **at_edge)
 
 # %% ../nbs/05_plot.ipynb #2ba9dacc
 ColourRange = namedtuple('ColourRange', 'low high cut')   # `cut`: are there smaller ones, which have the lowest colour?
@@ -324,13 +336,15 @@ def _colour_range(z):
 
 def _draw_image(ax, img, rows, first, last, label):
     "An image of `rows` tensors from iteration `first` to `last`; returns the legend's handles"
-    with np.errstate(all='ignore'): z = np.ma.masked_invalid(np.log10(np.where(img>0, img, np.nan), dtype=np.float64))
+    positive = np.where(img>0, img, np.nan)
+    with np.errstate(all='ignore'): z = np.ma.masked_invalid(np.log10(positive, dtype=np.float64))
     low,high,cut = _colour_range(z)
     style = dict(aspect='auto', interpolation='nearest', extent=(first-.5, last+.5, rows-.5, -.5))
     im = ax.imshow(z, cmap='viridis', vmin=low, vmax=high, **style)
     over = np.zeros((*img.shape,4))
+    special = (np.isnan(img), red, 'not finite'), (img==0, 'k', 'all zero'), (img==-1, '#eeeeee', 'no gradient')
     handles = []
-    for where,color,what in ((np.isnan(img), red, 'not finite'), (img==0, 'k', 'all zero'), (img==-1, '#eeeeee', 'no gradient')):
+    for where,color,what in special:
         over[where] = to_rgba(color)
         if where.any(): handles.append(Patch(fc=color, ec=grey, lw=.5, label=what))
     ax.imshow(over, **style)
@@ -345,7 +359,8 @@ def _name_kinds(ax, table):
     for kind in table['kind'].unique():
         row = np.flatnonzero(table['kind']==kind)
         middle = (row[0]+row[-1])/2
-        ax.text(1.004, middle, words[kind], transform=ax.get_yaxis_transform(), rotation=270, va='center', fontsize=8, color=grey)
+        style = dict(rotation=270, va='center', fontsize=8, color=grey)
+        ax.text(1.004, middle, words[kind], transform=ax.get_yaxis_transform(), **style)
         if row[0]: ax.axhline(row[0]-.5, color='w', lw=3)
 
 def draw_heatmap(rec, # a `GradRecord`
@@ -353,7 +368,8 @@ def draw_heatmap(rec, # a `GradRecord`
                  stat='max_abs', kind='both', phase='fit', fit=None):
     "The heatmap of `plot_grad_heatmap`, in Axes that may belong to no window"
     _check(rec, stat, kind, phase, fit)
-    if not kinds_there(rec.frame('tensors'), kind, phase, fit): return _say_empty(axes(3.2), no_tensors(rec, kind, phase, fit))
+    there = kinds_there(rec.frame('tensors'), kind, phase, fit)
+    if not there: return _say_empty(axes(3.2), no_tensors(rec, kind, phase, fit))
     shown = cells(rec, stat, kind, phase, fit)
     table,its = shown.tensors,shown.iterations
     ax = axes(min(max(1.2+.14*len(table), 2.4), 7.5))
@@ -381,8 +397,8 @@ def plot_grad_heatmap(o, # whatever `as_record` takes
 def _counted(steps):
     "What the legend says of steps: how many were clipped, skipped, without a gradient"
     skipped = steps['skipped'].astype(bool)
-    counts = {'clipped':was_clipped(steps).sum(), 'skipped':skipped.sum(), 'without a gradient':(steps['absent']&~skipped).sum()}
-    said = [f'{n:,} {what}' for what,n in counts.items() if n]
+    which = {'clipped':was_clipped(steps), 'skipped':skipped, 'without a gradient':steps['absent']&~skipped}
+    said = [f'{steps.sum():,} {what}' for what,steps in which.items() if steps.any()]
     return [*said, f'of {len(steps):,} steps'] if said else []
 
 def was_clipped(steps):
@@ -406,7 +422,8 @@ def _norm_lines(ax, steps, label, color, edge):
     if clipped.any():
         dots = shown[clipped[shown]]
         _mark(ax, 'clipped', x[dots], norm[dots], '.', color=clip, ms=5, zorder=3.2)
-        _mark(ax, 'after clipping', x[shown], steps['clipped_norm'].to_numpy()[shown], color=color if edge else 'k', lw=1, ls='--', zorder=2.9)
+        clipped_norm = steps['clipped_norm'].to_numpy()
+        _mark(ax, 'after clipping', x[shown], clipped_norm[shown], color=color if edge else 'k', lw=1, ls='--', zorder=2.9)
     if len(skipped):
         height = np.full(len(skipped), .9-.05*edge)
         _mark(ax, 'step skipped', x[skipped], height, 'x', color='k', ms=6, transform=ax.get_xaxis_transform(), zorder=5)
@@ -452,13 +469,14 @@ def _flow_lines(ax, parts):
     "Draw the tensors of each part over one common axis of tensors, and return these"
     row,table = tensors(pd.concat([part.rows for part in parts]))
     ends = np.cumsum([len(part.rows) for part in parts])
+    marker = 'o' if len(table)<60 else '.'
     for i,(at,(label,rows)) in enumerate(zip(np.split(row, ends[:-1]), parts)):
-        for stat,style,what in (('max_abs','-','largest'), ('mean_abs',':','mean')):
+        style = dict(color=cycle[i%len(cycle)], edge=i, marker=marker, ms=3)
+        for stat,ls,what in (('max_abs','-','largest'), ('mean_abs',':','mean')):
             value = np.full(len(table), -1.)
-            bad = (rows['nonfinite']>0) | ~np.isfinite(rows[stat])
-            value[at] = np.where(bad, np.nan, rows[stat])
+            value[at] = absolute(rows, stat)
             x = np.flatnonzero(value!=-1)
-            _line(ax, x, value[x], f'{label}, {what}', cycle[i%len(cycle)], ls=style, marker='o' if len(table)<60 else '.', ms=3, edge=i, marks=style=='-')
+            _line(ax, x, value[x], f'{label}, {what}', ls=ls, marks=stat=='max_abs', **style)
     return table
 
 # %% ../nbs/05_plot.ipynb #72376d75
@@ -476,9 +494,12 @@ def plot_grad_flow(o, # whatever `as_record` takes
     if not ks: return _say_empty(_axes(ax, figsize, 4), no_tensors(rec, kind, phase, fit))
     if kind is None: ks = ks[:1]
     wanted = matching(df, kind=ks, phase=phase, fit=fit)
-    df = df.loc[wanted, [c for c in ('run','fit','phase','iteration','kind','name','out','call','nonfinite','max_abs','mean_abs') if c in df]]
+    used = 'run','fit','phase','iteration','kind','name','out','call','nonfinite','max_abs','mean_abs'
+    df = df.loc[wanted, [c for c in used if c in df]]
     parts = _flow_parts(df, ks, iteration)
-    if not parts: raise ValueError(f"iteration: accepted are those recorded, between {df['iteration'].min()} and {df['iteration'].max()}, and -1 for the last, got {iteration}")
+    if not parts:
+        known = f"between {df['iteration'].min()} and {df['iteration'].max()}"
+        raise ValueError(f'iteration: accepted are those recorded, {known}, and -1 for the last, got {iteration}')
     ax = _axes(ax, figsize, 4)
     table = _flow_lines(ax, parts)
     _finite(ax)
@@ -498,7 +519,8 @@ def _last_fit(steps):
 
 def _lr_lines(ax, right, steps, label, color, loss_label, loss_color):
     "Norm in `ax` and loss in `right` against the learning rate"
-    _line(ax, steps['lr'].to_numpy(), steps['norm'].to_numpy(np.float64), label, color, absent=steps['absent'].to_numpy())
+    norm = steps['norm'].to_numpy(np.float64)
+    _line(ax, steps['lr'].to_numpy(), norm, label, color, absent=steps['absent'].to_numpy())
     loss = steps['loss'].where(np.isfinite(steps['loss']))
     right.plot(steps['lr'], loss, color=loss_color, ls='--', lw=1.2, label=loss_label, gid='loss')
 
@@ -517,8 +539,8 @@ def plot_grad_lr(o, # whatever `as_record` takes
     parts = _by_run(steps, 'gradient norm')
     for part in parts:
         of_run = _last_fit(steps[matching(steps, **part.want)])
-        loss = dict(loss_label=f'{part.label}: loss', loss_color=part.color) if len(parts)>1 else dict(loss_label='loss', loss_color=clip)
-        _lr_lines(ax, right, of_run, part.label, part.color, **loss)
+        loss_label,loss_color = (f'{part.label}: loss',part.color) if len(parts)>1 else ('loss',clip)
+        _lr_lines(ax, right, of_run, part.label, part.color, loss_label, loss_color)
     if (steps['lr']>0).any(): ax.set_xscale('log')
     ax.set(xlabel='learning rate', ylabel='gradient norm (L2)')
     right.set_ylabel('loss (dashed)')
@@ -532,7 +554,8 @@ def _draw_octaves(ax, img, lowest, first, last):
     largest,counts = img[0],np.ma.masked_less(img[1:], 1)
     low,high = (lowest+1)*np.log10(2),(lowest+len(img))*np.log10(2)
     colours = LogNorm(1, max(counts.max(), 10))
-    im = ax.imshow(counts, origin='lower', norm=colours, aspect='auto', interpolation='nearest', extent=(first-.5, last+.5, low, high))
+    extent = first-.5,last+.5,low,high
+    im = ax.imshow(counts, origin='lower', norm=colours, aspect='auto', interpolation='nearest', extent=extent)
     _colorbar(ax, im, 'elements')
     ax.set_facecolor('#eeeeee')
     ax.axhline(0, color=grey, lw=1, ls='--')
@@ -540,7 +563,8 @@ def _draw_octaves(ax, img, lowest, first, last):
     ax.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.yaxis.set_major_formatter(lambda v,_: f'$10^{{{v:.0f}}}$')
     handles = [Line2D([], [], color=grey, lw=1, ls='--', label='gradient 1')] if low<0<high else []
-    for mark,where in zip(edge_marks, (np.isnan(largest), largest==0)): handles += _column_ticks(ax, mark, where, first, last)
+    marked = zip(edge_marks, (np.isnan(largest), largest==0))
+    for mark,where in marked: handles += _column_ticks(ax, mark, where, first, last)
     return handles
 
 def _title(ax, name):
@@ -583,7 +607,8 @@ def _far_slope(x, y):
     if len(y) and y[-1]==0: return 'exactly 0'
     last = np.flatnonzero(y>0)[-2:]
     if len(last)<2: return 'no slope'
-    rise,run = np.diff(np.log(y[last]))[0],np.diff(np.log(x[last]))[0]
+    rise, = np.diff(np.log(y[last]))
+    run, = np.diff(np.log(x[last]))
     return f'slope {round(rise/run, 2)+0.:.2f}'   # -0. + 0. is 0.
 
 Beside = namedtuple('Beside', 'height text color')   # height in fractions of the axes
@@ -608,10 +633,11 @@ def _write_beside(ax, texts):
     last = -1
     for t in sorted(texts):
         last = max(t.height, last+line)
-        ax.text(1.01, last, t.text, color=t.color, fontsize=8, va='center', transform=ax.transAxes, gid='slope', **as_text)
+        style = dict(color=t.color, fontsize=8, va='center', gid='slope', **as_text)
+        ax.text(1.01, last, t.text, transform=ax.transAxes, **style)
 
 # %% ../nbs/05_plot.ipynb #ec0c245e
-def plot_ray(frame, # of `grad_along_ray`: `scale` and the statistics there; `run` or `label` where there are several lines
+def plot_ray(frame, # of `grad_along_ray`: `scale`, statistics, and `run` or `label` where there are several lines
              stat='norm', # 'norm', 'max_abs' or 'loss'
              ax=None, figsize=None):
     "A statistic against the scale of the weights, on log-log axes; the far slope is beside each line"
@@ -625,7 +651,8 @@ def plot_ray(frame, # of `grad_along_ray`: `scale` and the statistics there; `ru
     ax.set_xscale('log')
     _finite(ax)
     to_axes = ax.transData+ax.transAxes.inverted()
-    _write_beside(ax, [Beside(to_axes.transform((1, y))[1] if np.isfinite(y) else 0, text, color) for y,text,color in ends])
+    def height(value): return to_axes.transform((1, value))[1] if np.isfinite(value) else 0
+    _write_beside(ax, [end._replace(height=height(end.height)) for end in ends])
     ax.set_xlabel('scale of the weights')
     ax.set_ylabel(dict(norm='gradient norm (L2)', max_abs='largest |gradient|').get(stat, printed(stat)), **as_text)
     _legend(ax)

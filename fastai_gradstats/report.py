@@ -19,8 +19,8 @@ import numpy as np, pandas as pd
 from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
 from .diagnosis import diagnose,runs
-from .grid import (boundaries,boundary_name,cells,check_fit,check_which,image,image_columns,kinds_there,matching,no_tensors,places,
-                                   printed,tensors,words)
+from .grid import (boundaries,boundary_name,cells,check_fit,check_which,image,image_columns,kinds_there,
+                                   matching,no_tensors,places,printed,tensors,words)
 from .plot import draw_heatmap,plot_grad_flow,plot_grad_norm
 from .record import GradRecord,NotRecorded,as_record
 
@@ -87,17 +87,20 @@ def _heat_data(heat):
                 min=low,
                 max=high,
                 lut=[round(255*c) for rgb in viridis for c in rgb])
-    return json.dumps(data | heat.spans).replace('<', '\\u003c').replace('>', '\\u003e')   # no tag and no comment begins or ends in it
+    text = json.dumps(data | heat.spans)
+    return text.replace('<', '\\u003c').replace('>', '\\u003e')   # no tag and no comment begins or ends in it
 
 # %% ../nbs/07_report.ipynb #d8af5d0b
 heat_page = """<div class=scroll><div class=heat style="height:{height}px"><div class=names style="width:{width}px">{names}</div><div class=map>{above}
-<canvas id=bad height=1></canvas><canvas id=heat></canvas>{lines}{kinds}<div class=ends><span>{first}</span><span>{last}</span></div></div></div></div>
+<canvas id=bad height=1></canvas><canvas id=heat></canvas>{lines}{kinds}
+<div class=ends><span>{first}</span><span>{last}</span></div></div></div></div>
 <p class=key><span id=min></span><s id=bar></s><span id=max></span> {key} <span id=wide></span></p>
 <div id=tip hidden></div><script id=data type="application/json">{data}</script>"""
 
 def _texts(tag, side, texts):
     "A tag for each text, at its place"
-    return ''.join(f'<{tag} style="{side}:{at:.2f}%">{escape(text)}</{tag}>' for at,text in texts)
+    def one(at, text): return f'<{tag} style="{side}:{at:.2f}%">{escape(text)}</{tag}>'
+    return ''.join(one(*o) for o in texts)
 
 def _kinds_html(table):
     "The kinds' names at the right edge, a line between them"
@@ -109,10 +112,15 @@ def _kinds_html(table):
         if row[0]: res += f'<hr style="top:{top:.2f}%">'
     return res
 
+def _line_html(line):
+    "A line where an epoch or a fit begins"
+    return f'<i class=fit{line.what:d} style="left:{100*line.x:.2f}%"></i>'
+
 def _key_html(img):
     "What the colours outside the scale mean, where they occur"
-    key = (np.isnan(img), '#e00000', 'not finite'), (img==0, '#000', 'all zero'), (img==-1, 'var(--blank)', 'no gradient')
-    return ''.join(f'<u style="background:{color}"></u>{what}' for where,color,what in key if where.any())
+    special = {'not finite':np.isnan(img), 'all zero':img==0, 'no gradient':img==-1}
+    colors = {'not finite':'#e00000', 'all zero':'#000', 'no gradient':'var(--blank)'}
+    return ''.join(f'<u style="background:{colors[what]}"></u>{what}' for what,where in special.items() if where.any())
 
 # %% ../nbs/07_report.ipynb #ab14c1c3
 def _heat_html(rec, stat, phase, fit=None):
@@ -128,7 +136,7 @@ def _heat_html(rec, stat, phase, fit=None):
                             names=_texts('span', 'top', names),
                             above=_texts('b', 'left', _names_above(heat.names)),
                             kinds=_kinds_html(heat.tensors),
-                            lines=''.join(f'<i class=fit{line.what:d} style="left:{100*line.x:.2f}%"></i>' for line in heat.lines),
+                            lines=''.join(map(_line_html, heat.lines)),
                             key=_key_html(heat.img),
                             first=f"iteration {spans['lo'][0]}" if alone else 'iterations, end to end',
                             last=f"{spans['hi'][-1]}" if alone else '',
@@ -163,11 +171,16 @@ def _tensor_rows(rec, df):
     df = df[['numel','iteration','norm','max_abs','above','zeros','nonfinite']]
     of_tensor = df.groupby(row)
     total = of_tensor[['numel','above','zeros','nonfinite']].sum()
-    largest = df['max_abs'].fillna(np.inf).groupby(row).idxmax().to_numpy()
-    res = {'kind':table['kind'], 'tensor':table['label'], 'elements':of_tensor['numel'].max()}
-    res |= {'max |g|':df['max_abs'].to_numpy()[largest], 'at iteration':df['iteration'].to_numpy()[largest], 'median norm':of_tensor['norm'].median()}
-    res |= {f'share above {rec.threshold:g}':total['above']/total['numel'], 'share of zeros':total['zeros']/total['numel'], 'not finite':total['nonfinite']}
-    return pd.DataFrame(res)
+    largest = df.loc[df['max_abs'].fillna(np.inf).groupby(row).idxmax()]
+    return pd.DataFrame({'kind':table['kind'],
+                         'tensor':table['label'],
+                         'elements':of_tensor['numel'].max(),
+                         'max |g|':largest['max_abs'].to_numpy(),
+                         'at iteration':largest['iteration'].to_numpy(),
+                         'median norm':of_tensor['norm'].median(),
+                         f'share above {rec.threshold:g}':total['above']/total['numel'],
+                         'share of zeros':total['zeros']/total['numel'],
+                         'not finite':total['nonfinite']})
 
 def _tensor_table(rec, phase, fit=None):
     "A row per tensor, and per run where there are several"
@@ -189,12 +202,15 @@ def _cell(value):
 
 def _table(df, cls=''):
     "An HTML table; rows with a severity have it as their class"
-    def head(column): return f"<th{' class=n' if df[column].dtype.kind in 'iuf' else ''}>{escape(printed(column))}"
+    def head(column):
+        numbers = df[column].dtype.kind in 'iuf'
+        return f"<th{' class=n' if numbers else ''}>{escape(printed(column))}"
     severity = df.get('severity', ['']*len(df))
     body = ''
     for kind,row in zip(severity, df.astype(object).itertuples(index=False, name=None)):
         body += f'<tr class="{kind.replace(" ", "-")}">' + ''.join(map(_cell, row))
-    return f'<div class=scroll><table class="{cls}"><thead><tr>{"".join(map(head, df))}</thead><tbody>{body}</tbody></table></div>'
+    heads = ''.join(map(head, df))
+    return f'<div class=scroll><table class="{cls}"><thead><tr>{heads}</thead><tbody>{body}</tbody></table></div>'
 
 # %% ../nbs/07_report.ipynb #cb5f13f6
 def _findings_html(found):
@@ -205,7 +221,8 @@ def _findings_html(found):
     else: res = '<p>No findings: nothing was recorded that a rule looks at.'
     if not unchecked.any(): return res
     rows = found.loc[unchecked, [c for c in ('rule','severity','run','evidence') if c in found]]
-    return f"{res}<details><summary>{len(rows)} {'rows' if 'run' in found else 'rules'} not checked</summary>{_table(rows)}</details>"
+    what = 'rows' if 'run' in found else 'rules'
+    return f'{res}<details><summary>{len(rows)} {what} not checked</summary>{_table(rows)}</details>'
 
 # %% ../nbs/07_report.ipynb #b7e00001
 def _sentences(rec, phase='fit', fit=None, attr=''):
@@ -220,7 +237,8 @@ css = """:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#666f7a;--li
 @media(prefers-color-scheme:dark){
   :root{--bg:#15181d;--fg:#e4e7eb;--dim:#98a1ac;--line:#343a43;--blank:#454c57;--warn:#f0a848;--err:#ff7b72}
 }
-body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}
+body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;
+  padding:0 1em}
 h1{font-size:1.5em}
 h2{font-size:1.15em;margin:2em 0 .5em}
 .lead{font-size:1.1em}
@@ -343,6 +361,11 @@ page = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport c
 """
 
 # %% ../nbs/07_report.ipynb #92ac4bc1
+def _tensors_html(rec, phase, fit):
+    "The table of tensors, or the reason why there is none"
+    if not kinds_there(rec.frame('tensors'), 'both', phase, fit): return _none_html(no_tensors(rec, 'both', phase, fit))
+    return _table(_tensor_table(rec, phase, fit), 'sort')
+
 def _check(rec, phase, fit):
     "Raises where the phase or a fit is not one of those there are"
     check_which(phase=phase)
@@ -359,7 +382,6 @@ def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradReco
     "Write one HTML page: what the gradients were, findings, heatmap, norms, flow and a table of tensors"
     rec = as_record(o)
     _check(rec, phase, fit)
-    there = kinds_there(rec.frame('tensors'), 'both', phase, fit)
     html = page.format(title=escape(printed(title)),
                        css=css,
                        sentence=_sentences(rec, phase, fit, ' class=lead'),
@@ -367,7 +389,7 @@ def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradReco
                        heatmap=_heat_html(rec, 'max_abs', phase, fit),
                        norm=_svg(plot_grad_norm, rec, 3.2, phase=phase, fit=fit),
                        flow=_svg(plot_grad_flow, rec, 4.2, phase=phase, fit=fit),
-                       tensors=_table(_tensor_table(rec, phase, fit), 'sort') if there else _none_html(no_tensors(rec, 'both', phase, fit)),
+                       tensors=_tensors_html(rec, phase, fit),
                        js=f'{heat_js}\n{sort_js}')
     path = Path(path)
     path.write_text(html, encoding='utf-8')
@@ -394,7 +416,8 @@ def _heat_png(rec):
 def glance(rec):
     "HTML of a record: sentence, findings above 'note', heatmap"
     html = _sentences(rec)
-    for _,row in _severe(diagnose(rec)).iterrows(): html += f"<p><b>{row['severity']}</b>: {escape(printed(_finding(row)))}</p>"
+    for _,row in _severe(diagnose(rec)).iterrows():
+        html += f"<p><b>{row['severity']}</b>: {escape(printed(_finding(row)))}</p>"
     if kinds_there(rec.frame('tensors')): html += _heat_png(rec)
     return html
 
