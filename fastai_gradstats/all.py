@@ -1,12 +1,10 @@
-"Everything: `from fastai_gradstats.all import *`"
-from fastai_gradstats.stats import *
-from fastai_gradstats.engine import *
-from fastai_gradstats.capture import *
-from fastai_gradstats.files import *
-from fastai_gradstats.record import *
-from fastai_gradstats.callback import *
+"What a notebook needs: `from fastai_gradstats.all import *`. All other public names come from the package by name"
+from fastai_gradstats.stats import decade, measure
+from fastai_gradstats.record import GradRecord, compare
+from fastai_gradstats.recorder import GradRecorder
+from fastai_gradstats.callback import GradNormCallback, GradStatsCallback
 from fastai_gradstats.plot import *
-from fastai_gradstats.diagnosis import *
-from fastai_gradstats.report import *
+from fastai_gradstats.diagnosis import diagnose
+from fastai_gradstats.report import save_report
 from fastai_gradstats.probe import *
 from fastai_gradstats.demo import *

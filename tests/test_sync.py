@@ -82,14 +82,19 @@ IMPORT_TABLE = dict(
     stores    = 'numpy pandas .files',
     record    = 'numpy pandas fastcore .files .stores',
     stream    = 'numpy .files .stores .record',
-    callback  = 'fastai torch fastcore numpy pandas .capture .engine .files .stores .record .stream .stats',
+    watch     = 'torch',
+    forward   = 'torch',
+    consumers = 'torch numpy fastcore .stats .histogram .capture .files .stores .record .stream',
+    recorder  = 'torch numpy .capture .consumers .engine .forward .record .watch',
+    callback  = 'fastai torch .consumers .record .recorder',
+    loops     = 'transformers lightning pytorch_lightning .consumers .record .recorder',
     grid      = 'numpy pandas .stores .record',
     plot      = 'numpy pandas matplotlib fastcore .stores .record .grid',
     diagnosis = 'numpy pandas fastcore .stores .record',
     report    = 'numpy pandas matplotlib fastcore .stores .record .grid .plot .diagnosis',
     probe     = 'torch numpy pandas fastcore .stats',
     demo      = 'fastai torch torchvision sklearn fastcore numpy pandas matplotlib '
-                '.stats .engine .capture .files .stores .record .stream .callback .grid .plot .diagnosis .report .probe')
+                '.stats .engine .capture .files .stores .record .stream .recorder .callback .grid .plot .diagnosis .report .probe')
 IMPORT_TABLE['all'] = ' '.join(f'.{m}' for m in IMPORT_TABLE)
 IMPORT_TABLE['__main__'] = IMPORT_TABLE['demo'] + ' .demo'
 IMPORT_TABLE['__init__'] = IMPORT_TABLE['_modidx'] = ''
@@ -134,9 +139,26 @@ def test_reads_without_torch(mod):
 
 @pytest.mark.parametrize('mod', LIBRARY)
 def test_public_names(mod):
-    "Each public name imports from the package and from `all`, is not a module, and shadows none."
-    pkg,every,m = (importlib.import_module(n) for n in (PKG, f'{PKG}.all', f'{PKG}.{mod}'))
+    "Each public name imports from the package, is not a module, and shadows none."
+    pkg,m = (importlib.import_module(n) for n in (PKG, f'{PKG}.{mod}'))
     for n in m.__all__:
         assert n not in MODULES
-        assert getattr(pkg, n) is getattr(every, n) is getattr(m, n)
+        assert getattr(pkg, n) is getattr(m, n)
         assert not isinstance(getattr(pkg, n), ModuleType)
+
+def test_star_import():
+    "What a notebook needs, and nothing that it does not"
+    want = """GradStatsCallback GradNormCallback GradRecorder GradRecord compare diagnose save_report decade measure grad_along_ray per_sample_norms
+              plot_grad_log10 plot_grad_heatmap plot_grad_hist plot_grad_norm plot_grad_flow plot_grad_lr plot_ray
+              digits digits_learner convnet abs_10_power thread_answer"""
+    every = importlib.import_module(f'{PKG}.all')
+    assert {n for n in vars(every) if not n.startswith('_')}==set(want.split())
+
+def test_no_underscored_name_crosses_modules():
+    for mod in MODULES:
+        taken = [a.name for o in ast.walk(parsed(mod)) if isinstance(o, ast.ImportFrom) and (o.level or (o.module or '').startswith(PKG)) for a in o.names]
+        assert not [n for n in taken if n.startswith('_')], mod
+
+def test_recorder_without_fastai():
+    "The recorder, and a plain loop's imports, leave fastai out"
+    run_command(sys.executable, '-c', f"import sys, {PKG}.recorder, {PKG}.loops; assert 'fastai' not in sys.modules")
