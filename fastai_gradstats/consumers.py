@@ -311,7 +311,7 @@ class Consumer:
 
     def __getstate__(self): return {**self.__dict__, 'reader':None, 'owner':None, 'stream':None, 'run':None, 'is_on':None, 'modules':{}, 'params':{}}
 
-# %% ../nbs/03c_consumers.ipynb #95fef5e0
+# %% ../nbs/03c_consumers.ipynb #fb7ba126
 class StatsConsumer(Consumer):
     "Wants all sums of the gradients of outputs and parameters"
     full = True
@@ -340,6 +340,8 @@ class StatsConsumer(Consumer):
 
     def take(self, readings, shares, say):
         self.add_breaks(readings, shares)
+        for share,overflow in zip(shares, readings.number(Role.OVERFLOW)):
+            if overflow>0: self.skip(share.where)
         store_key = self.store_keys(readings.keys)[np.maximum(readings.key, -1)]
         wanted = np.where(readings.role==Role.OUTPUT, np.array([s.outputs for s in shares])[readings.commit], np.array([s.params for s in shares])[readings.commit])
         rows = np.flatnonzero((store_key>=0) & wanted.astype(bool))

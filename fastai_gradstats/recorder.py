@@ -9,7 +9,7 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/recorder.html.md"""
 # %% auto #0
 __all__ = ['GradRecorder']
 
-# %% ../nbs/03d_recorder.ipynb #2631c16e
+# %% ../nbs/03d_recorder.ipynb #dbfa51b5
 import math, signal, sys, threading
 from contextlib import contextmanager
 from functools import update_wrapper
@@ -24,17 +24,17 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import unserializable_hook
 from fastai_gradstats.capture import OutputHooks, compiled_modules, grad_modules, grad_params, lent_modules, param_grads, silent, tensors, wrapped_child
 from fastai_gradstats.consumers import Commit, Consumer, FIT, Keys, LR_FIND, NormConsumer, NormOptions, Readings, Role, StatsConsumer, StatsOptions, engine_columns
-from fastai_gradstats.engine import Engine
+from fastai_gradstats.engine import Engine, GONE
 from fastai_gradstats.forward import ForwardCheck
 from fastai_gradstats.record import GradRecord, delegated
-from fastai_gradstats.watch import MethodWatch, watch_steps
+from fastai_gradstats.watch import MethodWatch, unwatch_steps, watch_steps
 
-# %% ../nbs/03d_recorder.ipynb #cc621101
+# %% ../nbs/03d_recorder.ipynb #149f4f73
 class Attempt:
     "An attempt at a step, as far as it has come"
-    begin = None        # savepoint: its rows begin here
     early = None        # savepoints around the rows that were read ahead of whoever may act
-    read = None         # savepoint: the rows that count begin here
+    read = None         # around those that count
+    measured = None     # around those of what the optimizer got
     grads = ()          # some of the gradients that were read: (parameter, id, version)
     all_grads = ()      # the same of all of them
     zeroed = False      # the optimizer cleared its gradients since
@@ -72,7 +72,7 @@ class Batch:
         self.events = True
         self.begun = self.backward = self.cancelled = self.counted = False
 
-# %% ../nbs/03d_recorder.ipynb #284bd342
+# %% ../nbs/03d_recorder.ipynb #61195183
 class Transaction:
     "Which of what is read counts"
     batch = None   # under way
@@ -123,6 +123,8 @@ class Transaction:
         "Nothing stays of a backward that was not complete; what was before a step that somebody took meanwhile does"
         if self.batch.attempt.taken: self.stepped()
         self.engine.discard()
+        attempt = self.batch.attempt
+        attempt.early = attempt.read = attempt.measured = None   # a step that comes now reads anew
 
     def read(self):
         "Parameter gradients as they are now. Read again, only the last reading counts"
@@ -135,27 +137,34 @@ class Transaction:
     def read_now(self):
         attempt = self.batch.attempt
         if attempt.early: self.engine.rename(*attempt.early, self.early_key)
-        if attempt.read is not None: self.engine.discard(attempt.read)
-        attempt.read = self.engine.mark()
-        if attempt.begin is None: attempt.begin = attempt.read
-        self.put_params()
+        self.forget(attempt.read)
+        attempt.read = self.span_of(self.put_params)
         self.note_grads(attempt)
+
+    def span_of(self, put)->tuple:
+        "Savepoints around what `put` puts"
+        start = self.engine.mark()
+        put()
+        return start,self.engine.mark()
+
+    def forget(self, span):
+        "What was put in between does not count, and what was put afterwards still does"
+        if span is None: return
+        start,end = span
+        if end==self.engine.mark(): self.engine.discard(start)
+        else: self.engine.rename(start, end, GONE)
 
     def read_early(self):
         "Ahead of those who may act: what gradients are before"
         batch = self.batch
         if batch is None or not self.loop.acts_before or batch.attempt.early: return
-        attempt = batch.attempt
-        begin = self.engine.mark()
-        self.put_params()
-        attempt.early = begin,self.engine.mark()
-        attempt.begin = begin
-        self.note_grads(attempt)
+        batch.attempt.early = self.span_of(self.put_params)
+        self.note_grads(batch.attempt)
 
     def read_late(self):
         "Nobody called `read`: what was read ahead of those who act counts, or what is there now"
         attempt = self.batch.attempt
-        if attempt.early: attempt.read = attempt.early[0]
+        if attempt.early: attempt.read = attempt.early
         else: self.read_now()
 
     def skip(self):
@@ -172,7 +181,8 @@ class Transaction:
         if batch is None or self.steps_under_way()>1: return   # an optimizer inside another one
         if batch.attempt.taken: self.stepped()   # of a loop that steps twice in a batch and does not tell
         if batch.attempt.read is None: self.read_late()
-        self.measure()
+        self.forget(batch.attempt.measured)   # of a step that raised
+        batch.attempt.measured = self.span_of(self.measure)
 
     def optimizer_stepped(self):
         if self.batch is None or self.steps_under_way(): return
@@ -202,7 +212,8 @@ class Transaction:
         if attempt.taken or attempt.skipped or self.is_dropped(attempt):
             attempt.skipped = not attempt.taken
             self.stepped()
-        elif attempt.begin is not None: self.engine.discard(attempt.begin)   # read for a step that did not come
+        else:   # what was read was for a step that did not come
+            for span in {id(span):span for span in (attempt.measured,attempt.read,attempt.early)}.values(): self.forget(span)
         self.rest()
         if not backward: self.discard_backward()
         self.check_forward()   # perhaps nobody called `before_backward`: a NaN may be why
@@ -606,7 +617,7 @@ class Says(ReadsOutputs):
         who = ' or '.join(self.loop.acts_before) or 'A callback'
         self.say(f"{who} changed the gradients before they were read: parameter rows and norms are of what it left. {self.loop.reads_at}, and they are those from before", 'changed before')
 
-# %% ../nbs/03d_recorder.ipynb #124c192c
+# %% ../nbs/03d_recorder.ipynb #54ff75cc
 class Reader(Says):
     "Reads the gradients of one training for all who want them"
     def __init__(self, loop:Loop):
@@ -731,13 +742,13 @@ class Reader(Says):
 
     def stop(self):
         "Training is over, in whatever way. What it left open is settled and goes to the records"
-        if not self.live: return
+        if not self.live and not self.hooks and not self.watches: return
         self.end()
         self.discard_batch()
         self.live = False
         self.note_facts(lazy=True)
         self.unhook()
-        for watch in self.watches: watch.remove(self)
+        for opt in (*self.loop.optimizers(), *(w.opt() for w in self.watches)): unwatch_steps(opt, self)
         self.watches = []
         self.flush()
         ends_early = sys.exc_info()[0] is not None   # it may end for good
@@ -791,7 +802,7 @@ class Reader(Says):
         optimizers = [o for o in self.loop.optimizers() if o is not None and id(o) not in self.unwatched]
         known = [w.opt() for w in self.watches]
         if [*map(id, known)]==[*map(id, optimizers)]: return
-        for watch in self.watches: watch.remove(self)
+        for opt in known: unwatch_steps(opt, self)
         self.watches = []
         for opt in optimizers:
             try: self.watches.append(watch_steps(opt, self))

@@ -74,7 +74,7 @@ def _with_told_closure(args, kwargs, done):
         if callable(arg): return (*args[:i], ToldClosure(arg, done), *args[i+1:]),kwargs
     if callable(kwargs.get('closure')): return args,{**kwargs, 'closure':ToldClosure(kwargs['closure'], done)}
 
-# %% ../nbs/02b_watch.ipynb #ebd5c442
+# %% ../nbs/02b_watch.ipynb #b228a8ab
 def _on_stack(frame):
     "Is it still running, in this thread?"
     f = sys._getframe(1)
@@ -89,6 +89,9 @@ class StepWatch:
         self.handles = []   # with `remove`
         self.entered = 0    # steps that are under way: a class's `step` may call its parent's
         self.frame = None   # in which the outermost of them runs
+
+    def put_on(self):
+        opt = self.opt()
         inner = opt.__dict__.get('opt', opt)   # fastai's OptimWrapper has the optimizer of torch inside
         if isinstance(inner, Optimizer) and '_optimizer_step_pre_hooks' in inner.__dict__: self.use_hooks(inner)   # closest to the step, and schedulers look at the method
         else: self.use_methods(opt)
@@ -145,6 +148,14 @@ def watch_steps(opt, # an optimizer of torch, of fastai, or another object with 
                 watcher # is told from now on, until `remove(watcher)`
                )->StepWatch:
     "One watch serves all who look at an optimizer"
-    if opt not in _watches: _watches[opt] = StepWatch(opt)
-    _watches[opt].add(watcher)
-    return _watches[opt]
+    watch = _watches.get(opt)
+    if watch is None:
+        watch = _watches[opt] = StepWatch(opt)   # first of all: `unwatch_steps` finds it, whatever interrupts
+        watch.put_on()
+    watch.add(watcher)
+    return watch
+
+def unwatch_steps(opt, watcher):
+    "`watcher` is told no more. Nothing where it was not, or the optimizer is gone"
+    watch = None if opt is None else _watches.get(opt)
+    if watch is not None: watch.remove(watcher)

@@ -5,7 +5,7 @@ from fastai.basics import *
 from fastai.callback.all import *
 from torch import nn
 from fastai_gradstats.engine import Engine
-from helpers.callbacks import RaisesAt,cancel_events,cancel_exceptions
+from helpers.callbacks import CtrlC,RaisesAt,cancel_events,cancel_exceptions
 from helpers.oracles import GradSpy,check_against_spy
 from helpers.training import both_callbacks,fit,image_learner,linear_classifier,step_learner
 
@@ -133,20 +133,6 @@ def test_fit_after_an_interrupt_is_a_new_one():
         with pytest.raises(KeyboardInterrupt): fit(learn, cbs=Stop(event))
     fit(learn)
     assert learn.grad_norm.df['fit'].unique().tolist()==[0,1,2,3]
-
-class CtrlC:
-    "Sends an interrupt at the `at`-th line that our callbacks and engine run"
-    def __init__(self, at): self.at,self.n,self.where = at,0,None
-    def __call__(self, frame, event, arg):
-        if Path(frame.f_code.co_filename).name in ('callback.py','engine.py') and 'fastai_gradstats' in frame.f_code.co_filename: return self.line
-    def line(self, frame, event, arg):
-        self.n += event=='line'
-        if self.n==self.at and self.where is None:
-            self.where = f'{frame.f_code.co_name}, line {frame.f_lineno}'
-            signal.raise_signal(signal.SIGINT)
-        return self.line
-    def __enter__(self): self.old = sys.gettrace(); sys.settrace(self)
-    def __exit__(self, *args): sys.settrace(self.old)
 
 def interrupted_fit(at, monkeypatch):
     "Frames of a fit that is interrupted there, and where that was"
