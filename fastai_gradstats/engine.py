@@ -38,7 +38,7 @@ def locked(f):
         with self.lock: return f(self, *args, **kwargs)
     return alone
 
-# %% ../nbs/01_engine.ipynb #260eac58
+# %% ../nbs/01_engine.ipynb #056c8126
 class Engine:
     "Statistics of gradients on any number of devices"
     lock = RLock()   # of all engines: a backward on a GPU has threads of its own, and a second thread may read while training goes on
@@ -71,15 +71,13 @@ class Engine:
 
     @locked
     def put(self, key, g,
-            scale=None # AMP's, still in `g`: a 0-d tensor on its device, which nobody changes in place
+            scale=None, # AMP's, still in `g`: a 0-d tensor on its device, which nobody changes in place
+            full=True # as in `put_all`
            ):
         "One gradient, read or copied at once. Where that fails, nothing of it stays"
-        self._put(key, g, scale)
-
-    def _put(self, key, g, scale=None, full=True):
         if is_sharded(g): raise TypeError("it is spread over several processes")
         b = self.buffers.get(g.device) or self.buffer(g.device)
-        before = b.end
+        before = b.fetched+len(b.keys)
         try:
             values,absent = (g,0) if is_plain(g) else stored(g)
             if g.is_complex(): row = b.by_definition(key, values, absent, scale)
@@ -249,7 +247,7 @@ class Engine:
     @np.errstate(all='ignore')
     def _put_odd(self, key, g, w, full):
         "A sparse, nested or complex gradient"
-        row = self._put(key, g, full=full)
+        row = self.put(key, g, full=full)
         if w is None: return
         b = self.buffer(g.device)
         b.reduce()
