@@ -7,6 +7,7 @@ from fastai.learner import TrainEvalCallback
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastai_gradstats import GradStatsCallback
+from fastai_gradstats.by_blocks import BlockBuffer
 from fastai_gradstats.engine import Engine
 from fastai_gradstats.record import GradRecord
 from fastai_gradstats.stores import Rows, counts, floats
@@ -87,7 +88,7 @@ def naive(gs): return [[f(g, 1.).item() if k=='above' else f(g).item() for k,f i
 def reader(numba=True, full=True, **kwargs):
     "All statistics by the engine, of the same gradients again and again"
     e = Engine(**kwargs)
-    if not numba: e.buffer(torch.device('cpu')).kernel = None
+    if not numba: e.buffers[torch.device('cpu')] = BlockBuffer(torch.device('cpu'))
     def f(gs):
         m = e.mark()
         e.put_all(list(range(len(gs))), gs, full=full)

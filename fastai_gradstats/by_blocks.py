@@ -112,8 +112,8 @@ def segment_products(x, y, starts, out, wanted=True):
             res[k] = np.multiply(x[segment], y[segment], dtype=np.float64).sum()
     return np.where(wanted, res, 0)
 
-# %% ../nbs/01f_by_blocks.ipynb #f57d6223
-Pooled = namedtuple('Pooled', 'row n threshold scale weights full')   # a tensor in the pool: its row and elements, the threshold, AMP's scale or None, are weights beside it, are all sums wanted?
+# %% ../nbs/01f_by_blocks.ipynb #8d8fb547
+Pooled = namedtuple('Pooled', 'row n threshold weights full')   # a tensor in the pool: its row and elements, the threshold, are weights beside it, are all sums wanted?
 
 class BlockBuffer(Buffer):
     "Sums on a CPU, by blocks"
@@ -149,9 +149,11 @@ class BlockBuffer(Buffer):
         if scale is not None: scale = factor
         if n>SMALL or g.dtype==torch.float64: self.sum_large(row, g, self.threshold*factor, scale)
         elif n:
+            x = flat(g)
+            if self.octaves: self.octaves.put(row, x, scale)
             if self.used+n>BLOCK: self.sum_pool()
-            self.pool[0][self.used:self.used+n].copy_(flat(g))
-            self.pooled.append((row, n, self.threshold*factor, scale, False, True))
+            self.pool[0][self.used:self.used+n].copy_(x)
+            self.pooled.append((row, n, self.threshold*factor, False, True))
             self.used += n
         return row
 
@@ -172,6 +174,8 @@ class BlockBuffer(Buffer):
             else:
                 g,w = flat_pair(g, ws[i])
                 self.sum_large(row, g, self.threshold, None, w, products=True, full=full)
+        if self.octaves and full:
+            for i in small: self.octaves.put(rows[i], flat(gs[i]))
         if small: self.pool_all([rows[i] for i in small], [gs[i] for i in small], ws and [ws[i] for i in small], full)
 
     def reduce(self):
@@ -192,7 +196,7 @@ class BlockBuffer(Buffer):
             size = sum(sizes[:fit])
             for pool,tensors in zip(self.pool, (gs,ws) if ws else (gs,)):
                 if fit: torch.cat([t.reshape(-1) for t in tensors[:fit]], out=pool[self.used:self.used+size])
-            self.pooled += [(row, n, self.threshold, None, bool(ws), full) for row,n in zip(rows[:fit], sizes)]
+            self.pooled += [(row, n, self.threshold, bool(ws), full) for row,n in zip(rows[:fit], sizes)]
             self.used += size
             rows,gs,sizes = rows[fit:],gs[fit:],sizes[fit:]
             ws = ws and ws[fit:]
@@ -212,11 +216,8 @@ class BlockBuffer(Buffer):
             weights = np.array(pooled.weights)
             self.acc[rows,W_SQ] = segment_products(w, w, starts, self.arrays[0], weights)
             self.acc[rows,DOT] = segment_products(x, w, starts, self.arrays[0], weights)
-        self.pooled = []   # not before: an interrupt loses nothing
         self.used = 0
-        if not self.octaves: return
-        for row,start,end,scale,full in zip(pooled.row, starts, starts[1:], pooled.scale, pooled.full):
-            if full: self.octaves.put(row, x[start:end], scale)
+        self.pooled = []   # not before: an interrupt loses nothing
 
     def pooled_squares(self, x, rows, starts, wanted):
         "Of some of the segments only sum x², and how many elements are not finite where that is not"

@@ -43,16 +43,16 @@ def pieces(g, w=None):
     if w is not None: w = flat(w)
     return ((g[i:i+BLOCK].float(), None if w is None else w[i:i+BLOCK].float()) for i in range(0, len(g), BLOCK))
 
-# %% ../nbs/01c_by_kernel.ipynb #b465cd2b
+# %% ../nbs/01c_by_kernel.ipynb #b919d50c
 class KernelBuffer(BlockBuffer):
     "Sums on a CPU, by the kernel wherever it can read"
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.kernel = find_kernel()   # None: all goes by blocks
+        self.kernel = find_kernel()
 
     def reads(self, g, w=None):
         "Can the kernel read them?"
-        return self.kernel and g.dtype is not torch.float64 and has_memory(g) and (w is None or has_memory(w) and w.numel()==g.numel())
+        return g.dtype is not torch.float64 and has_memory(g) and (w is None or has_memory(w) and w.numel()==g.numel())
 
     def put(self, key, g, absent=0, scale=None):
         if not self.reads(g): return super().put(key, g, absent, scale)
@@ -89,6 +89,11 @@ class KernelBuffer(BlockBuffer):
                 start = (start-n)%step   # in the next piece
 
     def known_finite(self, t):
-        if not (self.kernel and t.dtype is torch.float32 and t.layout is torch.strided and has_memory(t)): return False
+        if not (t.dtype is torch.float32 and t.layout is torch.strided and has_memory(t)): return False
         if not t.is_contiguous(): t = flat(t.detach())
         return self.kernel.finite(t.data_ptr(), t.numel())
+
+# %% ../nbs/01c_by_kernel.ipynb #0a4b5440
+def host_buffer(*args):
+    "A buffer for gradients on a CPU"
+    return (KernelBuffer if find_kernel() else BlockBuffer)(*args)

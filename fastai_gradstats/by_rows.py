@@ -69,7 +69,7 @@ class Plan:
         elements = scratch.view(-1)
         return [elements[start*W:start*W+math.prod(shape)].view(shape) for start,shape in zip(self.starts, shapes)]
 
-# %% ../nbs/01b_by_rows.ipynb #9b048857
+# %% ../nbs/01b_by_rows.ipynb #1236bb92
 class RowBuffer(Buffer):
     "Sums on any device, by rows"
     max_rows = 2**13   # of the scratch: 32 MB in float32
@@ -134,8 +134,8 @@ class RowBuffer(Buffer):
         if not self.waiting: return
         rows,sizes = zip(*self.waiting)
         self.add(rows, self.plan(tuple((n,) for n in sizes)), self.dtype, scale=self.scale)
-        self.waiting = []
         self.used = 0
+        self.waiting = []
 
     # --- many
 

@@ -10,13 +10,13 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/engine.html.md"""
 # %% auto #0
 __all__ = ['Engine']
 
-# %% ../nbs/01_engine.ipynb #1170b07b
+# %% ../nbs/01_engine.ipynb #dfa8ab64
 import math, os, numpy as np, torch
 from collections import defaultdict, namedtuple
 from functools import wraps
 from threading import RLock
 from torch import Tensor
-from .by_kernel import KernelBuffer
+from .by_kernel import host_buffer
 from .by_rows import RowBuffer
 from .histogram import Octaves, octaves
 from .layouts import goes_alone, is_plain, is_sharded, product, stored, wide_dtype
@@ -38,95 +38,35 @@ def locked(f):
         with self.lock: return f(self, *args, **kwargs)
     return alone
 
-# %% ../nbs/01_engine.ipynb #260eac58
-class Engine:
-    "Statistics of gradients on any number of devices"
+# %% ../nbs/01_engine.ipynb #20e0de3a
+def nothing(commits, columns):
+    "What an engine without a buffer has: rows per commit, keys, sizes, sums, counts per octave"
+    return np.zeros(commits, np.int64),np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros((0,columns)),Octaves.none()
+
+def merged(parts # per device what `nothing` returns
+          ):
+    "All in the order of commits, without the rows that were dropped"
+    ns,*of_rows = zip(*parts)
+    n = sum(ns)
+    of_rows = [np.concatenate(o) for o in of_rows] if len(parts)>1 else [o for o, in of_rows]
+    gone = of_rows[0]==GONE
+    if len(parts)==1 and not gone.any(): return n,*of_rows
+    commit = np.concatenate([np.repeat(np.arange(len(n)), n) for n in ns])   # of each row
+    order = np.argsort(commit, kind='stable')
+    order = order[~gone[order]]
+    n = n-np.bincount(commit[gone], minlength=len(n))
+    return n,*(o[order] if len(o) else o for o in of_rows)
+
+# %% ../nbs/01_engine.ipynb #0a30314f
+class Transaction:
+    "Rows on any number of devices, which count once they are committed"
     lock = RLock()   # of all engines: a backward on a GPU has threads of its own, and a second thread may read while training goes on
-    def __init__(self,
-                 threshold=1., # what `above` counts from
-                 extra=None, # name -> f(gradient) -> 0-d tensor
-                 hist=False, # count elements per octave: True of a sample, 'all' of all
-                 by_rows=None # take the path without a look at any number; None: on all devices but the CPU
-                ):
-        self.threshold = threshold
-        self.extra = extra or {}
-        self.hist = hist
-        self.by_rows = by_rows
+    extra,hist = {},False
+    def __init__(self):
         self.buffers = {}    # device -> its rows
         self.commits = []    # of what was not fetched yet
         self.fetched = {}    # savepoint: rows before it are on the host
         self.largest = {}    # device -> rows of the largest commit
-        self.failed = {}     # key of a parameter, or ('extra', name) -> why it could not be read
-
-    def buffer(self, device):
-        "The buffer of a device, made when the first gradient comes from there"
-        with self.lock:
-            if device not in self.buffers:
-                rows = device.type!='cpu' if self.by_rows is None else self.by_rows
-                kind = RowBuffer if rows else KernelBuffer
-                self.buffers[device] = kind(device, self.threshold, len(sums)+len(self.extra), self.hist)
-            return self.buffers[device]
-
-    # --- put
-
-    @locked
-    def put(self, key, g,
-            scale=None # AMP's, still in `g`: a 0-d tensor on its device, which nobody changes in place
-           ):
-        "One gradient, read or copied at once. Where that fails, nothing of it stays"
-        self._put(key, g, scale)
-
-    def _put(self, key, g, scale=None, full=True):
-        if is_sharded(g): raise TypeError("it is spread over several processes")
-        b = self.buffers.get(g.device) or self.buffer(g.device)
-        before = b.end
-        try:
-            values,absent = (g,0) if is_plain(g) else stored(g)
-            if g.is_complex(): row = b.by_definition(key, values, absent, scale)
-            else: row = b.put(key, values, absent, scale)
-            if self.extra and full: self._extras(b, row, values, scale)
-            return row
-        except Exception:
-            b.discard(before)
-            raise
-
-    @locked
-    @torch.no_grad()   # instead of `detach`, an operation for each
-    def put_all(self, keys, gs, ws=None,
-                full=True # or are only sum_sq, nonfinite and, with `ws`, w_sq and dot needed?
-               ):
-        "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w. Where that fails, nothing of them stays"
-        before = self.mark()
-        try: self._put_all(keys, gs, ws, full)
-        except Exception:
-            self.discard(before)
-            raise
-
-    def _put_all(self, keys, gs, ws, full):
-        together = defaultdict(list)   # device, dtype -> what is read together
-        sharded = defaultdict(list)    # mesh, placements, dtype -> what is reduced over processes together
-        for one in zip(keys, gs, ws or gs):
-            _,g,w = one
-            if is_sharded(g): sharded[g.device_mesh,g.placements,wide_dtype(g)].append(one)
-            elif goes_alone(g) or goes_alone(w): self._put_alone(*one, full) if ws else self._put_alone(*one[:2], None, full)
-            else: together[g.device,wide_dtype(g)].append(one)
-        for (device,_),some in together.items():
-            some_keys,some_gs,some_ws = zip(*some)
-            b = self.buffer(device)
-            rows = b.put_all(some_keys, some_gs, ws and some_ws, full)
-            if self.extra and full:
-                for row,g in zip(rows, some_gs): self._extras(b, row, g)
-        for some in sharded.values():
-            some_keys,some_gs,some_ws = zip(*some)
-            self._put_shards(some_keys, some_gs, ws and some_ws, full)
-
-    @locked
-    def number(self, key, v:Tensor # 0-d
-              ):
-        "A row that holds a number, in the column of the maximum"
-        self.buffer(v.device).number(key, v.detach())
-
-    # --- commit, discard
 
     @locked
     def mark(self):
@@ -201,8 +141,8 @@ class Engine:
         self.fetched = ends[-1]
         del self.commits[:len(commits)]
         for device,b in self.buffers.items(): b.forget(self.fetched.get(device, 0))
-        if not parts: parts = [self._nothing(len(commits))]
-        return Fetched([c.note for c in commits], *self._merged(parts))
+        if not parts: parts = [nothing(len(commits), len(sums)+len(self.extra))]
+        return Fetched([c.note for c in commits], *merged(parts))
 
     def _read(self, device, b, ends):
         "Rows per commit, and of each row key, elements, sums and counts per octave"
@@ -210,21 +150,100 @@ class Engine:
         n = np.maximum(np.diff(positions), 0)
         return n,*b.read(positions[0], positions[-1])
 
-    def _nothing(self, n):
-        return np.zeros(n, np.int64),np.zeros(0, np.int64),np.zeros(0, np.int64),np.zeros((0,len(sums)+len(self.extra))),Octaves.none()
+# %% ../nbs/01_engine.ipynb #605d9a3d
+def apart_from_training(f, # function of a tensor
+                        g:Tensor # a gradient that training needs as it is
+                       )->Tensor: # 0-d
+    "`f` of a copy of `g`, with torch's random state put back where `f` drew from it"
+    state = torch.get_rng_state()
+    device_state = torch.cuda.get_rng_state(g.device) if g.is_cuda else None
+    try:
+        value = torch.as_tensor(f(g.clone()))
+        if value.numel()!=1: raise ValueError(f"one number is expected, got a tensor of shape {tuple(value.shape)}")
+        return value.detach().reshape(())
+    finally:
+        torch.set_rng_state(state)
+        if device_state is not None: torch.cuda.set_rng_state(device_state, g.device)
 
-    def _merged(self, parts):
-        "Several devices in one, without the rows that were dropped"
-        ns,*of_rows = zip(*parts)
-        n = sum(ns)
-        of_rows = [np.concatenate(o) for o in of_rows] if len(parts)>1 else [o for o, in of_rows]
-        gone = of_rows[0]==GONE
-        if len(parts)==1 and not gone.any(): return n,*of_rows
-        commit = np.concatenate([np.repeat(np.arange(len(n)), n) for n in ns])   # of each row
-        order = np.argsort(commit, kind='stable')
-        order = order[~gone[order]]
-        n = n-np.bincount(commit[gone], minlength=len(n))
-        return n,*(o[order] if len(o) else o for o in of_rows)
+# %% ../nbs/01_engine.ipynb #e019f0d2
+class Engine(Transaction):
+    "Statistics of gradients on any number of devices"
+    def __init__(self,
+                 threshold=1., # what `above` counts from
+                 extra=None, # name -> f(gradient) -> 0-d tensor
+                 hist=False, # count elements per octave: True of a sample, 'all' of all
+                 by_rows=None # take the path without a look at any number; None: on all devices but the CPU
+                ):
+        super().__init__()
+        self.threshold = threshold
+        self.extra = extra or {}
+        self.hist = hist
+        self.by_rows = by_rows
+        self.failed = {}     # key of a parameter, or ('extra', name) -> why it could not be read
+
+    def buffer(self, device):
+        "The buffer of a device, made when the first gradient comes from there"
+        with self.lock:
+            if device not in self.buffers:
+                rows = device.type!='cpu' if self.by_rows is None else self.by_rows
+                make = RowBuffer if rows else host_buffer
+                self.buffers[device] = make(device, self.threshold, len(sums)+len(self.extra), self.hist)
+            return self.buffers[device]
+
+    @locked
+    def put(self, key, g,
+            scale=None, # AMP's, still in `g`: a 0-d tensor on its device, which nobody changes in place
+            full=True # as in `put_all`
+           ):
+        "One gradient, read or copied at once. Where that fails, nothing of it stays"
+        if type(g) is not Tensor and is_sharded(g): raise TypeError("it is spread over several processes")
+        b = self.buffers.get(g.device) or self.buffer(g.device)
+        before = b.fetched+len(b.keys)
+        try:
+            values,absent = (g,0) if is_plain(g) else stored(g)
+            if g.is_complex(): row = b.by_definition(key, values, absent, scale)
+            else: row = b.put(key, values, absent, scale)
+            if self.extra and full: self._extras(b, row, values, scale)
+            return row
+        except Exception:
+            b.discard(before)
+            raise
+
+    @locked
+    @torch.no_grad()   # instead of `detach`, an operation for each
+    def put_all(self, keys, gs, ws=None,
+                full=True # or are only sum_sq, nonfinite and, with `ws`, w_sq and dot needed?
+               ):
+        "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w. Where that fails, nothing of them stays"
+        before = self.mark()
+        try: self._put_all(keys, gs, ws, full)
+        except Exception:
+            self.discard(before)
+            raise
+
+    def _put_all(self, keys, gs, ws, full):
+        together = defaultdict(list)   # device, dtype -> what is read together
+        sharded = defaultdict(list)    # mesh, placements, dtype -> what is reduced over processes together
+        for one in zip(keys, gs, ws or gs):
+            _,g,w = one
+            if type(g) is not Tensor and is_sharded(g): sharded[g.device_mesh,g.placements,wide_dtype(g)].append(one)
+            elif goes_alone(g) or goes_alone(w): self._put_alone(*one, full) if ws else self._put_alone(*one[:2], None, full)
+            else: together[g.device,wide_dtype(g)].append(one)
+        for (device,_),some in together.items():
+            some_keys,some_gs,some_ws = zip(*some)
+            b = self.buffer(device)
+            rows = b.put_all(some_keys, some_gs, ws and some_ws, full)
+            if self.extra and full:
+                for row,g in zip(rows, some_gs): self._extras(b, row, g)
+        for some in sharded.values():
+            some_keys,some_gs,some_ws = zip(*some)
+            self._put_shards(some_keys, some_gs, ws and some_ws, full)
+
+    @locked
+    def number(self, key, v:Tensor # 0-d
+              ):
+        "A row that holds a number, in the column of the maximum"
+        self.buffer(v.device).number(key, v.detach())
 
     # --- what no fast path reads
 
@@ -249,7 +268,7 @@ class Engine:
     @np.errstate(all='ignore')
     def _put_odd(self, key, g, w, full):
         "A sparse, nested or complex gradient"
-        row = self._put(key, g, full=full)
+        row = self.put(key, g, full=full)
         if w is None: return
         b = self.buffer(g.device)
         b.reduce()
@@ -270,8 +289,6 @@ class Engine:
         if self.extra and full:
             for row,g in zip(rows, gs): self._extras(b, row, g.full_tensor())
 
-    # --- forward
-
     def witness(self, t:Tensor # floating point
                ): # number, or 0-d tensor on its device: finite where all elements are
         "0 from the kernel, else the sum: NaN where an element is, infinite where one is or where finite elements are huge"
@@ -281,8 +298,8 @@ class Engine:
         t = t.detach()
         return (t.float() if t.itemsize<2 else t).sum(dtype=torch.float32 if t.itemsize<4 else None)   # torch has no sum of 8 bits
 
-# %% ../nbs/01_engine.ipynb #a3d5f766
-def _new_lock(): Engine.lock = RLock()
+# %% ../nbs/01_engine.ipynb #4ecf89e0
+def _new_lock(): Transaction.lock = RLock()
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_new_lock)
 
 # %% ../nbs/01_engine.ipynb #665debf1
@@ -299,18 +316,3 @@ def add_over_processes(b, first, last, group):
     dist.all_reduce(acc, group=group)
     acc[:,MAX] = top
     b.acc[first:last] = acc if isinstance(b.acc, Tensor) else acc.numpy()
-
-# %% ../nbs/01_engine.ipynb #605d9a3d
-def apart_from_training(f, # function of a tensor
-                        g:Tensor # a gradient that training needs as it is
-                       )->Tensor: # 0-d
-    "`f` of a copy of `g`, with torch's random state put back where `f` drew from it"
-    state = torch.get_rng_state()
-    device_state = torch.cuda.get_rng_state(g.device) if g.is_cuda else None
-    try:
-        value = torch.as_tensor(f(g.clone()))
-        if value.numel()!=1: raise ValueError(f"one number is expected, got a tensor of shape {tuple(value.shape)}")
-        return value.detach().reshape(())
-    finally:
-        torch.set_rng_state(state)
-        if device_state is not None: torch.cuda.set_rng_state(device_state, g.device)

@@ -53,7 +53,7 @@ def stride_of(n):
     while stride>1 and math.gcd(stride, 2*3*5*7)>1: stride += 1
     return stride
 
-# %% ../nbs/01e_histogram.ipynb #ce0e4606
+# %% ../nbs/01e_histogram.ipynb #8d8fb5ea
 class Octaves:
     "Elements per octave of |g|, for the rows of a buffer"
     def __init__(self, device,
@@ -78,8 +78,9 @@ class Octaves:
     def reach(self, n):
         "There are at least `n` rows"
         while n>len(self.acc):
-            self.acc = torch.cat([self.acc, torch.zeros_like(self.acc)])
-            if self.acc.is_cpu: self.counts = self.acc.numpy()
+            longer = torch.cat([self.acc, torch.zeros_like(self.acc)])
+            if longer.is_cpu: self.counts = longer.numpy()
+            self.acc = longer
 
     def put(self, row, x, scale=None):
         "Copy a sample of `x`, the gradient of this row in one dimension, a tensor or an array"
@@ -107,8 +108,9 @@ class Octaves:
         rows,lengths,strides = zip(*self.waiting)
         self.reach(max(rows)+1)
         device = self.acc.device
-        columns = columns_of(self.scratch[:self.used])
-        offsets,size = np.arange(0, COLUMNS*len(rows), COLUMNS),COLUMNS*len(rows)   # each sample has a row of its own to begin with
+        columns = columns_of(self.scratch[:sum(lengths)])
+        size = COLUMNS*len(rows)   # each sample has a row of its own to begin with
+        offsets = np.arange(0, size, COLUMNS)
         if device.type=='cpu':
             counts = torch.from_numpy(np.bincount(np.repeat(offsets, lengths)+columns.numpy(), minlength=size))
         else:
@@ -117,8 +119,8 @@ class Octaves:
         rows = torch.tensor(rows, device=device)
         strides = torch.tensor(strides, device=device)
         counts = counts.view(-1, COLUMNS)*strides[:,None]
-        self.waiting = []
         self.used = 0
+        self.waiting = []
         self.acc.index_add_(0, rows, counts)
 
     def host(self, start, end):
@@ -128,8 +130,10 @@ class Octaves:
         return self.acc[start:end].cpu().numpy().copy()
 
     def forget(self, start, end):
-        "Rows `start` to `end` count nothing"
-        self.reduce()
+        "Rows `start` to `end`, the last ones, count nothing"
+        waiting = [sample for sample in self.waiting if sample[0]<start]
+        self.used = sum(n for _,n,_ in waiting)
+        self.waiting = waiting
         self.acc[start:end] = 0
 
     def keep(self, start, end):

@@ -57,7 +57,7 @@ LOW,HIGH = (f32(o).view(i32) for o in (1e-16, 1e16))   # of the largest magnitud
 @jit
 def wide_sums(x):
     "Sum |x|, sum x² and sum x in float64"
-    sum_abs,sum_sq,s = 0.,0.,0.
+    sum_abs = sum_sq = s = 0.
     for i in range(len(x)):
         v = f64(x[i])
         sum_abs += abs(v)
@@ -79,10 +79,16 @@ def chunk_sums(x, # (up to 512,) float32
               ): # int32, bits of the largest magnitude
     "The sums of a chunk"
     b = x.view(i32)
-    low,high,sum_abs,sum_sq,s = BITS,i32(0),f32(0),f32(0),f32(0)
+    low = BITS
+    high = i32(0)
+    sum_abs = f32(0)
+    sum_sq = f32(0)
+    s = f32(0)
     for i in range(len(x)):
-        v,a = x[i],magnitude(b[i])
-        low,high = min(low, a),max(high, a)
+        v = x[i]
+        a = magnitude(b[i])
+        low = min(low, a)
+        high = max(high, a)
         sum_abs += abs(v)
         sum_sq += v*v
         s += v
@@ -102,7 +108,8 @@ def spread(x, # (n,) float32
     n = len(x)
     mean = s/n
     if not s*mean>.5*sum_sq: return sum_sq-s*s/n
-    m2,rest = 0.,0.   # `mean` has an error of its own
+    m2 = 0.
+    rest = 0.   # `mean` has an error of its own
     for i in range(n):
         d = x[i]-mean
         m2 += d*d
@@ -119,9 +126,10 @@ def fits(s, x):
 @jit
 def products_in(t, x, w):
     "Sum x², sum w² and sum x·w, in type `t`"
-    sum_sq,w_sq,dot = t(0),t(0),t(0)
+    sum_sq = w_sq = dot = t(0)
     for i in range(len(x)):
-        v,u = t(x[i]),t(w[i])
+        v = t(x[i])
+        u = t(w[i])
         sum_sq += v*v
         w_sq += u*u
         dot += v*u
@@ -155,19 +163,25 @@ def read(at, # address of the gradient's first element
          acc, r # (rows, sums) float64, and the row that the sums are added to
         ):
     "One read of a gradient"
-    x,w,row,top,limit,out = floats(at, n),floats(w, n),acc[r],i32(0),i32(limit),np.zeros(acc.shape[1])
+    x = floats(at, n)
+    w = floats(w, n)
+    row = acc[r]
+    out = np.zeros(acc.shape[1])
+    top = i32(0)
+    limit = i32(limit)
     for i in range(0, n, CHUNK):
-        c = x[i:i+CHUNK]
-        if full: top = max(top, chunk_sums(c, limit, out))
+        chunk = x[i:i+CHUNK]
+        if full: top = max(top, chunk_sums(chunk, limit, out))
         if weights or not full:
-            sum_sq,w_sq,dot = products(c, w[i:i+CHUNK])
+            sum_sq,w_sq,dot = products(chunk, w[i:i+CHUNK])
             if not full: out[SUM_SQ] += sum_sq
             if weights:
                 out[W_SQ] += w_sq
                 out[DOT] += dot
     if full:
         out[MAX] = max(row[MAX], f64(i32(top).view(f32)))
-        out[M2],out[Q] = spread(x, out[SUM_SQ], out[SUM]),out[SUM]*out[SUM]/n
+        out[M2] = spread(x, out[SUM_SQ], out[SUM])
+        out[Q] = out[SUM]*out[SUM]/n
         row[MAX] = 0
     elif not math.isfinite(out[SUM_SQ]):
         for i in range(0, n, CHUNK): out[NONFINITE] += count_above(x[i:i+CHUNK].view(i32), i32(INF-1))
@@ -177,7 +191,8 @@ def read(at, # address of the gradient's first element
 @entry('b1(i8,i8)')
 def finite(at, n): # as in `read`
     "Is every element finite?"
-    b,top = floats(at, n).view(i32),i32(0)
+    b = floats(at, n).view(i32)
+    top = i32(0)
     for i in range(n): top = max(top, magnitude(b[i]))
     return top<INF
 
@@ -198,5 +213,9 @@ def count_octaves(at, n, # as in `read`
                   acc, r # (rows, 278) int64, and the row that is added to
                  ):
     "Count elements per octave"
-    x,row,scale = floats(at, n),acc[r],f32(scale)
-    for i in range(start, n, step): row[column(magnitude(f32(x[i]/scale).view(i32)))] += step
+    x = floats(at, n)
+    row = acc[r]
+    scale = f32(scale)
+    for i in range(start, n, step):
+        b = f32(x[i]/scale).view(i32)
+        row[column(magnitude(b))] += step
