@@ -76,7 +76,7 @@ class NotRecorded(ValueError):
 _recorded_by = dict(tensors=("statistics of tensors", "GradStatsCallback()"), steps=("steps", "GradNormCallback()"),
                     params=("norms by parameter", "GradNormCallback()"), hist=("histograms", "GradStatsCallback(hist=True)"))
 
-# %% ../nbs/03_record.ipynb #9b5b721c
+# %% ../nbs/03_record.ipynb #49db82b8
 class GradRecord:
     "All that was recorded. `df` has a row per iteration and tensor, `steps` a row per optimizer step"
     def __init__(self,
@@ -89,9 +89,9 @@ class GradRecord:
                  hist=None, # elements per octave: a frame; None: those in `rows`
                  asked=() # 'output', 'param': what its callback was asked for, though there may be no rows of it
                 ):
-        given = dict(tensors=rows, steps=steps, params=params)
-        if all(o is None for o in given.values()): given = dict(tensors=Rows(floats, counts), steps=Steps(), params=param_rows())
-        given['hist'] = hist
+        given = dict(tensors=rows, steps=steps, params=params, hist=hist)
+        if rows is None and steps is None and params is None:
+            given |= dict(tensors=Rows(floats, counts), steps=Steps(), params=param_rows())
         self.stores = {table:None if o is None else _stored(table, o) for table,o in given.items()}
         self.threshold = threshold
         self._breaks = [_as_break(o) for o in breaks]
@@ -211,7 +211,7 @@ def _matches(o:dict, # facts of a fit, or a break
     o = {**o, 'phase':_phase_name(o['phase'])}
     return all(o[c] in _among(wanted[c]) for c in ('fit','phase','run') if c in wanted and c in o)
 
-# %% ../nbs/03_record.ipynb #707c59ca
+# %% ../nbs/03_record.ipynb #f0e0f3ef
 def _in_groups(breaks):
     "(phase, run) -> its breaks; run is None where there are no runs"
     res = {}
@@ -219,6 +219,8 @@ def _in_groups(breaks):
     return res
 
 def _times(breaks): return np.array([int(brk.fit)<<32 | int(brk.iteration) for brk in breaks], np.int64)
+
+def _when(df): return df[[c for c in ('run','phase','fit','iteration','epoch') if c in df]]
 
 def _rows_in(df, phase, run):
     "Places of the rows of a phase, and run"
@@ -230,7 +232,7 @@ def _of_epochs(breaks, df, epochs):
     "The breaks that are of these epochs, by the rows around them"
     res = []
     for (phase,run),group in _in_groups(breaks).items():
-        rows = df[['fit','iteration','epoch']].iloc[_rows_in(df, phase, run)]
+        rows = _when(df).iloc[_rows_in(df, phase, run)]
         if not len(rows): continue
         places = np.searchsorted(time_of(rows), _times(group)).clip(max=len(rows)-1)
         res += [brk for brk,ok in zip(group, rows['epoch'].iloc[places].isin(_among(epochs))) if ok]
@@ -315,7 +317,7 @@ def _listed(items):
     res.items = items
     return res
 
-# %% ../nbs/03_record.ipynb #b6750668
+# %% ../nbs/03_record.ipynb #30fbba1c
 @patch
 def __len__(self:GradRecord)->int:
     "Recorded iterations of phase 'fit' (of a record without tensors: steps)"
@@ -342,7 +344,8 @@ def norms(self:GradRecord)->L:
     "The gradient's L2 norm before clipping, a float per step of phase 'fit'"
     self._need('steps')
     steps = self.stores['steps']
-    return _listed(_Floats(steps.norms() if isinstance(steps, Steps) else steps.loc[steps['phase']=='fit','norm'].to_numpy()))
+    if isinstance(steps, Steps): return _listed(_Floats(steps.norms()))
+    return _listed(_Floats(steps.loc[steps['phase']=='fit','norm'].to_numpy()))
 
 # %% ../nbs/03_record.ipynb #424a9f3c
 def _check_stat(stat, df):
@@ -491,7 +494,7 @@ def _broke(df):
     i = max(i for i,name in enumerate(names) if name in broke)
     return names[i+1] if i+1<len(names) else '(loss)', names[i], 'backward'
 
-# %% ../nbs/03_record.ipynb #4d6058c3
+# %% ../nbs/03_record.ipynb #bf0dba0b
 def _place(rows, times, time, n):
     "Where a row of this `time` would stand among `rows`, which have these `times`: after one of its fit, else before the next"
     i = np.searchsorted(times, time)
@@ -501,7 +504,7 @@ def _place(rows, times, time, n):
 
 def _given_up(rec):
     "(place in the frame of tensors, break) of batches that have no row, the first one first"
-    df,steps = (rec.frame(t)[['fit','phase','iteration',*(['run'] if 'run' in rec.frame(t) else [])]] for t in ('tensors','steps'))
+    df,steps = (_when(rec.frame(t)) for t in ('tensors','steps'))
     nothing = not len(df) and not len(steps)
     found = []
     for (phase,run),breaks in _in_groups(rec.breaks).items():
@@ -514,7 +517,7 @@ def _given_up(rec):
         found += [(_place(rows, times, time, len(df)), brk) for time,brk,ok in zip(at, breaks, without_row) if ok]
     return sorted(found, key=lambda o: (o[0], o[1].fit, o[1].iteration))
 
-# %% ../nbs/03_record.ipynb #57c63e95
+# %% ../nbs/03_record.ipynb #6905dfa5
 @patch
 def first_nonfinite(self:GradRecord,
                     phase='fit', # 'fit', 'lr_find' or None for all
@@ -535,12 +538,13 @@ def first_nonfinite(self:GradRecord,
     row = df.iloc[first]
     df = _rows_that_match(df, {c:row[c] for c in ('run','phase','fit') if c in df})
     last = gap_before(df, row['iteration'])
+    here = {c:row[c] for c in ('run','phase','fit','iteration') if c in row}
     for brk in part.breaks:
-        at = dict(run=getattr(brk, 'run', None), phase=_phase_name(brk.phase), fit=brk.fit, iteration=brk.iteration)
-        if all(row[c]==value for c,value in at.items() if c in row): return NonFinite(int(brk.iteration), brk.after, brk.before, 'forward', last)
+        if here.items() <= (brk._asdict()|dict(phase=_phase_name(brk.phase))).items():
+            return NonFinite(int(brk.iteration), brk.after, brk.before, 'forward', last)
     return NonFinite(int(row['iteration']), *_broke(df[df['iteration']==row['iteration']]), last)
 
-# %% ../nbs/03_record.ipynb #c68f9137
+# %% ../nbs/03_record.ipynb #172a5efc
 def _n_iterations(df):
     "Of several fits and phases each counts its own"
     time = time_of(df)
@@ -554,7 +558,8 @@ def _largest(df, label, threshold):
     else:
         largest = df.loc[df['max_abs'].where(finite).idxmax()]
         over = _n_iterations(df[df['above']>0])
-        res = f"Largest {label} gradient {largest['max_abs']:.2g} at iteration {largest['iteration']} ({largest['name']}); above {threshold:g} in {over} of {n} iterations"
+        res = f"Largest {label} gradient {largest['max_abs']:.2g} at iteration {largest['iteration']} ({largest['name']})"
+        res += f"; above {threshold:g} in {over} of {n} iterations"
     bad = _n_iterations(df[~finite])
     return res + (f"; not finite in {bad}" if bad else '') + '.'
 
@@ -664,7 +669,7 @@ def suggest_clip(self:GradRecord,
     max_norm = float(f'{finite.quantile(q):.2g}')
     return Clip(max_norm, float((finite>max_norm).mean()), left_out)
 
-# %% ../nbs/03_record.ipynb #e15444f2
+# %% ../nbs/03_record.ipynb #9bc05124
 @patch
 def elasticity(self:GradRecord,
                phase='fit', # 'fit', 'lr_find' or None for all
@@ -685,10 +690,11 @@ def radial(self:GradRecord,
           )->pd.DataFrame: # where in training, name, radial
     "Cosine of gradient and weights per step and parameter: 0 where only the weights' direction matters, NaN where either is 0"
     df = self.by('param', phase, fit)
-    with np.errstate(all='ignore'): df['radial'] = df['dot'].astype(np.float64)/(df['norm'].astype(np.float64)*df['weight_norm'])
+    dot,norm = df['dot'].astype(np.float64),df['norm'].astype(np.float64)
+    with np.errstate(all='ignore'): df['radial'] = dot/(norm*df['weight_norm'])
     return df[[c for c in ('run',*where,'name','radial') if c in df]]
 
-# %% ../nbs/03_record.ipynb #5da7dd02
+# %% ../nbs/03_record.ipynb #1b6fb0f2
 @patch
 def save(self:GradRecord,
          folder, # a folder that holds no record yet; made where it does not exist
@@ -704,7 +710,8 @@ def save(self:GradRecord,
     path = check_free(folder, schema)
     now = self.still()
     recorded = [t for t in now.stores if not now.lacks(t)]
-    dfs = {t:now.frame(t) for t in ('tensors','steps','params')} | dict(breaks=breaks_frame(now.breaks), hist=now.frame('hist'))
+    dfs = {t:now.frame(t) for t in ('tensors','steps','params')}
+    dfs |= dict(breaks=breaks_frame(now.breaks), hist=now.frame('hist'))
     dfs = {t:conform(df, t) for t,df in dfs.items() if len(df)}
     parts = {t:encode(t, df, self.threshold, format) for t,df in dfs.items()}   # all of them, before anything is written
     about = {t:{k:v for k,v in describe(t, df, self.threshold).items() if k not in BLANK} for t,df in dfs.items()}
@@ -769,7 +776,7 @@ GradRecord.__dir__ = lambda self: [*object.__dir__(self), *views]
 @patch
 def _repr_html_(self:GradRecord): return self.glance()
 
-# %% ../nbs/03_record.ipynb #5e8a1c8f
+# %% ../nbs/03_record.ipynb #48f65d09
 def _merged(records):
     "One record of several: each table from the last that has rows of it, else the last that may have"
     def last_with(table):
@@ -779,7 +786,8 @@ def _merged(records):
     sources = {table:last_with(table) for table in ('tensors','steps','params')}
     tables = {table:None if r is None else r.stores[table] for table,r in sources.items()}
     of_tensors = sources['tensors']
-    facts = pick_facts([r.facts for r in sorted(records[::-1], key=lambda r: not len(r.frame('tensors')))])
+    with_tensors_first = sorted(records[::-1], key=lambda r: not len(r.frame('tensors')))
+    facts = pick_facts([r.facts for r in with_tensors_first])
     if of_tensors is None: return _of_stores(tables, facts=facts)
     return _of_stores(tables|dict(hist=of_tensors.stores['hist']), of_tensors.threshold, of_tensors.breaks, facts, asked=of_tensors._asked)
 
@@ -811,7 +819,7 @@ def as_record(o # a Learner, callback, list of callbacks, `GradRecord`, frame or
         raise ValueError("this Learner has no GradStatsCallback or GradNormCallback; one that was passed to `fit` is no longer on the Learner: use the callback itself")
     raise TypeError(f"accepted are a Learner, a gradstats callback or a list of them, a GradRecord, a frame and a folder, got {type(o).__name__}")
 
-# %% ../nbs/03_record.ipynb #91084ff8
+# %% ../nbs/03_record.ipynb #532c4379
 def _joined(dfs, names):
     "One frame of the runs' frames, with a column `run`"
     for c in ('name','kind'):
@@ -839,11 +847,12 @@ def compare(runs # name of a run -> whatever `as_record` takes
     for t in _recorded_by:
         lacking = all(r.lacks(t) for r in records.values())
         tables[t] = None if lacking else _joined([r.frame(t) for r in records.values()], names)
-    breaks = [RunBreak(*brk._replace(phase=_phase_name(brk.phase)), name) for name,r in records.items() for brk in r.breaks]
+    breaks = []
+    for name,r in records.items(): breaks += [RunBreak(*brk._replace(phase=_phase_name(brk.phase)), run=name) for brk in r.breaks]
     facts = [{**f, 'run':name} for name,r in records.items() for f in r.facts]
     return _of_stores(tables, thresholds[0] if thresholds else 1., breaks, facts)
 
-# %% ../nbs/03_record.ipynb #5fa41043
+# %% ../nbs/03_record.ipynb #7bba3706
 def _by_tensor(df, threshold):
     "A row per tensor"
     key = [c for c in ('run','kind','name') if c in df]
@@ -851,8 +860,11 @@ def _by_tensor(df, threshold):
     sums = groups[['above','zeros','nonfinite','numel']].sum()
     largest_first = df['max_abs'].fillna(np.inf).groupby([df[c] for c in key], sort=False, observed=True)
     top = df.loc[largest_first.idxmax()].set_index(key)
-    return pd.DataFrame({'max |g|':top['max_abs'], 'at':top['iteration'], 'median norm':groups['norm'].median(),
-                         f'|g|>{threshold:g}':sums['above']/sums['numel'], 'zeros':sums['zeros']/sums['numel'], 'not finite':sums['nonfinite']})
+    res = pd.DataFrame({'max |g|':top['max_abs'], 'at':top['iteration'], 'median norm':groups['norm'].median()})
+    res[f'|g|>{threshold:g}'] = sums['above']/sums['numel']
+    res['zeros'] = sums['zeros']/sums['numel']
+    res['not finite'] = sums['nonfinite']
+    return res
 
 @patch
 def summary(self:GradRecord,
@@ -878,9 +890,3 @@ def summary(self:GradRecord,
 # %% ../nbs/03_record.ipynb #e6618f48
 _of_writers = ('load','add_facts','facts_since','still')
 delegated = tuple(name for name in [*vars(GradRecord), *views] if not name.startswith('_') and name not in _of_writers)
-
-# %% ../nbs/03_record.ipynb #b8f5a0ea
-_from,_gap = from_iteration,gap_before   # until diagnosis has the new names
-
-@patch
-def _by(self:GradRecord, what, phase): return self.select(phase=phase).frame('params')

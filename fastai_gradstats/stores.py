@@ -63,7 +63,7 @@ def take_hist(hist, rows):
     places = rows_of(hist.n, rows)
     return Hist(hist.n[rows], hist.octave[places], hist.count[places])
 
-# %% ../nbs/03a_stores.ipynb #d446a328
+# %% ../nbs/03a_stores.ipynb #29148edb
 class Part:
     "Consecutive iterations and their rows, 40 bytes each"
     def __init__(self,
@@ -91,8 +91,8 @@ class Part:
     def take(self, iterations):
         "Only these iterations (places, ascending), as a copy"
         rows = rows_of(self.n, iterations)
-        return Part(self.places[:,iterations], self.n[iterations], self.keys[rows], self.floats[:,rows], self.counts[:,rows],
-                    self.window[iterations], take_hist(self.hist, rows))
+        of_rows = self.keys[rows],self.floats[:,rows],self.counts[:,rows]
+        return Part(self.places[:,iterations], self.n[iterations], *of_rows, self.window[iterations], take_hist(self.hist, rows))
 
     @staticmethod
     def cat(parts):
@@ -164,7 +164,7 @@ class _Columns:
         "What `values(part)` has for each row"
         return self.fill(dtype, lambda part, same, out: np.copyto(out, values(part), casting='unsafe'))
 
-# %% ../nbs/03a_stores.ipynb #a45d52c0
+# %% ../nbs/03a_stores.ipynb #fee99a86
 class Table:
     "Columns that grow at their end"
     def __init__(self):
@@ -186,8 +186,9 @@ class Table:
         old = self.values
         self.room = max(n, 2*self.room)
         self.values = {name:np.zeros(self.room, column.dtype) for name,column in (new|old).items()}
-        if self.n:
-            for name,column in self.values.items(): column[:self.n] = old[name][:self.n] if name in old else np.nan
+        for name,column in self.values.items():
+            if name in old: column[:self.n] = old[name][:self.n]
+            elif self.n: column[:self.n] = np.nan
         self.root = None
 
     def frame(self, names:dict # column of a category -> its names
@@ -216,47 +217,24 @@ def _merge_names(known, names):
     for name in names: res = [*res, name, *followers.get(name, [])]
     return res
 
-# %% ../nbs/03a_stores.ipynb #6f701de9
-class Rows:
-    "Rows by iteration, appended in bulk and bounded by `keep` iterations"
-    def __init__(self,
-                 floats, # names of float columns, 'norm' among them
-                 counts=(), # names of integer columns
-                 keep=None, # how many iterations are kept; None for all
-                 keys=('kind','name','out','call'), # columns that say which tensor a row is of; 'name' is among them, the others but 'kind' are numbers
-                 skipped=True # a column that says whether the step was skipped
+# %% ../nbs/03a_stores.ipynb #a995f81f
+class Keys:
+    "Numbers that stand for tensors, and the tensors' order in the network"
+    def __init__(self, columns # that say which tensor it is; 'name' is among them
                 ):
-        self.floats = list(floats)
-        self.counts = list(counts)
-        self.keep = keep
-        self.key_columns = tuple(keys)
-        self.with_skipped = skipped
-        self.keys = []           # per number of a tensor its values of `key_columns`
-        self.numbers = {}        # the other way round
-        self.ranks = []          # per number of a tensor what puts it in network order
-        self.networks = {}       # kind -> name -> place in the network
-        self.parts = []
-        self.breaks = []         # `Break`s
-        self.skipped_steps = set()
-        self.window = 1          # of how many iterations one is kept
-        self.seen = [0]*len(phases)   # iterations that came, of each phase
-        self.sink = None         # a list that gets each part too, before anything is thinned: what streams to files
-        self.version = 0         # how often something was added,
-        self.ordered = 0         # keys or their order changed,
-        self.thinned = 0         # iterations were dropped
+        self.key_columns = tuple(columns)
+        self.keys = []       # number -> values of the columns
+        self.numbers = {}    # the other way round
+        self.ranks = []      # number -> what puts it in network order
+        self.networks = {}   # kind -> name -> place in the network
+        self.ordered = 0     # how often keys or their order changed
         self._order = None
-        self._growing = None
-        self._hist = None
-
-    def __len__(self): return sum(map(len, self.parts))
-
-    # Tensors and their order
 
     def _kind(self, key): return key[self.key_columns.index('kind')] if 'kind' in self.key_columns else None
     def _name(self, key): return key[self.key_columns.index('name')]
 
     def _rank(self, place, key):
-        "By kind, then as in the network; calls of a module before its outputs"
+        "What keys are sorted by: their kind, the place in the network, then the other numbers, the last one first (calls of a module before its outputs)"
         kind = self._kind(key)
         place = self.networks.get(kind, {}).get(self._name(key), place)
         numbers = [value for c,value in zip(self.key_columns, key) if c not in ('kind','name')]
@@ -295,10 +273,39 @@ class Rows:
     def order(self):
         "Per number of a tensor its position in network order"
         if self._order is None or self._order[0]!=self.ordered:
+            by_rank = sorted(range(len(self.keys)), key=lambda i: (self.ranks[i], i))
             position = np.empty(len(self.keys), np.int64)
-            position[sorted(range(len(self.keys)), key=lambda i: (self.ranks[i], i))] = np.arange(len(self.keys))
+            position[by_rank] = np.arange(len(self.keys))
             self._order = self.ordered,position
         return self._order[1]
+
+# %% ../nbs/03a_stores.ipynb #23915264
+class Rows(Keys):
+    "Rows by iteration, appended in bulk and bounded by `keep` iterations"
+    def __init__(self,
+                 floats, # names of float columns, 'norm' among them
+                 counts=(), # names of integer columns
+                 keep=None, # how many iterations are kept; None for all
+                 keys=('kind','name','out','call'), # columns that say which tensor a row is of; 'name' is among them, the others but 'kind' are numbers
+                 skipped=True # a column that says whether the step was skipped
+                ):
+        super().__init__(keys)
+        self.floats = list(floats)
+        self.counts = list(counts)
+        self.keep = keep
+        self.with_skipped = skipped
+        self.parts = []
+        self.breaks = []         # `Break`s
+        self.skipped_steps = set()
+        self.window = 1          # of how many iterations one is kept
+        self.seen = [0]*len(phases)   # iterations that came, of each phase
+        self.sink = None         # a list that gets each part too, before anything is thinned: what streams to files
+        self.version = 0         # how often something was added,
+        self.thinned = 0         # iterations were dropped
+        self._growing = None
+        self._hist = None
+
+    def __len__(self): return sum(map(len, self.parts))
 
     # What is added
 
@@ -552,7 +559,7 @@ class Steps:
             res.skipped_steps = set(self.skipped_steps)
         return res
 
-# %% ../nbs/03a_stores.ipynb #eb204ec2
+# %% ../nbs/03a_stores.ipynb #3c2f0db2
 def breaks_frame(breaks):
     "`Break`s as a frame; their phase may be its name or its place in `phases`"
     fields = RunBreak._fields if breaks and len(breaks[0])==len(RunBreak._fields) else Break._fields
@@ -561,5 +568,7 @@ def breaks_frame(breaks):
     def named(found):
         names = list(dict.fromkeys(found))
         return category([names.index(name) for name in found], names)
-    d = dict(fit=np.array(values['fit'], np.int32), phase=category([code(p) for p in values['phase']], phases), iteration=np.array(values['iteration'], np.int32))
-    return pd.DataFrame(d | {c:named(values[c]) for c in fields if c not in d})
+    d = {c:named(found) for c,found in values.items()}
+    d['phase'] = category([code(phase) for phase in values['phase']], phases)
+    for c in ('fit','iteration'): d[c] = np.array(values[c], np.int32)
+    return pd.DataFrame(d)
