@@ -13,7 +13,7 @@ demo: $(STAMP)-cpu
 	$(PY) -m fastai_gradstats $(ARGS)
 
 # All tests side by side, on two cores; those that are named in ARGS one by one, unless it says otherwise
-BESIDE := -n 2 --dist loadgroup --no-loadscope-reorder
+BESIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: $(STAMP)-dev
 	$(PY) -m pytest $(or $(ARGS),$(BESIDE) tests)

@@ -18,15 +18,21 @@ def pytest_pycollect_makeitem(collector, name, obj):
     "A test is what its own file defines: `from fastai.basics import *` brings fastcore's `test_eq` and others"
     if inspect.isfunction(obj) and obj.__module__!=collector.module.__name__: return []
 
-# What reads the project's files, and what may write some beside them while it runs
+# What reads the project's files, and what may write some beside them while it runs: one at a time, also where tests run side by side
 at_the_tree = 'test_notebooks','test_sync','test_packaging','test_site'
+side_by_side = 'PYTEST_XDIST_WORKER' in os.environ
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    if not side_by_side or item.path.stem not in at_the_tree: return (yield)
+    import fcntl
+    with open(ROOT/'pyproject.toml') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        return (yield)
 
 def pytest_collection_modifyitems(items):
-    "Side by side (`pytest -n 2 --dist loadgroup`) a file's tests stay together; the group that takes longest comes first"
-    def group(item): return 'the tree' if item.path.stem in at_the_tree else item.path.stem
-    if 'PYTEST_XDIST_WORKER' not in os.environ: return
-    for item in items: item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item)!='the tree')
+    "Side by side (`pytest -n 2 --dist loadfile`) the file that takes longest comes first"
+    if side_by_side: items.sort(key=lambda item: item.path.stem!='test_notebooks')
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
