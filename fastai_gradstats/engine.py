@@ -58,7 +58,7 @@ def merged(parts # per device what `nothing` returns
     return n,*(o[order] if len(o) else o for o in of_rows)
 
 # %% ../nbs/01_engine.ipynb #0a30314f
-class Transaction:
+class Ledger:
     "Rows on any number of devices, which count once they are committed"
     lock = RLock()   # of all engines: a backward on a GPU has threads of its own, and a second thread may read while training goes on
     extra,hist = {},False
@@ -166,7 +166,7 @@ def apart_from_training(f, # function of a tensor
         if device_state is not None: torch.cuda.set_rng_state(device_state, g.device)
 
 # %% ../nbs/01_engine.ipynb #e019f0d2
-class Engine(Transaction):
+class Engine(Ledger):
     "Statistics of gradients on any number of devices"
     def __init__(self,
                  threshold=1., # what `above` counts from
@@ -299,7 +299,7 @@ class Engine(Transaction):
         return (t.float() if t.itemsize<2 else t).sum(dtype=torch.float32 if t.itemsize<4 else None)   # torch has no sum of 8 bits
 
 # %% ../nbs/01_engine.ipynb #4ecf89e0
-def _new_lock(): Transaction.lock = RLock()
+def _new_lock(): Ledger.lock = RLock()
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_new_lock)
 
 # %% ../nbs/01_engine.ipynb #665debf1
