@@ -8,13 +8,20 @@ from helpers.project import ROOT
 
 RUN_NBS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(ROOT).parts))
 
+# page -> what it is about, without which it is skipped; all of it is in the extra `dev`
+NEEDS = {
+    '00a_kernel.ipynb': ('numba',),
+    'howto/hugging_face.ipynb': ('transformers','accelerate'),
+    'howto/lightning.ipynb': ('lightning',)}
+def page_name(nb): return nb.relative_to(ROOT/'nbs').as_posix()
+
 def files_around():
     "The files a notebook could leave behind: in nbs/, where it runs, and beside it."
     return {p for d in (ROOT.glob('*'), (ROOT/'nbs').rglob('*')) for p in d if not {'__pycache__', '.pytest_cache', '.hypothesis'} & set(p.parts)}
 
-@pytest.mark.parametrize('nb', RUN_NBS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
+@pytest.mark.parametrize('nb', RUN_NBS, ids=page_name)
 def test_notebook(nb, monkeypatch):
-    if nb.name=='00a_kernel.ipynb': pytest.importorskip('numba')
+    for package in NEEDS.get(page_name(nb), ()): pytest.importorskip(package, reason=f'{page_name(nb)} is about {package}, which is not installed')
     before,err,sigint = files_around(),io.StringIO(),signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys, '__stderr__', err)  # where nbdev writes the traceback of a failing cell
     monkeypatch.syspath_prepend(ROOT)
@@ -25,3 +32,5 @@ def test_notebook(nb, monkeypatch):
     if not ok: pytest.fail(err.getvalue(), pytrace=False)
     stray = files_around() - before
     assert not stray, f'{nb.name} left files behind: {sorted(map(str, stray))}'
+
+def test_needs_name_pages(): assert set(NEEDS) <= set(map(page_name, RUN_NBS))
