@@ -62,10 +62,14 @@ class GradVizHook(Callback):
 
 def both(**kwargs): return [GradStatsCallback(**kwargs), GradNormCallback(**{k:v for k,v in kwargs.items() if k=='every'})]
 
-def without_numba(cbs):
-    "The same callbacks, as where numba is not installed"
-    for c in cbs: c._state.engine.buffer(torch.device('cpu')).kernel = None
-    return cbs
+def reader_of(learn):
+    "What reads the gradients of a Learner for all callbacks of ours; None where there are none"
+    return next((c._consumer.reader for c in learn.cbs if isinstance(c, (GradStatsCallback,GradNormCallback))), None)
+
+class WithoutNumba(Callback):
+    "The others read as where numba is not installed"
+    order = 1000   # once the engine is made
+    def before_train(self): reader_of(self.learn).engine.buffer(torch.device('cpu')).kernel = None
 
 ours = {
     'norm':            lambda: [GradNormCallback()],
@@ -74,7 +78,7 @@ ours = {
     'both':            both,
     'both, every=10':  partial(both, every=10),
     'both, hist':      partial(both, hist=True),
-    'both, no numba':  lambda: without_numba(both())}
+    'both, no numba':  lambda: [*both(), WithoutNumba()]}
 others = {
     'ActivationStats': lambda: [ActivationStats()],
     "thread's hook":   lambda: [ThreadHook()],
