@@ -13,7 +13,7 @@ from fastai_gradstats.record import GradRecord
 from fastai_gradstats.stores import Rows, counts, floats
 from fastai_gradstats.stats import statistics
 from .models import NoValid, learner, models
-from .peers import ours, others, close
+from .peers import ours, others, close, reader_of
 
 class Ops(TorchDispatchMode):
     "Counts aten operations, those of them that are work for the device (no view, no allocation), and those that bring something to the host"
@@ -63,8 +63,8 @@ def device_step(model, batch, cbs, device='cuda')->Ops:
     with FakeTensorMode() if fake else nullcontext():
         with torch.device(device): m,b = model(),batch()
         m.to = lambda *args, **kwargs: m
-        for c in cbs: c.__dict__['_flush'] = lambda: None   # at the end of the epoch it waits for the device, as it should
         l = Learner(DataLoaders([b]*3, [b]), m, loss_func=nn.CrossEntropyLoss(), default_cbs=False, cbs=[TrainEvalCallback(), NoValid(), LastStep(ops), *cbs, *[nb]*fake])
+        if reader_of(l): reader_of(l).flush = lambda: None   # at the end of the epoch it waits for the device, as it should
         with nb.catch() if fake else nullcontext(), ops: l.fit(1)
     return ops
 

@@ -1,58 +1,87 @@
 """Share of a step: CPU time inside a callback's events and hooks over the rest of the same step, one thread
 
-The clock runs from outside, in every event of the watched callbacks and in every function that was given to a module's or a tensor's hook; nested calls count once."""
+The clock runs from outside: in every event of the watched callbacks, in every function that was given to a module's or a tensor's hook,
+and in what else calls us (the optimizer's step, the end of an epoch). Nested calls count once, and what we call that is none of ours
+(the step itself) does not count."""
 import argparse
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import ExitStack, contextmanager
 from time import thread_time
+from unittest import mock
 from fastai.basics import *
-from fastai_gradstats import GradNormCallback, GradStatsCallback, callback, capture
+from fastai_gradstats import callback, capture
+from fastai_gradstats.recorder import Reader
+from fastai_gradstats.watch import MethodWatch, StepWatch
 from .models import learner
 from .peers import ours, others
 
 class Clock:
     "Adds up the time in the functions it wraps"
-    def __init__(self): self.ours,self.inside,self.calls = 0.,False,0
+    def __init__(self):
+        self.ours = 0.
+        self.calls = 0
+        self.since = None   # when the outermost of these functions began, or went on; None: it is not ours that runs
+
     def wrap(self, f):
-        @wraps(f)
         def timed(*args, **kwargs):
-            if self.inside: return f(*args, **kwargs)
-            self.inside,t = True,thread_time()
+            if self.since is not None: return f(*args, **kwargs)
+            self.calls += 1
+            self.since = thread_time()
             try: return f(*args, **kwargs)
-            finally:
-                self.ours += thread_time()-t
-                self.inside,self.calls = False,self.calls+1
+            finally: self.halt()
         return timed
 
+    def halt(self):
+        self.ours += thread_time()-self.since
+        self.since = None
+
+    def exempt(self, f):
+        "`f` is none of ours, whoever calls it"
+        def untimed(*args, **kwargs):
+            if self.since is None: return f(*args, **kwargs)
+            self.halt()
+            try: return f(*args, **kwargs)
+            finally: self.since = thread_time()
+        return untimed
+
+events = [Callback, callback._GradCallback, callback._Helper]   # ours have a `__call__` of their own
+part = {'TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','NoValid','WithoutNumba'}   # of the step itself
+
+# methods that are given a function to call later
 hooks = [(nn.Module, 'register_forward_hook'), (nn.Module, 'register_forward_pre_hook'), (nn.Module, 'register_full_backward_hook'), (nn.Module, 'register_backward_hook'),
          (Tensor, 'register_hook'), (Tensor, 'register_post_accumulate_grad_hook')]
-events = [Callback, callback._GradCallback]   # ours has a `__call__` of its own
-flushes = [*((c, '_flush') for c in (GradStatsCallback,GradNormCallback)), (callback._StepGuard, 'tell')]   # no events: after the last batch of an epoch, in the optimizer's step
-part = {'TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','NoValid'}   # part of the step itself
+
+# by which we are called elsewhere
+entries = [(Reader, 'guarded'),              # at the end of an epoch
+           (callback._LossHook, 'complete'), # at the end of a backward
+           (MethodWatch, 'run'),             # in an optimizer's `step` and `zero_grad`,
+           (StepWatch, 'before_step'), (StepWatch, 'after_step')]   # in one of torch
+
+def replaced(clock, steps)->dict: # (object, attribute) -> what is there while a clock watches
+    def event(call):
+        timed = clock.wrap(call)
+        return lambda self, name: (call if type(self).__name__ in part else timed)(self, name)
+
+    def register(f): return lambda self, hook, *args, **kwargs: f(self, clock.wrap(hook), *args, **kwargs)
+
+    def one_batch(self, *args):
+        ours,calls,start = clock.ours,clock.calls,thread_time()
+        of_fastai(self, *args)
+        steps.append((thread_time()-start, clock.ours-ours, clock.calls-calls))
+
+    of_fastai,hook_of_all,original = Learner.one_batch,capture.register_module_forward_hook,MethodWatch.original
+    return {(Learner, 'one_batch'): one_batch,
+            (capture, 'register_module_forward_hook'): lambda f: hook_of_all(clock.wrap(f)),
+            (MethodWatch, 'original'): lambda self, obj: clock.exempt(original(self, obj)),
+            **{(cls, '__call__'): event(cls.__call__) for cls in events},
+            **{(cls, name): register(getattr(cls, name)) for cls,name in hooks},
+            **{(cls, name): clock.wrap(getattr(cls, name)) for cls,name in entries}}
 
 @contextmanager
 def watch(clock, steps):
-    "Time events and hooks, and append to `steps` the seconds of each step with the part of it that is ours"
-    calls,one,old = [c.__call__ for c in events],Learner.one_batch,[getattr(*o) for o in hooks+flushes]
-    hook_of_all = capture.register_module_forward_hook
-    def timed(call):
-        ours = clock.wrap(call)
-        return lambda self, e: (call if type(self).__name__ in part else ours)(self, e)
-    def one_batch(self, *args):
-        ours,n,t = clock.ours,clock.calls,thread_time()
-        one(self, *args)
-        steps.append((thread_time()-t, clock.ours-ours, clock.calls-n))
-    def register(f): return lambda self, g, *args, **kwargs: f(self, clock.wrap(g), *args, **kwargs)
-    for c,call in zip(events, calls): c.__call__ = timed(call)
-    Learner.one_batch = one_batch
-    capture.register_module_forward_hook = lambda f: hook_of_all(clock.wrap(f))
-    for (c,n),f in zip(hooks+flushes, old): setattr(c, n, (register if (c,n) in hooks else clock.wrap)(f))
-    try: yield
-    finally:
-        for c,call in zip(events, calls): c.__call__ = call
-        Learner.one_batch = one
-        capture.register_module_forward_hook = hook_of_all
-        for (c,n),f in zip(hooks+flushes, old): setattr(c, n, f)
+    "Time what is ours, and append to `steps` the seconds of each step, the part of them that is ours, and calls"
+    with ExitStack() as stack:
+        for (obj,name),new in replaced(clock, steps).items(): stack.enter_context(mock.patch.object(obj, name, new))
+        yield
 
 configs = ours | {'ActivationStats': others['ActivationStats']}
 

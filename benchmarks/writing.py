@@ -39,7 +39,7 @@ def writing(name, rounds=3, steps=3)->pd.DataFrame:
             l.fit(1, cbs=sw)
             step = sw.per_step()
             n = int(np.clip(Stream.seconds/step[1], 1, Stream.every))
-            streams = [Stream(c.record, d, c._tables) for c in cbs]
+            streams = [Stream(c.record, d, c._consumer.tables) for c in cbs]
             t = []
             for i in (1,n):   # the first write claims the folder
                 for s in streams: fill(s, i)

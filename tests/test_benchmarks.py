@@ -1,14 +1,16 @@
 "The benchmarks run, and what they count on the device path is as promised. No times are asserted."
-import sys
+import operator,sys
+from collections import Counter
 from functools import partial
 import pandas as pd
 import pytest
-from fastai.basics import Callback,Learner
+import torch
+from fastai.basics import Callback,OptimWrapper,SGD
 from torch import nn
 from helpers.project import ROOT,run_command
 sys.path.insert(0, str(ROOT))
 from benchmarks import counts,curves,end_to_end,peers,share,writing
-from benchmarks.models import images
+from benchmarks.models import images,learner
 
 def flat_net(n): return lambda: nn.Sequential(nn.Flatten(), *(nn.Linear(48, 48) for _ in range(n)))
 small_batch = partial(images, 2, 4)
@@ -50,11 +52,61 @@ def test_clock_counts_nested_calls_once():
     inner()
     assert c.calls==2
 
+def test_exempt_time_does_not_count():
+    "Neither in it nor in what it calls, and the clock goes on afterwards"
+    c = share.Clock()
+    states = []
+    def look(): states.append(c.since is not None)
+    def outer():
+        look()
+        c.exempt(look)()
+        look()
+    c.wrap(outer)()
+    look()
+    assert states==[True,False,True,False] and c.calls==1
+    with pytest.raises(ZeroDivisionError): c.wrap(c.exempt(lambda: 1/0))()
+    assert c.since is None
+
+class Unseen:
+    "Functions of ours that run while a clock stands, and functions of others that run in its time"
+    def __init__(self, clock):
+        self.clock,self.package = clock,str(ROOT/'fastai_gradstats')
+        self.missed,self.timed_steps = Counter(),0
+    def look(self, frame, event, arg):
+        if event!='call': return
+        code,runs = frame.f_code,self.clock.since is not None
+        if code.co_filename.startswith(self.package) and not runs: self.missed[code.co_qualname] += 1
+        if code.co_name=='sgd_step' and runs: self.timed_steps += 1
+
+@pytest.mark.parametrize('opt_func', [SGD, partial(OptimWrapper, opt=torch.optim.SGD)])
+@pytest.mark.parametrize('cbs', [default['norm'], default['both'], peers.ours['both, every=10'], lambda: [*peers.both(), Looks()]])
+def test_nothing_of_ours_is_missed(cbs, opt_func):
+    "While a step runs, each Python function of ours runs on the clock, and the optimizer's does not"
+    l = learner('linear', 3, cbs())
+    l.opt_func = opt_func
+    clock,steps = share.Clock(),[]
+    unseen = Unseen(clock)
+    class Profiled(Callback):
+        order = -2000
+        def before_epoch(self): sys.setprofile(unseen.look)
+        def after_epoch(self): sys.setprofile(None)
+    l.add_cb(Profiled())
+    with share.watch(clock, steps), l.no_bar(), l.no_logging():
+        try: l.fit(1)
+        finally: sys.setprofile(None)
+    # what is left is shorter than the clock's own reading
+    passes_on = {'MethodWatch.__init__.<locals>.method', 'StepWatch.before_hook', '_with_told_closure', 'StepWatch.use_hooks.<locals>.<lambda>', '_Guard.__call__', '_Guard.remove', 'MethodWatch.original'}
+    assert set(unseen.missed)<=passes_on
+    assert not unseen.timed_steps
+    assert all(0<ours<t for t,ours,_ in steps)
+
 def test_watch_leaves_nothing():
-    def state(): return [getattr(*o) for o in share.hooks+share.flushes]+[Callback.__call__,Learner.one_batch]
+    places = list(share.replaced(share.Clock(), []))
+    def state(): return [getattr(*o) for o in places]
     before = state()
     with pytest.raises(ZeroDivisionError), share.watch(share.Clock(), []): 1/0
     assert state()==before
+    with share.watch(share.Clock(), []): assert not any(map(operator.is_, state(), before))
 
 def test_race():
     "A peer that raises is a row that says so"
