@@ -63,13 +63,6 @@ class GradVizHook(Callback):
 
 def both(**kwargs): return [GradStatsCallback(**kwargs), GradNormCallback(**{k:v for k,v in kwargs.items() if k=='every'})]
 
-<<<<<<< HEAD
-def without_numba(cbs):
-    "The same callbacks, as where numba is not installed"
-    with mock.patch('fastai_gradstats.by_kernel.find_kernel', lambda: None):
-        for c in cbs: c._state.engine.buffer(torch.device('cpu'))
-    return cbs
-=======
 def reader_of(learn):
     "What reads the gradients of a Learner for all callbacks of ours; None where there are none"
     return next((c._consumer.reader for c in learn.cbs if isinstance(c, (GradStatsCallback,GradNormCallback))), None)
@@ -78,7 +71,6 @@ class WithoutNumba(Callback):
     "The others read as where numba is not installed"
     order = 1000   # once the engine is made
     def before_train(self): reader_of(self.learn).engine.buffer(torch.device('cpu')).kernel = None
->>>>>>> wB
 
 ours = {
     'norm':            lambda: [GradNormCallback()],
