@@ -9,7 +9,7 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/consumers.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/03c_consumers.ipynb #b7eb18bf
+# %% ../nbs/03c_consumers.ipynb #003738aa
 import os, re
 from collections import namedtuple
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import numpy as np
 from torch import nn
 from fastcore.foundation import L
 from fastai_gradstats.capture import grad_modules, grad_params, pick
-from fastai_gradstats.engine import octaves
+from fastai_gradstats.histogram import octaves
 from fastai_gradstats.files import check_free, need_parquet
 from fastai_gradstats.record import GradRecord
 from fastai_gradstats.stats import finish, sums, MAX, SUM_SQ, NONFINITE, ABOVE, W_SQ, DOT
@@ -183,9 +183,9 @@ class Keys:
             self.keys.append(key)
         return self.number[key]
 
-# %% ../nbs/03c_consumers.ipynb #20524248
+# %% ../nbs/03c_consumers.ipynb #d56ed2a9
 Share = namedtuple('Share', 'consumer where outputs params samples')   # `outputs`, `params`: are their rows wanted?
-Commit = namedtuple('Commit', 'shares is_step skipped lr ran names')   # `ran`: modules in order of execution, as places in `names`
+Note = namedtuple('Note', 'shares is_step skipped lr ran names')   # `ran`: modules in order of execution, as places in `names`
 
 class Readings:
     "Rows of several commits, on the host"

@@ -51,7 +51,7 @@ class RecordsTraining:
 def _missing(package, name, error):
     return ImportError(f"{name}: {package} is needed and cannot be imported ({error}). `pip install {package}`")
 
-# %% ../nbs/04a_loops.ipynb #20ae75fb
+# %% ../nbs/04a_loops.ipynb #1f8e688e
 def _innermost(opt):
     "The optimizer of torch inside accelerate's"
     while hasattr(opt, 'optimizer'): opt = opt.optimizer
@@ -79,7 +79,7 @@ def _trainer_callback():
         def __init__(self, **options): self.set_up(options)
 
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-            self.begin(model, [_innermost(optimizer)])
+            self.begin(model, [_innermost(optimizer)], getattr(optimizer, 'scaler', None))   # accelerate's has it
             code = _calling_code('_inner_training_loop')
             if code is not None: self.recorder.reader.goes_on = lambda: _runs(code)
 
@@ -88,7 +88,7 @@ def _trainer_callback():
 
     return GradTrainerCallback
 
-# %% ../nbs/04a_loops.ipynb #45f9a237
+# %% ../nbs/04a_loops.ipynb #c20884f9
 @cache
 def _lightning_callback():
     try: from lightning.pytorch import Callback
@@ -106,7 +106,7 @@ def _lightning_callback():
 
         def on_train_epoch_start(self, trainer, pl_module): self.recorder.epoch = trainer.current_epoch
         def on_before_backward(self, trainer, pl_module, loss): self.recorder.loss(loss.detach()*trainer.accumulate_grad_batches)   # it was divided by that
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer): self.recorder.read()
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer): self.recorder.read(optimizer)
         def on_train_end(self, trainer, pl_module): self.end()
         def on_exception(self, trainer, pl_module, exception): self.end()
         def teardown(self, trainer, pl_module, stage): self.end()

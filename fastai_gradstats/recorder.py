@@ -9,7 +9,7 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/recorder.html.md"""
 # %% auto #0
 __all__ = ['GradRecorder']
 
-# %% ../nbs/03d_recorder.ipynb #dbfa51b5
+# %% ../nbs/03d_recorder.ipynb #5a2dc0a6
 import math, signal, sys, threading
 from contextlib import contextmanager
 from functools import update_wrapper
@@ -23,23 +23,23 @@ from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import unserializable_hook
 from fastai_gradstats.capture import OutputHooks, compiled_modules, grad_modules, grad_params, lent_modules, param_grads, silent, tensors, wrapped_child
-from fastai_gradstats.consumers import Commit, Consumer, FIT, Keys, LR_FIND, NormConsumer, NormOptions, Readings, Role, StatsConsumer, StatsOptions, engine_columns
+from fastai_gradstats.consumers import Consumer, FIT, Keys, LR_FIND, NormConsumer, NormOptions, Note, Readings, Role, StatsConsumer, StatsOptions, engine_columns
 from fastai_gradstats.engine import Engine, GONE
 from fastai_gradstats.forward import ForwardCheck
 from fastai_gradstats.record import GradRecord, delegated
 from fastai_gradstats.watch import MethodWatch, unwatch_steps, watch_steps
 
-# %% ../nbs/03d_recorder.ipynb #149f4f73
+# %% ../nbs/03d_recorder.ipynb #421606f5
 class Attempt:
     "An attempt at a step, as far as it has come"
-    early = None        # savepoints around the rows that were read ahead of whoever may act
-    read = None         # around those that count
-    measured = None     # around those of what the optimizer got
+    early_span = None    # savepoints around the rows that were read ahead of whoever may act: they count, until a later reading renames them
+    read_span = None     # around those of the last reading
+    measured_span = None # around those of what the optimizer got
     grads = ()          # some of the gradients that were read: (parameter, id, version)
     all_grads = ()      # the same of all of them
     zeroed = False      # the optimizer cleared its gradients since
     skipped = False     # somebody cancelled it
-    told = False        # did the optimizer's step tell of itself?
+    step_seen = False   # did the optimizer's step tell of itself?
     taken = False       # the optimizer stepped
 
 class Batch:
@@ -48,7 +48,8 @@ class Batch:
     begun = False       # a backward began
     backward = False    # a backward of the loss was complete
     cancelled = False   # somebody cancelled it, or its backward
-    counted = False     # its samples are among those of the step
+    counted = 0         # its samples that are among those of the step
+    again = None        # savepoint: another backward began after a complete one
     def __init__(self, shares):
         self.shares = shares   # of the consumers that take part, with where in training it is for each
         self.attempt = Attempt()
@@ -58,7 +59,7 @@ class Batch:
 
     def had_backward(self, ended # did the batch come to its end?
                     )->bool:
-        "Loops that leave out events are given the benefit of the doubt"
+        "Was one complete? Of a loop that tells of no backward: did the batch end by itself, and was it not cancelled?"
         if self.backward: return True
         return ended and not self.cancelled and (self.begun or not self.events)
 
@@ -70,9 +71,11 @@ class Batch:
         self.shares = [later(s) for s in self.shares]
         self.attempt = Attempt()
         self.events = True
-        self.begun = self.backward = self.cancelled = self.counted = False
+        self.begun = self.backward = self.cancelled = False
+        self.counted = 0
+        self.again = None
 
-# %% ../nbs/03d_recorder.ipynb #61195183
+# %% ../nbs/03d_recorder.ipynb #70c713f8
 class Transaction:
     "Which of what is read counts"
     batch = None   # under way
@@ -105,13 +108,15 @@ class Transaction:
         if batch is None: return
         batch.events = batch.begun = True
         batch.cancelled = False
-        if not batch.backward: self.discard_backward()   # a penalty's own `autograd.grad` is no gradient of the loss
+        if batch.backward: batch.again = self.engine.mark()
+        else: self.discard_backward()   # a penalty's own `autograd.grad` is no gradient of the loss
 
     def after_backward(self):
         batch = self.batch
         if batch is None: return
         batch.events = True
         if not batch.cancelled: batch.backward = True
+        elif batch.again is not None: self.engine.discard(batch.again)   # the one before was complete, and stays
         if batch.backward: self.count_samples()
         else: self.discard_backward()
 
@@ -124,7 +129,7 @@ class Transaction:
         if self.batch.attempt.taken: self.stepped()
         self.engine.discard()
         attempt = self.batch.attempt
-        attempt.early = attempt.read = attempt.measured = None   # a step that comes now reads anew
+        attempt.early_span = attempt.read_span = attempt.measured_span = None   # a step that comes now reads anew
 
     def read(self):
         "Parameter gradients as they are now. Read again, only the last reading counts"
@@ -136,9 +141,9 @@ class Transaction:
 
     def read_now(self):
         attempt = self.batch.attempt
-        if attempt.early: self.engine.rename(*attempt.early, self.early_key)
-        self.forget(attempt.read)
-        attempt.read = self.span_of(self.put_params)
+        if attempt.early_span: self.engine.rename(*attempt.early_span, self.early_key)
+        self.forget(attempt.read_span)
+        attempt.read_span = self.span_of(self.put_params)
         self.note_grads(attempt)
 
     def span_of(self, put)->tuple:
@@ -157,14 +162,14 @@ class Transaction:
     def read_early(self):
         "Ahead of those who may act: what gradients are before"
         batch = self.batch
-        if batch is None or not self.loop.acts_before or batch.attempt.early: return
-        batch.attempt.early = self.span_of(self.put_params)
+        if batch is None or not self.loop.acts_before or batch.attempt.early_span: return
+        batch.attempt.early_span = self.span_of(self.put_params)
         self.note_grads(batch.attempt)
 
     def read_late(self):
         "Nobody called `read`: what was read ahead of those who act counts, or what is there now"
         attempt = self.batch.attempt
-        if attempt.early: attempt.read = attempt.early
+        if attempt.early_span: attempt.read_span = attempt.early_span
         else: self.read_now()
 
     def skip(self):
@@ -173,16 +178,16 @@ class Transaction:
         if batch is None: return
         batch.events = True
         batch.attempt.skipped = not batch.attempt.taken
-        if batch.attempt.read is None: self.read_late()
+        if batch.attempt.read_span is None: self.read_late()
 
     def optimizer_steps(self):
         "The optimizer is about to step"
         batch = self.batch
         if batch is None or self.steps_under_way()>1: return   # an optimizer inside another one
         if batch.attempt.taken: self.stepped()   # of a loop that steps twice in a batch and does not tell
-        if batch.attempt.read is None: self.read_late()
-        self.forget(batch.attempt.measured)   # of a step that raised
-        batch.attempt.measured = self.span_of(self.measure)
+        if batch.attempt.read_span is None: self.read_late()
+        self.forget(batch.attempt.measured_span)   # of a step that raised
+        batch.attempt.measured_span = self.span_of(self.measure)
 
     def optimizer_stepped(self):
         if self.batch is None or self.steps_under_way(): return
@@ -197,7 +202,7 @@ class Transaction:
         batch = self.batch
         if batch is None: return
         attempt = batch.attempt
-        if batch.backward or attempt.taken or attempt.read is not None: self.count_samples()
+        if batch.backward or attempt.taken or attempt.read_span is not None: self.count_samples()
         self.commit_step(attempt.skipped)
         batch.next_step()
 
@@ -213,7 +218,7 @@ class Transaction:
             attempt.skipped = not attempt.taken
             self.stepped()
         else:   # what was read was for a step that did not come
-            for span in {id(span):span for span in (attempt.measured,attempt.read,attempt.early)}.values(): self.forget(span)
+            for span in {id(span):span for span in (attempt.measured_span,attempt.read_span,attempt.early_span)}.values(): self.forget(span)
         self.rest()
         if not backward: self.discard_backward()
         self.check_forward()   # perhaps nobody called `before_backward`: a NaN may be why
@@ -414,7 +419,7 @@ class ReadsParams(Transaction):
         if attempt.zeroed or all(_is_gone(*mark) for mark in attempt.grads): return True
         return self.loop.gave_up()
 
-# %% ../nbs/03d_recorder.ipynb #369f2048
+# %% ../nbs/03d_recorder.ipynb #dc19ef7a
 class Measures(ReadsParams):
     "Measures what an optimizer gets, and how far it moves weights"
     def wants_norms(self): return any(s.consumer.weights and s.params for s in self.batch.shares)
@@ -424,7 +429,7 @@ class Measures(ReadsParams):
         if not self.wants_norms(): return
         self.compare_weights()
         attempt = self.batch.attempt
-        attempt.told = True
+        attempt.step_seen = True
         overflow = self.loop.overflow()
         if overflow is not None: self.engine.number(self.keys(Role.OVERFLOW), overflow)
         acted = self.loop.acts_after or any(_was_changed(*mark) for mark in attempt.all_grads)
@@ -617,7 +622,7 @@ class Says(ReadsOutputs):
         who = ' or '.join(self.loop.acts_before) or 'A callback'
         self.say(f"{who} changed the gradients before they were read: parameter rows and norms are of what it left. {self.loop.reads_at}, and they are those from before", 'changed before')
 
-# %% ../nbs/03d_recorder.ipynb #54ff75cc
+# %% ../nbs/03d_recorder.ipynb #5e096d45
 class Reader(Says):
     "Reads the gradients of one training for all who want them"
     def __init__(self, loop:Loop):
@@ -668,6 +673,8 @@ class Reader(Says):
 
     def discard_batch(self):
         "Nothing of the batch under way counts"
+        if self.batch is not None:
+            for share in self.batch.shares: share.consumer.counts.samples -= self.batch.counted
         self.batch = None
         self.rest()
         try: self.engine.discard()
@@ -743,7 +750,7 @@ class Reader(Says):
     def stop(self):
         "Training is over, in whatever way. What it left open is settled and goes to the records"
         if not self.live and not self.hooks and not self.watches: return
-        self.end()
+        self.guarded('the end of a batch', self.end)
         self.discard_batch()
         self.live = False
         self.note_facts(lazy=True)
@@ -755,8 +762,7 @@ class Reader(Says):
         for consumer in self.consumers: consumer.write(ends_early)
 
     def unhook(self):
-        self.check_engine()
-        if not self.hooks: return
+        if not self.hooks: return self.check_engine()
         self.hooks.remove()
         self.check_outputs()
         self.check_calls()
@@ -819,12 +825,9 @@ class Reader(Says):
     def count_samples(self):
         batch = self.batch
         if batch.counted: return
-        batch.counted = True
-        try: samples = self.loop.samples()
-        except Exception as e:
-            self.say(f"The samples of a batch cannot be counted ({type(e).__name__}: {e}): `bs` is without them", 'samples')
-            return
-        for share in batch.shares: share.consumer.counts.samples += samples
+        try: batch.counted = self.loop.samples()
+        except Exception as e: self.say(f"The samples of a batch cannot be counted ({type(e).__name__}: {e}): `bs` is without them", 'samples')
+        for share in batch.shares: share.consumer.counts.samples += batch.counted
 
     # --- commits
 
@@ -835,10 +838,11 @@ class Reader(Says):
             if skipped: share.consumer.skip(share.where)
         if self.wants_norms():
             self.put_moved()
-            if self.loop.acts_after and not batch.attempt.told and not skipped: self.note_untold()
+            if self.loop.acts_after and not batch.attempt.step_seen and not skipped: self.note_untold()
             if not self.quiet: self.engine.number(self.keys(Role.LOSS), mean_loss(self.loop.loss()))
         self.commit(is_step=True, skipped=skipped)
         for share in batch.shares: share.consumer.counts.samples = 0
+        batch.counted = 0
 
     def note_untold(self):
         self.engine.number(self.keys(Role.OPTIMIZED), torch.tensor(math.nan))
@@ -852,7 +856,7 @@ class Reader(Says):
         if not self.engine.pending(): return
         shares = [s._replace(samples=s.consumer.counts.samples) for s in self.batch.shares if not self.is_quiet(s.consumer)]
         ran,names = (self.check.order,self.names) if self.check else ([],[])
-        is_full = self.engine.commit(Commit(shares, is_step, skipped, self.loop.lr(), ran, names))   # from this line on it counts, whatever interrupts
+        is_full = self.engine.commit(Note(shares, is_step, skipped, self.loop.lr(), ran, names))   # from this line on it counts, whatever interrupts
         if self.check: self.check.begin()
         late = [s.consumer for s in shares if s.consumer.stream is not None and s.consumer.stream.late()]
         if is_full or late: self.flush()
@@ -929,8 +933,8 @@ def is_unscaled(scaler, opt, owners)->bool: # ids under which the scaler may kno
     states = getattr(scaler, '_per_optimizer_states', {})
     return any(states[id(o)]['stage'] in (OptState.UNSCALED,OptState.STEPPED) for o in owners if id(o) in states)
 
-# %% ../nbs/03d_recorder.ipynb #db375747
-def _in_backward(): return torch._C._current_graph_task_id()!=-1
+# %% ../nbs/03d_recorder.ipynb #5caf5b81
+def _in_backward(): return torch._C._current_graph_task_id()!=-1   # -1: none runs
 
 def _batch_size(output)->int:
     "The first dimension of what a module returned; 0 where it does not say"
@@ -940,7 +944,8 @@ def _batch_size(output)->int:
 class LoopReader(Reader):
     "Finds batches and steps in a loop that tells nothing"
     make_hooks = LoopHooks
-    task = None             # number of the last backward of this batch
+    task = None             # number of the last backward of this batch; None: the next forward still belongs to it
+    no_task = -1            # what torch gives outside of a backward
     step_was_taken = False  # since the scaler began its step
     goes_on = None          # a function: is the training that began still under way? None: until `stop`
 
@@ -961,7 +966,7 @@ class LoopReader(Reader):
 
     def forward_begins(self, output)->bool:
         "A module was called. Is it to be recorded?"
-        if self.steps_under_way(): return False            # of a step with a closure, the first evaluation counts
+        if self.steps_under_way(): return False            # a step with a closure begins when the closure was evaluated once: that is the iteration, later evaluations are none
         if _in_backward(): return self.batch is not None   # a checkpoint computes it again
         if self.batch is None or self.task is not None:
             if self.goes_on is not None and not self.goes_on():   # it ended by an exception, and nobody told
@@ -998,7 +1003,10 @@ class LoopReader(Reader):
     # --- steps
 
     def need_batch(self):
-        if self.batch is None: self.next_batch()   # a step without a forward that was seen
+        "A step without a forward that was seen is an iteration of its own"
+        if self.batch is not None: return
+        self.next_batch()
+        self.task = self.no_task
 
     def read(self):
         self.need_batch()
@@ -1074,7 +1082,7 @@ def _optimizers(opt)->list:
         if not hasattr(o, 'step'): raise TypeError(f"opt: an optimizer, or a list of optimizers, is accepted, got {type(o).__name__}")
     return many
 
-# %% ../nbs/03d_recorder.ipynb #69be6b7a
+# %% ../nbs/03d_recorder.ipynb #c03ddd08
 @delegate_to_record
 class GradRecorder:
     "Records the gradients of `model` while a plain PyTorch loop trains it: `with GradRecorder(model, opt) as rec:`"
@@ -1143,8 +1151,14 @@ class GradRecorder:
     @epoch.setter
     def epoch(self, n): self.loop.epoch = n
 
-    def read(self):
+    def read(self, opt=None # of several optimizers, the one that is about to step
+            ):
         "Read gradients now: ahead of your own clipping, so that `norm` is the one before it"
+        several = len(self.loop.all_optimizers)>1
+        if several and opt is None:
+            self.reader.say("read(): with several optimizers, name the one that is about to step: `rec.read(opt)`. Norms are those that the optimizer got")
+            return
+        if several: self.loop.stepping = opt
         self.reader.guarded('read', self.reader.read)
 
     def loss(self, loss # a tensor or number

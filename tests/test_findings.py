@@ -5,7 +5,7 @@ from torch import nn
 
 from fastai_gradstats import GradRecord,compare,diagnose,digits_learner,grad_along_ray,per_sample_norms
 
-def steps(n=20, **cols):
+def step_frame(n=20, **cols):
     "Calm steps, but for `cols`"
     where = dict(fit=0, phase='fit', epoch=0, iteration=np.arange(n), step=np.arange(n))
     return pd.DataFrame(where|dict(lr=.1, loss=1., bs=64, norm=1., clip_coef=1., clipped_norm=1., weight_norm=10., nonfinite=0, skipped=False)|cols)
@@ -15,7 +15,7 @@ def params(n=20, **cols):
     where = dict(fit=0, phase='fit', epoch=0, iteration=np.arange(n), step=np.arange(n))
     return pd.DataFrame(where|dict(name='a.weight', group=0, norm=1., weight_norm=2., dot=.5)|cols)
 
-def tensors(n=20, kind='output', **cols):
+def tensor_frame(n=20, kind='output', **cols):
     where = dict(fit=0, phase='fit', epoch=0, iteration=np.arange(n), step=np.arange(n))
     return pd.DataFrame(where|dict(kind=kind, name='a', out=0, call=0, numel=10, max_abs=.1, mean_abs=.1, norm=.5, mean=0., std=.1, zeros=0, nonfinite=0, above=0, skipped=False)|cols)
 
@@ -52,7 +52,7 @@ def test_not_known(sick):
 
 # --- fits
 
-def two_fits(): return pd.concat([steps(), steps(fit=1, iteration=np.arange(20,40), step=np.arange(20,40), norm=0.)], ignore_index=True)
+def two_fits(): return pd.concat([step_frame(), step_frame(fit=1, iteration=np.arange(20,40), step=np.arange(20,40), norm=0.)], ignore_index=True)
 
 def test_fit():
     rec = GradRecord(steps=two_fits())
@@ -64,7 +64,7 @@ def test_fit():
 def test_phases_apart():
     "Both phases have a fit 0 and a step 15: the loudest parameter is the one of the step that jumped"
     jump = np.where(np.arange(20)==15, 20., 1.)
-    both = pd.concat([steps(norm=jump, loss=np.where(np.arange(20)>=15, 3., 1.)), steps(phase='lr_find', iteration=np.arange(20), step=np.arange(20))], ignore_index=True)
+    both = pd.concat([step_frame(norm=jump, loss=np.where(np.arange(20)>=15, 3., 1.)), step_frame(phase='lr_find', iteration=np.arange(20), step=np.arange(20))], ignore_index=True)
     par = pd.concat([params(norm=jump-.5), params(name='b.weight'), params(phase='lr_find', name='b.weight', norm=99.)], ignore_index=True)
     rec = GradRecord(steps=both, params=par)
     assert found(diagnose(rec, phase=None), 'spike')['tensor'].item()=='a.weight'
@@ -73,18 +73,18 @@ def facts(name, phase=0, fit=0): return dict(fit=fit, phase=phase, half=False, s
 
 def test_facts_of_their_phase():
     "lr_find's fit 0 is not training's fit 0"
-    rec = GradRecord(tensors(kind='param'), facts=[facts('found', 1), facts('fitted')])
+    rec = GradRecord(tensor_frame(kind='param'), facts=[facts('found', 1), facts('fitted')])
     assert found(diagnose(rec), 'frozen')['tensor'].tolist()==['fitted']
-    rec = GradRecord(tensors(kind='param', phase='lr_find'), facts=[facts('found', 1), facts('fitted')])
+    rec = GradRecord(tensor_frame(kind='param', phase='lr_find'), facts=[facts('found', 1), facts('fitted')])
     assert found(diagnose(rec, phase='lr_find'), 'frozen')['tensor'].tolist()==['found']
 
 def test_facts_of_their_run():
-    rec = compare({'x':GradRecord(tensors(kind='param'), facts=[facts('b')]), 'y':GradRecord(tensors(kind='param'), facts=[facts('d')])})
+    rec = compare({'x':GradRecord(tensor_frame(kind='param'), facts=[facts('b')]), 'y':GradRecord(tensor_frame(kind='param'), facts=[facts('d')])})
     assert found(diagnose(rec), 'frozen')[['run','tensor']].to_numpy().tolist()==[['x','b'],['y','d']]
 
 def test_batch_without_a_row():
     "Somebody skipped it since its forward pass broke. A scaler's overflow before it does not hide it, and a fit looked at alone has its own"
-    rows = pd.concat([tensors(), tensors(fit=1, iteration=np.arange(21,41), step=np.arange(20,40))], ignore_index=True)
+    rows = pd.concat([tensor_frame(), tensor_frame(fit=1, iteration=np.arange(21,41), step=np.arange(20,40))], ignore_index=True)
     rows.loc[0, ['nonfinite','skipped']] = [3,True]
     rec = GradRecord(rows, breaks=[(0,0,20,'a','b')])
     assert found(diagnose(rec), 'non_finite')[['severity','tensor','iterations']].to_numpy().tolist()==[['warning','b','20']]

@@ -159,7 +159,7 @@ precision = dict(
     bf16=images(cbs=[partial(CPUAmp, torch.bfloat16)]),
     nan_in_the_loss=images(cbs=[lambda: Overflow([1,3])]))
 
-steps = dict(
+step_cases = dict(
     accumulation_and_clipping=images(cbs=[partial(GradientAccumulation, 32), partial(GradientClip, .1)], n=80),
     clipping_by_the_largest=images(cbs=[partial(GradientClip, .01, norm_type=float('inf'))]),
     own_clipping=images(cbs=[OwnClip]),
@@ -168,7 +168,7 @@ steps = dict(
     stopped_early=images(cbs=[partial(EarlyStoppingCallback, min_delta=100)]),
     short_epochs=images(cbs=[partial(ShortEpochCallback, .5)]))
 
-all_trainings = architectures | outputs | dtypes_and_layouts | odd_loops | precision | steps
+all_trainings = architectures | outputs | dtypes_and_layouts | odd_loops | precision | step_cases
 
 @pytest.mark.parametrize('name', all_trainings)
 def test_same_bits(name): check_same_bits(all_trainings[name])

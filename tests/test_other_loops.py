@@ -7,10 +7,10 @@ from torch.utils.data import DataLoader,TensorDataset
 from fastai_gradstats import loops
 from helpers.training import same_tensors,seeded_mlp,vector_data
 
-SAMPLES,BATCH = 48,8
-STEPS = SAMPLES//BATCH
+SAMPLES,BATCH_SIZE = 48,8
+N_STEPS = SAMPLES//BATCH_SIZE
 
-def total_norm(model): return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+def norm_of_params(model): return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
 def weights_of(model): return [p.detach().clone() for p in model.parameters()]
 
 def nothing_stays(optimizer):
@@ -19,7 +19,7 @@ def nothing_stays(optimizer):
     hooks = nn.modules.module._global_forward_hooks,optimizer._optimizer_step_pre_hooks,optimizer._optimizer_step_post_hooks
     return not any(hooks)
 
-def check_rows(grads, norms, per_step=1):
+def check_rows_of(grads, norms, per_step=1):
     "Each step has the gradient that the framework shows in this step, not that of the one before"
     steps = grads.steps
     np.testing.assert_allclose(steps['norm'], norms, rtol=1e-5)
@@ -28,7 +28,7 @@ def check_rows(grads, norms, per_step=1):
     np.testing.assert_allclose(of_step, norms, rtol=1e-5)
     last_of_step = [*range(per_step-1, per_step*len(norms), per_step)]
     assert steps['iteration'].tolist()==params.drop_duplicates('step')['iteration'].tolist()==last_of_step
-    assert steps['bs'].tolist()==[BATCH*per_step]*len(norms)
+    assert steps['bs'].tolist()==[BATCH_SIZE*per_step]*len(norms)
     outs = grads.select(kind='output').df
     assert outs.groupby('iteration').size().tolist()==[2]*per_step*len(norms)
     assert (outs['step']==outs['iteration']//per_step).all()
@@ -54,7 +54,7 @@ def hf_trainer(folder, *cbs, model=None, **kwargs):
     data = [dict(x=a, labels=b) for a,b in zip(x, y)]
     quiet = dict(save_strategy='no', report_to='none', disable_tqdm=True)
     wanted = dict(num_train_epochs=1, learning_rate=.1, logging_steps=1) | kwargs
-    args = TrainingArguments(folder, use_cpu=True, per_device_train_batch_size=BATCH, **quiet, **wanted)
+    args = TrainingArguments(folder, use_cpu=True, per_device_train_batch_size=BATCH_SIZE, **quiet, **wanted)
     trainer = Trainer(model or ReturnsLoss(), args, train_dataset=data, eval_dataset=data, callbacks=list(cbs))
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -64,7 +64,7 @@ def asks_torch():
     from transformers import TrainerCallback
     class AsksTorch(TrainerCallback):
         def __init__(self): self.norms = []
-        def on_pre_optimizer_step(self, args, state, control, model, **kwargs): self.norms.append(total_norm(model))
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs): self.norms.append(norm_of_params(model))
     return AsksTorch()
 
 def hf_raises(error, at):
@@ -85,8 +85,8 @@ def test_trainer(kwargs, per_step, tmp_path):
     grads,truth = loops.GradTrainerCallback(),asks_torch()
     trainer = hf_trainer(tmp_path, grads, truth, **kwargs)
     trainer.train()
-    assert len(truth.norms)==STEPS//per_step
-    check_rows(grads, truth.norms, per_step)
+    assert len(truth.norms)==N_STEPS//per_step
+    check_rows_of(grads, truth.norms, per_step)
     assert (grads.steps['clip_coef']==1).all() and grads.steps['loss'].isna().all()
     max_norm = kwargs.get('max_grad_norm', 1.)
     if max_norm: np.testing.assert_allclose(grads.steps['norm'], np.minimum(logged(trainer, 'grad_norm'), max_norm), rtol=1e-4)
@@ -107,8 +107,8 @@ def test_trainer_twice(tmp_path):
     trainer = hf_trainer(tmp_path, grads, truth, num_train_epochs=2)
     for _ in range(2): trainer.train()
     steps = grads.steps
-    assert steps['fit'].tolist()==[0]*2*STEPS+[1]*2*STEPS
-    assert steps['epoch'].tolist()==([0]*STEPS+[1]*STEPS)*2
+    assert steps['fit'].tolist()==[0]*2*N_STEPS+[1]*2*N_STEPS
+    assert steps['epoch'].tolist()==([0]*N_STEPS+[1]*N_STEPS)*2
     np.testing.assert_allclose(steps['norm'], truth.norms, rtol=1e-5)
     assert nothing_stays(trainer.optimizer)
 
@@ -118,8 +118,8 @@ def test_trainer_evaluates(tmp_path):
     grads,truth = loops.GradTrainerCallback(),asks_torch()
     trainer = hf_trainer(tmp_path, grads, truth, eval_strategy='steps', eval_steps=2)
     trainer.train()
-    assert len(logged(trainer, 'eval_loss'))==STEPS//2
-    check_rows(grads, truth.norms)
+    assert len(logged(trainer, 'eval_loss'))==N_STEPS//2
+    check_rows_of(grads, truth.norms)
 
 @needs_trainer
 @pytest.mark.parametrize('error', (RuntimeError, KeyboardInterrupt))
@@ -129,10 +129,10 @@ def test_trainer_is_stopped(error, tmp_path):
     trainer = hf_trainer(tmp_path, grads, truth, hf_raises(error('test'), at=3))
     def stopped():
         with pytest.raises(error): trainer.train()
-        trainer.model(*vector_data(BATCH))   # not in training
+        trainer.model(*vector_data(BATCH_SIZE))   # not in training
         return nothing_stays(trainer.optimizer)
     assert stopped()
-    check_rows(grads, truth.norms)
+    check_rows_of(grads, truth.norms)
     assert stopped()
     assert grads.steps['fit'].tolist()==[0]*3+[1]*3
     np.testing.assert_allclose(grads.steps['norm'], truth.norms, rtol=1e-5)
@@ -158,7 +158,7 @@ def lit_module(manual=False):
             self.norms = []   # total norms in Lightning's event ahead of clipping
 
         def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=.1)
-        def on_before_optimizer_step(self, optimizer): self.norms.append(total_norm(self))
+        def on_before_optimizer_step(self, optimizer): self.norms.append(norm_of_params(self))
         def loss(self, batch):
             x,y = batch
             loss = F.cross_entropy(self.net(x), y)
@@ -180,7 +180,7 @@ def lit_fit(module, *cbs, valid=False, **kwargs):
     for name in ('pytorch','fabric'): logging.getLogger(f'lightning.{name}').setLevel(logging.ERROR)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer = pl.Trainer(accelerator='cpu', max_epochs=kwargs.pop('max_epochs', 1), callbacks=list(cbs), **quiet, **kwargs)
-    loader = DataLoader(TensorDataset(*vector_data(SAMPLES)), BATCH)
+    loader = DataLoader(TensorDataset(*vector_data(SAMPLES)), BATCH_SIZE)
     trainer.fit(module, loader, loader if valid else None)
     return trainer
 
@@ -200,8 +200,8 @@ def lit_raises(error, at):
 def test_lightning(kwargs, per_step):
     grads,module = loops.GradLightningCallback(),lit_module()
     trainer = lit_fit(module, grads, **kwargs)
-    assert len(module.norms)==STEPS//per_step
-    check_rows(grads, module.norms, per_step)
+    assert len(module.norms)==N_STEPS//per_step
+    check_rows_of(grads, module.norms, per_step)
     np.testing.assert_allclose(grads.steps['clipped_norm'], np.minimum(module.norms, kwargs.get('gradient_clip_val', np.inf)), rtol=1e-4)
     np.testing.assert_allclose(grads.steps['loss'], module.losses[per_step-1::per_step], rtol=1e-6)
     assert nothing_stays(trainer.optimizers[0])
@@ -223,7 +223,7 @@ def test_lightning_by_hand():
     "Manual optimization: what the optimizer got, after the module's own clipping"
     grads,module = loops.GradLightningCallback(),lit_module(manual=True)
     lit_fit(module, grads)
-    check_rows(grads, module.norms)
+    check_rows_of(grads, module.norms)
     assert max(module.norms)<.1001 and (grads.steps['clip_coef']==1).all()
     np.testing.assert_allclose(grads.steps['loss'], module.losses, rtol=1e-6)
 
@@ -233,8 +233,8 @@ def test_lightning_twice():
     grads,module = loops.GradLightningCallback(),lit_module()
     for _ in range(2): lit_fit(module, grads, max_epochs=2)
     steps = grads.steps
-    assert steps['fit'].tolist()==[0]*2*STEPS+[1]*2*STEPS
-    assert steps['epoch'].tolist()==([0]*STEPS+[1]*STEPS)*2
+    assert steps['fit'].tolist()==[0]*2*N_STEPS+[1]*2*N_STEPS
+    assert steps['epoch'].tolist()==([0]*N_STEPS+[1]*N_STEPS)*2
     np.testing.assert_allclose(steps['norm'], module.norms, rtol=1e-5)
 
 @needs_lightning
@@ -246,9 +246,9 @@ def test_lightning_is_stopped(error):
     with pytest.raises((error, SystemExit)): lit_fit(module, grads, lit_raises(error('test'), at=3))   # Ctrl-C ends a script
     assert not nn.modules.module._global_forward_hooks
     assert not grads.recorder.reader.watches
-    check_rows(grads, module.norms)
+    check_rows_of(grads, module.norms)
     lit_fit(module, grads)
-    assert grads.steps['fit'].tolist()==[0]*3+[1]*STEPS
+    assert grads.steps['fit'].tolist()==[0]*3+[1]*N_STEPS
 
 @needs_lightning
 @pytest.mark.filterwarnings('ignore')

@@ -9,12 +9,12 @@ from fastai_gradstats import GradRecorder,diagnose,save_report
 from helpers.callbacks import CPUAmp,Overflow,TrainOnly
 from helpers.training import both_callbacks,fit,image_data,dropout_convnet,same_values,seeded_mlp,vector_batches,warned
 
-def torch_sgd(params, lr, **kwargs): return OptimWrapper(params, torch.optim.SGD, lr=lr)
+def optim_wrapper_sgd(params, lr, **kwargs): return OptimWrapper(params, torch.optim.SGD, lr=lr)
 
 def learner_frames(cbs=(), epochs=2, **kw):
     "What the callbacks record"
     set_seed(0)
-    learn = Learner(image_data(**kw), dropout_convnet(), loss_func=nn.CrossEntropyLoss(), opt_func=torch_sgd, lr=.01, cbs=[*both_callbacks(norm=dict(update_every=2)), *cbs, TrainOnly()])
+    learn = Learner(image_data(**kw), dropout_convnet(), loss_func=nn.CrossEntropyLoss(), opt_func=optim_wrapper_sgd, lr=.01, cbs=[*both_callbacks(norm=dict(update_every=2)), *cbs, TrainOnly()])
     torch.manual_seed(7)
     fit(learn, epochs)
     return learn.grad_stats.df,learn.grad_norm.df,learn.grad_norm.by('param'),learn.model

@@ -9,7 +9,7 @@ from fastai_gradstats.histogram import octaves
 from fastai_gradstats.stats import DOT,MAX,SCALE,SUM,SUM_SQ,W_SQ,ZEROS
 from oracles import paths
 
-cpu = torch.device('cpu')
+on_cpu = torch.device('cpu')
 ROOMS = ('engine.py','buffer.py','by_rows.py','by_kernel.py','by_blocks.py','histogram.py','layouts.py')
 
 # --- an interrupt at any line
@@ -49,7 +49,7 @@ def work(e):
         here = e.mark()
         e.put_all([3,4], [full_of(v+3), full_of(v+4, 9001).double()], [full_of(2), full_of(2, 9001).double()])
         e.put_all([0], [full_of(v+5).to_sparse()])
-        e.rename({cpu:e.mark()[cpu]-1}, e.mark(), 5)
+        e.rename({on_cpu:e.mark()[on_cpu]-1}, e.mark(), 5)
         e.number(6, torch.tensor(v+6.))
         e.put_all([7], [full_of(v+7)], full=False)
         e.commit(i)
@@ -102,7 +102,7 @@ def test_fetch_that_fails(by_rows, monkeypatch):
     e.put(0, full_of(1))
     e.put_all([1], [full_of(2)])
     e.commit('a')
-    b = e.buffers[cpu]
+    b = e.buffers[on_cpu]
     with monkeypatch.context() as m:
         m.setattr(b, 'host', lambda *args: 1/0)
         with pytest.raises(ZeroDivisionError): e.fetch()
