@@ -24,7 +24,7 @@ def found(f, rule): return f[(f['rule']==rule)&(f['severity']!='not checked')]
 # --- findings
 
 @pytest.fixture
-def sick(): return diagnose(GradRecord(steps=steps(norm=0., clip_coef=.5)))   # a warning and a note
+def sick(): return diagnose(GradRecord(steps=step_frame(norm=0., clip_coef=.5)))   # a warning and a note
 
 def test_picked(sick):
     "Rows picked by mask, slice or query, sorted, copied, pickled: with `.ok` of those rows"

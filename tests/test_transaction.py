@@ -7,7 +7,7 @@ from fastai_gradstats.by_rows import RowBuffer
 from fastai_gradstats.engine import Engine
 from fastai_gradstats.histogram import octaves
 from fastai_gradstats.stats import DOT,MAX,SCALE,SUM,SUM_SQ,W_SQ,ZEROS
-from oracles import paths
+from helpers.callbacks import each_reader
 
 on_cpu = torch.device('cpu')
 ROOMS = ('engine.py','buffer.py','by_rows.py','by_kernel.py','by_blocks.py','histogram.py','layouts.py')
@@ -72,7 +72,7 @@ def check(got):
             assert s[ZEROS]==0
             if n and key!=7: assert octaves(got.octaves[r:r+1])[2].tolist()==[n]
 
-@paths
+@each_reader
 def test_interrupted_anywhere(by_rows):
     "Before the append of a commit its rows are discarded, after it they count; nothing is left in a buffer, and the next commits are whole"
     with (whole := Interrupt(-1)): work(e := Engine(by_rows=by_rows, hist='all'))
@@ -95,7 +95,7 @@ def test_interrupted_anywhere(by_rows):
             if at%2: check(got._replace(notes=got.notes[committed:], n=got.n[committed:], keys=got.keys[7*committed:], sums=got.sums[7*committed:], octaves=got.octaves[7*committed:]))
         except AssertionError as error: raise AssertionError(stop.where) from error
 
-@paths
+@each_reader
 def test_fetch_that_fails(by_rows, monkeypatch):
     "A device that fails while rows are read takes none with it, of either device"
     e = Engine(by_rows=by_rows)
@@ -111,7 +111,7 @@ def test_fetch_that_fails(by_rows, monkeypatch):
 
 # --- what fails leaves nothing
 
-@paths
+@each_reader
 def test_failed_put_all(by_rows):
     "Of a list with one gradient that cannot be read, no row stays; what was put before it does"
     class Broken(torch.Tensor):
@@ -124,7 +124,7 @@ def test_failed_put_all(by_rows):
     got = e.fetch()
     assert got.keys.tolist()==[0,3] and got.sums[:,MAX].tolist()==[1,4] and got.numel.tolist()==[5,70]
 
-@paths
+@each_reader
 def test_extra_after_failed_reduction(by_rows, monkeypatch):
     "The user's statistics are there after processes could not be reached"
     import torch.distributed as dist
@@ -146,7 +146,7 @@ def test_extra_after_failed_reduction(by_rows, monkeypatch):
 
 # --- rows of several kinds
 
-@paths
+@each_reader
 @pytest.mark.parametrize('n', (5, 9000))
 def test_full_and_not(n, by_rows):
     "Rows that wait together may want all sums or only those of squares"
@@ -160,7 +160,7 @@ def test_full_and_not(n, by_rows):
     assert got.sums[:,-1].tolist()==[3,0,3,0,3,0]                                   # the user's are of full rows
     assert octaves(got.octaves)[0].tolist()==[1,0,1,0,1,0]
 
-@paths
+@each_reader
 def test_scales_side_by_side(by_rows):
     "Each row has the scale it came with, also where none and another one come between"
     e = Engine(by_rows=by_rows)
@@ -170,7 +170,7 @@ def test_scales_side_by_side(by_rows):
     e.commit()
     assert e.fetch().sums[:,SCALE].tolist()==[4,0,4,4,0,0,4,4]
 
-@paths
+@each_reader
 def test_dropped_rows(by_rows):
     "They are not fetched, and no commit counts them; those of earlier commits stay"
     e = Engine(by_rows=by_rows)
@@ -184,7 +184,7 @@ def test_dropped_rows(by_rows):
     got = e.fetch()
     assert (got.notes,got.n.tolist(),got.keys.tolist(),got.sums[:,MAX].tolist())==(['a','b','c'],[2,1,0],[1,2,2],[1,2,4])
 
-@paths
+@each_reader
 def test_any_key(by_rows):
     "Negative keys are keys"
     e = Engine(by_rows=by_rows)
