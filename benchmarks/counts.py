@@ -1,13 +1,14 @@
 "What can be counted: read passes, host reads, operations, bytes"
 import gc,tracemalloc
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from time import thread_time
+from types import SimpleNamespace
+from unittest import mock
 from fastai.basics import *
 from fastai.learner import TrainEvalCallback
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from fastai_gradstats import GradStatsCallback
-from fastai_gradstats.by_blocks import BlockBuffer
+from fastai_gradstats import GradStatsCallback, capture
 from fastai_gradstats.engine import Engine
 from fastai_gradstats.record import GradRecord
 from fastai_gradstats.stores import Rows, counts, floats
@@ -51,10 +52,14 @@ class NoBackward(Callback):
         raise CancelBackwardException('done')
     @contextmanager
     def catch(self):
-        old = Tensor.register_hook
-        Tensor.register_hook = lambda t, f: self.hooks.append((t,f))
-        try: yield
-        finally: Tensor.register_hook = old
+        "Hooks on tensors wait for this backward, which trains, of a model that nobody but us looks at"
+        def register(t, f):
+            self.hooks.append((t,f))
+            return SimpleNamespace(remove=noop)
+        with ExitStack() as stack:
+            for obj,name,new in ((Tensor, 'register_hook', register), (capture, '_of_torch_itself', lambda t: False), (capture._LossBackward, 'trains', lambda self: True)):
+                stack.enter_context(mock.patch.object(obj, name, new))
+            yield
 
 def device_step(model, batch, cbs, device='cuda')->Ops:
     "The operations of a training step of a Learner on a device that has no numbers: 'cuda' (faked, by `FakeTensorMode`) or 'meta', where every look at a number raises"
@@ -88,7 +93,7 @@ def naive(gs): return [[f(g, 1.).item() if k=='above' else f(g).item() for k,f i
 def reader(numba=True, full=True, **kwargs):
     "All statistics by the engine, of the same gradients again and again"
     e = Engine(**kwargs)
-    if not numba: e.buffers[torch.device('cpu')] = BlockBuffer(torch.device('cpu'))
+    if not numba: e.buffer(torch.device('cpu')).kernel = None
     def f(gs):
         m = e.mark()
         e.put_all(list(range(len(gs))), gs, full=full)
