@@ -325,7 +325,7 @@ def _leave(learn, consumer):
     if guard is not None and _frame(learn, '_do_epoch_train') is None: guard.remove()
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, (_Early,_Events))])
 
-# %% ../nbs/04_callback.ipynb #2a2f63fb
+# %% ../nbs/04_callback.ipynb #765df233
 class _GradCallback(Callback):
     "A record that belongs to a Learner"
     order = READ_AT
@@ -368,7 +368,7 @@ class _GradCallback(Callback):
         return self
 
     def __call__(self, event):
-        if self._learn is None: return   # taken off in this event
+        if event in _inner or self._learn is None: return   # `_Events` hears those for all of us; or it was taken off in this event
         if event=='before_fit': return super().__call__(event)   # a wrong argument is the user's to know
         f = _own(self, event)
         if f and self.run: self._consumer.reader.guarded(event, f)

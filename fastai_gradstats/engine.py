@@ -71,7 +71,9 @@ class Ledger:
     @locked
     def mark(self):
         "A savepoint: how far each buffer has come"
-        return {device:b.end for device,b in self.buffers.items()}
+        return self._ends()
+
+    def _ends(self): return {device:b.end for device,b in self.buffers.items()}
 
     def committed(self):
         "The savepoint behind all that counts"
@@ -81,13 +83,13 @@ class Ledger:
     def pending(self):
         "Was anything put since the last commit?"
         committed = self.committed()
-        return any(end>committed.get(device, 0) for device,end in self.mark().items())
+        return any([b.end>committed.get(device, 0) for device,b in self.buffers.items()])
 
     @locked
     def commit(self, note=None):
         "What was put since the last commit counts, and belongs to `note`; True where it is time to fetch"
         for b in self.buffers.values(): b.end_run()
-        end = self.mark()
+        end = self._ends()
         due = self._is_due(end)
         self.commits.append(Commit(note, end))   # the one line from which on it counts, whatever interrupts
         return due
@@ -215,7 +217,7 @@ class Engine(Ledger):
                 full=True # or are only sum_sq, nonfinite and, with `ws`, w_sq and dot needed?
                ):
         "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w. Where that fails, nothing of them stays"
-        before = self.mark()
+        before = self._ends()
         try: self._put_all(keys, gs, ws, full)
         except Exception:
             self.discard(before)

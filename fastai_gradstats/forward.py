@@ -42,7 +42,7 @@ def first_break_there(witnesses, # (outputs,)
     none_before = bad.new_ones(1)
     return torch.cat([bad, none_before]).float().argmax()
 
-# %% ../nbs/02c_forward.ipynb #79b44b46
+# %% ../nbs/02c_forward.ipynb #6159913d
 class ForwardCheck:
     "Witnesses of the outputs of one iteration after the other"
     def __init__(self, engine, # reads outputs
@@ -67,6 +67,10 @@ class ForwardCheck:
         witness = self.engine.witness(output)
         self.order.append(i)
         self.witnesses.append(witness)
+
+    def has_news(self)->bool:
+        "Were there outputs since the last check?"
+        return len(self.witnesses)>self.checked
 
     def check(self, loss:Tensor # 0-d
              ): # 0-d tensor, or None

@@ -9,7 +9,7 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/recorder.html.md"""
 # %% auto #0
 __all__ = ['GradRecorder']
 
-# %% ../nbs/03d_recorder.ipynb #5a2dc0a6
+# %% ../nbs/03d_recorder.ipynb #e286aaeb
 import math, signal, sys, threading
 from contextlib import contextmanager
 from functools import update_wrapper
@@ -23,13 +23,14 @@ from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import unserializable_hook
 from fastai_gradstats.capture import OutputHooks, compiled_modules, grad_modules, grad_params, lent_modules, param_grads, silent, tensors, wrapped_child
-from fastai_gradstats.consumers import Consumer, FIT, Keys, LR_FIND, NormConsumer, NormOptions, Note, Readings, Role, StatsConsumer, StatsOptions, engine_columns
+from fastai_gradstats.consumers import Consumer, FIT, Keys, LR_FIND, NormConsumer, NormOptions, Note, Readings, Role, Share, StatsConsumer, StatsOptions, engine_columns
 from fastai_gradstats.engine import Engine, GONE
 from fastai_gradstats.forward import ForwardCheck
 from fastai_gradstats.record import GradRecord, delegated
+from fastai_gradstats.stores import Where
 from fastai_gradstats.watch import MethodWatch, unwatch_steps, watch_steps
 
-# %% ../nbs/03d_recorder.ipynb #421606f5
+# %% ../nbs/03d_recorder.ipynb #0ce18cf4
 class Attempt:
     "An attempt at a step, as far as it has come"
     early_span = None    # savepoints around the rows that were read ahead of whoever may act: they count, until a later reading renames them
@@ -52,10 +53,8 @@ class Batch:
     again = None        # savepoint: another backward began after a complete one
     def __init__(self, shares):
         self.shares = shares   # of the consumers that take part, with where in training it is for each
+        self.outputs = any([s.outputs for s in shares])   # does somebody want those?
         self.attempt = Attempt()
-
-    @property
-    def outputs(self): return any(s.outputs for s in self.shares)
 
     def had_backward(self, ended # did the batch come to its end?
                     )->bool:
@@ -66,8 +65,9 @@ class Batch:
     def next_step(self):
         "What else the batch may do belongs to the next step"
         def later(share):
-            where = share.where._replace(step=share.where.step+1)
-            return share._replace(where=where, params=share.consumer.wants_params(where))
+            *place,step = share.where
+            where = Where(*place, step+1)
+            return Share(share.consumer, where, share.outputs, share.consumer.wants_params(where), 0)
         self.shares = [later(s) for s in self.shares]
         self.attempt = Attempt()
         self.events = True
@@ -339,7 +339,7 @@ def _is_plain_weight(p):
 
 def _weight_norms(params): return torch.stack([n.to(params[0].device) for n in torch._foreach_norm([p.detach() for p in params])])
 
-# %% ../nbs/03d_recorder.ipynb #70701bbe
+# %% ../nbs/03d_recorder.ipynb #7a68928a
 class ReadsParams(Transaction):
     "Puts rows of parameters, and what an optimizer makes of them"
     params = {}          # name -> parameter: those that somebody wants
@@ -378,7 +378,7 @@ class ReadsParams(Transaction):
         if not self.param_keys: self.param_keys = self.new_param_keys()
         with_weights = any(c.weights for c in due)
         full = self.places_wanted(due)
-        start = self.engine.mark()
+        start = self.engine.mark() if self.quiet else None
         whole = [o for o in found if o[0] in full]
         norms = [o for o in found if o[0] not in full] if with_weights else []
         if with_weights: self.note_weights(found)
@@ -477,7 +477,7 @@ class Measures(ReadsParams):
             self.say(f"How far weights moved could not be measured ({type(e).__name__}: {e}): update_norm is NaN", 'moved')
         if self.quiet: self.engine.discard(start)
 
-# %% ../nbs/03d_recorder.ipynb #9a48d6d3
+# %% ../nbs/03d_recorder.ipynb #538960de
 class ReadsOutputs(Measures):
     "Puts rows of outputs"
     modules = {}   # name -> module: those that somebody wants
@@ -541,7 +541,7 @@ class ReadsOutputs(Measures):
         if self.check: self.check.checked = 0
 
     def check_forward(self):
-        if not self.check: return
+        if not self.check or not self.check.has_news(): return
         place = self.check.check(loss_witness(self.loop.loss()))
         if place is not None: self.engine.number(self.keys(Role.FIRST_BROKEN), place)
 
@@ -622,7 +622,7 @@ class Says(ReadsOutputs):
         who = ' or '.join(self.loop.acts_before) or 'A callback'
         self.say(f"{who} changed the gradients before they were read: parameter rows and norms are of what it left. {self.loop.reads_at}, and they are those from before", 'changed before')
 
-# %% ../nbs/03d_recorder.ipynb #5e096d45
+# %% ../nbs/03d_recorder.ipynb #ecf88b6a
 class Reader(Says):
     "Reads the gradients of one training for all who want them"
     def __init__(self, loop:Loop):
@@ -635,6 +635,7 @@ class Reader(Says):
         self.unwatched = set()  # ids of those that do not let their steps be watched
         self.said = set()
         self.failed = False     # this epoch is not recorded
+        self.rank = 0
         self.stale = False      # a consumer came or went
         self.run = None         # the fit that is under way: any object
         self.phase = FIT
@@ -694,7 +695,8 @@ class Reader(Says):
         self.stop()
         self.failed = False
         self.stale = False
-        self.quiet = rank()!=0 and not any(c.shown for c in self.consumers)
+        self.rank = rank()
+        self.quiet = self.rank!=0 and not any(c.shown for c in self.consumers)
         self.network = self.loop.identity()
         self.choose()
         self.set_columns()
@@ -745,7 +747,7 @@ class Reader(Says):
 
     def is_quiet(self, consumer)->bool:
         "Does another process keep its record? A column that is watched is the same in all processes"
-        return rank()!=0 and not consumer.shown
+        return self.rank!=0 and not consumer.shown
 
     def stop(self):
         "Training is over, in whatever way. What it left open is settled and goes to the records"
@@ -816,7 +818,7 @@ class Reader(Says):
                 self.unwatched.add(id(opt))
                 self.say(f"{type(opt).__name__} does not let its steps be watched ({type(e).__name__}: {e}): what the optimizer gets is taken to be what was read before")
 
-    def steps_under_way(self)->int: return sum(w.running() for w in self.watches)
+    def steps_under_way(self)->int: return len([w for w in self.watches if w.running()])
 
     def read(self):
         if self.batch is not None: self.watch_optimizers()   # one may have been exchanged since the batch began
@@ -854,7 +856,7 @@ class Reader(Says):
         "What was put since the last commit counts"
         if self.quiet: self.engine.discard()
         if not self.engine.pending(): return
-        shares = [s._replace(samples=s.consumer.counts.samples) for s in self.batch.shares if not self.is_quiet(s.consumer)]
+        shares = [Share(*s[:-1], s.consumer.counts.samples) for s in self.batch.shares if not self.is_quiet(s.consumer)]
         ran,names = (self.check.order,self.names) if self.check else ([],[])
         is_full = self.engine.commit(Note(shares, is_step, skipped, self.loop.lr(), ran, names))   # from this line on it counts, whatever interrupts
         if self.check: self.check.begin()

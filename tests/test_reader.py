@@ -98,7 +98,7 @@ def test_interrupted_beside_a_reader():
 FORK = """
 import multiprocessing as mp,os,threading,torch
 from fastai.test_utils import synth_learner
-from fastai_gradstats import GradStatsCallback,record
+from fastai_gradstats import GradStatsCallback,record,stores
 from fastai_gradstats.engine import Engine
 stats = GradStatsCallback('param')
 learn = synth_learner(cbs=stats)
@@ -106,11 +106,11 @@ with learn.no_bar(), learn.no_logging(): learn.fit(1)
 rows = len(stats.df)
 held,over = threading.Event(),threading.Event()
 def hold():
-    with Engine.lock, record.reading, record.lock:
+    with Engine.lock, stores.reading, stores.lock:
         held.set()
         over.wait(60)
 threading.Thread(target=hold, daemon=True).start()
-held.wait()
+assert held.wait(60)
 def child():
     engine = Engine(by_rows=True)
     engine.put(0, torch.ones(3))
