@@ -1,8 +1,9 @@
 "What is compared: nothing at all, this package, and what users would pick instead, all as callbacks that act on every step"
 import os,tempfile
-from unittest import mock
 from fastai.basics import *
 from fastai.callback.hook import ActivationStats, HookCallback
+from fastai_gradstats.by_blocks import BlockBuffer
+from fastai_gradstats.stats import sums
 from fastai_gradstats import GradNormCallback, GradStatsCallback
 
 def abs_10_power(x): return (x.abs() + 1e-30).log10().flatten().numpy().astype(int)
@@ -70,7 +71,9 @@ def reader_of(learn):
 class WithoutNumba(Callback):
     "The others read as where numba is not installed"
     order = 1000   # once the engine is made
-    def before_train(self): reader_of(self.learn).engine.buffer(torch.device('cpu')).kernel = None
+    def before_train(self):
+        engine,cpu = reader_of(self.learn).engine,torch.device('cpu')
+        engine.buffers[cpu] = BlockBuffer(cpu, engine.threshold, len(sums)+len(engine.extra), engine.hist)
 
 ours = {
     'norm':            lambda: [GradNormCallback()],

@@ -325,7 +325,7 @@ def _leave(learn, consumer):
     if guard is not None and _frame(learn, '_do_epoch_train') is None: guard.remove()
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, (_Early,_Events))])
 
-# %% ../nbs/04_callback.ipynb #765df233
+# %% ../nbs/04_callback.ipynb #20854f70
 class _GradCallback(Callback):
     "A record that belongs to a Learner"
     order = READ_AT
@@ -385,6 +385,7 @@ class _GradCallback(Callback):
         except ValueError as e: raise ValueError(f"{self}: {e}") from None
         consumer.flush()
         consumer.set_options(self._options(), consumer.reader.say)
+        consumer.folder = self.folder   # read when the next record begins
         self._check_names()
         consumer.open(rank())
 
@@ -443,7 +444,7 @@ class _Shown(_Helper):
         recorder = self.learn.__dict__.get('recorder')
         if recorder is not None: recorder.metric_names.insert(len(recorder.metric_names)-recorder.add_time, 'grad_norm')
 
-# %% ../nbs/04_callback.ipynb #aea1dec8
+# %% ../nbs/04_callback.ipynb #19bc5d91
 @delegate_to_record
 class GradNormCallback(_GradCallback):
     "The gradient's L2 norm at each step, before and after clipping, with norms per parameter"
@@ -476,6 +477,9 @@ class GradNormCallback(_GradCallback):
     def before_fit(self):
         super().before_fit()
         if self.show!=self._shown: self._consumer.reader.say(f"{type(self).__name__}: show stays {self._shown}: set it before the callback is added to a Learner", 'show')
+
+    def before_epoch(self):
+        if not _events_of(self.learn).inner: self._consumer.epoch_start = None   # of an epoch that was interrupted
 
     def before_train(self): self._consumer.epoch_start = len(self._consumer.steps)
 
