@@ -228,8 +228,8 @@ class _LossHook:
         self.batch.backward = True
         if self.reader.loop.own_backward and self.reader.batch is self.batch: self.reader.guarded('after_backward', self.reader.read_early)
 
-# %% ../nbs/04_callback.ipynb #3b898e65
-class _Events(_Helper):
+# %% ../nbs/04_callback.ipynb #334c510b
+class _GradEvents(_Helper):
     "Tells the reader of a Learner what happens"
     order = READ_AT
     inner = 0          # calls of `validate` or `get_preds` within a fit
@@ -305,13 +305,13 @@ class _Events(_Helper):
     def after_batch(self): self.reader.end(complete=True)
 
 def _events_of(learn):
-    return next((c for c in learn.cbs if isinstance(c, _Events)), None)
+    return next((c for c in learn.cbs if isinstance(c, _GradEvents)), None)
 
 def _join(learn, consumer):
     "A Learner's reader comes with the first callback of ours"
     events = _events_of(learn)
     if events is None:
-        events = _Events(Reader(LearnerLoop(learn)))
+        events = _GradEvents(Reader(LearnerLoop(learn)))
         learn.add_cb(events)
     events.reader.join(consumer)
 
@@ -323,9 +323,9 @@ def _leave(learn, consumer):
     if events.reader.consumers: return
     guard = _guard_of(learn)
     if guard is not None and _frame(learn, '_do_epoch_train') is None: guard.remove()
-    learn.remove_cbs([c for c in learn.cbs if isinstance(c, (_Early,_Events))])
+    learn.remove_cbs([c for c in learn.cbs if isinstance(c, (_Early,_GradEvents))])
 
-# %% ../nbs/04_callback.ipynb #20854f70
+# %% ../nbs/04_callback.ipynb #ae5ec362
 class _GradCallback(Callback):
     "A record that belongs to a Learner"
     order = READ_AT
@@ -368,7 +368,7 @@ class _GradCallback(Callback):
         return self
 
     def __call__(self, event):
-        if event in _inner or self._learn is None: return   # `_Events` hears those for all of us; or it was taken off in this event
+        if event in _inner or self._learn is None: return   # `_GradEvents` hears those for all of us; or it was taken off in this event
         if event=='before_fit': return super().__call__(event)   # a wrong argument is the user's to know
         f = _own(self, event)
         if f and self.run: self._consumer.reader.guarded(event, f)
