@@ -59,7 +59,7 @@ def _times(number):
     def scale(device): return torch.ones((), device=device)*number
     return scale
 
-# %% ../nbs/04_callback.ipynb #2636b682
+# %% ../nbs/04_callback.ipynb #fdcbda0a
 @cache
 def _has_event(cls, event): return hasattr(cls, event)
 
@@ -72,11 +72,14 @@ def _hears(cb, event):
 
 def _is_stock(learn, method): return getattr(getattr(learn, method), '__func__', None) is getattr(Learner, method)
 
+class _Ours: "A callback of this package: it only watches"
+
 def _is_harmless(cb):
-    "fastai's own callbacks neither drop a step nor change a gradient, but for the scale and for these two"
+    "Ours and fastai's own callbacks neither drop a step nor change a gradient, but for the scale and for these two"
+    if isinstance(cb, _Ours): return True
     return type(cb).__module__.startswith('fastai.') and type(cb) not in (GradientClip,NonNativeMixedPrecision)
 
-# %% ../nbs/04_callback.ipynb #62d40e2a
+# %% ../nbs/04_callback.ipynb #f348a5ae
 READ_AT = MixedPrecision.order+.5   # after accumulation (6) and unscaling (10), before clipping (11)
 
 class LearnerLoop(Loop):
@@ -133,7 +136,7 @@ class LearnerLoop(Loop):
         around = [id(c) for c in learn.cbs.items]
         if around==self.around: return False
         self.around = around
-        others = [c for c in learn.cbs if not isinstance(c, (_GradCallback,_Helper)) and not _is_harmless(c)]
+        others = [c for c in learn.cbs if not _is_harmless(c)]
         own_methods = [n for n in ('_backward','_do_grad_opt','_do_one_batch') if not _is_stock(learn, n)]
         before = [c for c in others if _hears(c, 'after_backward') or c.order<=READ_AT and _hears(c, 'before_step')]
         self.may_cancel = bool(own_methods) or any(_hears(c, e) for c in others for e in ('before_step','after_backward','before_backward'))
@@ -193,10 +196,10 @@ def _guard_of(learn):
     guard = learn.__dict__.get('_do_epoch_train')
     return guard if isinstance(guard, _Guard) else None
 
-# %% ../nbs/04_callback.ipynb #d10fa942
+# %% ../nbs/04_callback.ipynb #5eed5c56
 _inner = set('before_batch after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step after_cancel_batch after_batch'.split())   # fastai sends these in validation too
 
-class _Helper(Callback):
+class _Helper(_Ours, Callback):
     "A callback of ours that is exported as a plain one"
     run_valid = False
     def __init__(self, reader=None): self.reader = reader
@@ -325,8 +328,8 @@ def _leave(learn, consumer):
     if guard is not None and _frame(learn, '_do_epoch_train') is None: guard.remove()
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, (_Early,_GradEvents))])
 
-# %% ../nbs/04_callback.ipynb #ae5ec362
-class _GradCallback(Callback):
+# %% ../nbs/04_callback.ipynb #cee5ad73
+class _GradCallback(_Ours, Callback):
     "A record that belongs to a Learner"
     order = READ_AT
     run_valid = False
