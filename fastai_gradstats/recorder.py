@@ -632,6 +632,7 @@ class Reader(Says):
         self.layout = 1.,(),False,None   # what the engine is made for, see `set_columns`
         self.keys = Keys()
         self.watches = []       # of optimizers
+        self.watched_ids = []   # theirs
         self.unwatched = set()  # ids of those that do not let their steps be watched
         self.said = set()
         self.failed = False     # this epoch is not recorded
@@ -759,6 +760,7 @@ class Reader(Says):
         self.unhook()
         for opt in (*self.loop.optimizers(), *(w.opt() for w in self.watches)): unwatch_steps(opt, self)
         self.watches = []
+        self.watched_ids = []
         self.flush()
         ends_early = sys.exc_info()[0] is not None   # it may end for good
         for consumer in self.consumers: consumer.write(ends_early)
@@ -807,10 +809,13 @@ class Reader(Says):
 
     def watch_optimizers(self):
         "Be told of their steps. They may be others than in the last batch"
-        optimizers = [o for o in self.loop.optimizers() if o is not None and id(o) not in self.unwatched]
-        known = [w.opt() for w in self.watches]
-        if [*map(id, known)]==[*map(id, optimizers)]: return
-        for opt in known: unwatch_steps(opt, self)
+        optimizers = self.loop.optimizers()
+        ids = [id(o) for o in optimizers]
+        are_alive = all([w.opt() is not None for w in self.watches])   # one that is gone may leave its id to another
+        if ids==self.watched_ids and are_alive: return
+        self.watched_ids = ids
+        optimizers = [o for o in optimizers if o is not None and id(o) not in self.unwatched]
+        for watch in self.watches: unwatch_steps(watch.opt(), self)
         self.watches = []
         for opt in optimizers:
             try: self.watches.append(watch_steps(opt, self))
