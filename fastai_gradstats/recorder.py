@@ -515,14 +515,19 @@ class ReadsOutputs(Measures):
     def listen(self):
         "A batch begins: whose outputs are asked for?"
         if not self.hooks: return
-        shares = [s for s in self.batch.shares if s.consumer.modules]
-        wanted = {n for s in shares if s.outputs for n in s.consumer.modules}
-        everybody = all(s.outputs for s in shares) or len(wanted)==len(self.names)
-        self.hooks.wanted = None if everybody else frozenset(i for i,n in enumerate(self.names) if n in wanted)
-        self.scale = self.loop.scale()
         self.check.begin()
-        self.hooks.start()
         self.hooks.live = self.batch.outputs
+        if not self.batch.outputs: return
+        shares = [s for s in self.batch.shares if s.consumer.modules]
+        everybody = all([s.outputs for s in shares])
+        self.hooks.wanted = None if everybody else self.places_of(shares)
+        self.scale = self.loop.scale()
+        self.hooks.start()
+
+    def places_of(self, shares)->frozenset:
+        "Modules whose outputs these shares have"
+        wanted = {n for s in shares if s.outputs for n in s.consumer.modules}
+        return frozenset(i for i,n in enumerate(self.names) if n in wanted)
 
     def rest(self):
         if self.hooks: self.hooks.live = False
@@ -966,8 +971,11 @@ class LoopReader(Reader):
     def rest(self): pass   # the next batch begins with a forward, that a hook has to see
 
     def listen(self):
+        "Hooks listen also where nothing is recorded: they tell of backwards"
         super().listen()
-        if self.hooks: self.hooks.live = True
+        if not self.hooks: return
+        if not self.batch.outputs: self.hooks.start()
+        self.hooks.live = True
 
     # --- forward and backward
 
@@ -992,7 +1000,7 @@ class LoopReader(Reader):
         received,dropped = super().receivers()
         def told(*args):
             if torch._C._current_graph_task_id()!=self.task: self.backward_begins()
-            received(*args)
+            if self.batch.outputs: received(*args)
         return told,dropped
 
     def backward_begins(self):

@@ -342,3 +342,17 @@ def test_bad_arguments():
                   (lambda: GradRecorder(model, include='nothing'), 'include'), (lambda: GradRecorder(model, every=2, update_every=3), 'update_every'),
                   (lambda: GradRecorder(model, modules=[nn.Linear(2,1)]), 'modules')):
         with pytest.raises((TypeError,ValueError), match=msg): f()
+
+def test_every():
+    "One iteration and one step in two, counted as all are"
+    model,opt,rec,loss = mlp_recorder(every=2)
+    want = []
+    with rec:
+        for i in range(5):
+            l = loss()
+            l.backward()
+            if i%2==0: want.append(nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+            opt.step(); opt.zero_grad()
+    assert rec.df.groupby('iteration').size().to_dict()=={0:6,2:6,4:6}
+    assert rec.steps['step'].tolist()==rec.steps['iteration'].tolist()==[0,2,4]
+    np.testing.assert_allclose(rec.norms, want, rtol=1e-6)

@@ -1,11 +1,13 @@
 "What is put beside our callbacks, and our own read in another way."
 import math,pytest,signal,sys,torch
 from contextlib import contextmanager
+from threading import RLock
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from unittest.mock import patch as mock
 from fastai_gradstats import GradStatsCallback,by_kernel
+from fastai_gradstats.engine import Ledger
 
 # --- how gradients are read
 
@@ -112,4 +114,6 @@ class CtrlC:
             signal.raise_signal(signal.SIGINT)
         return self.line
     def __enter__(self): self.old = sys.gettrace(); sys.settrace(self)
-    def __exit__(self, *args): sys.settrace(self.old)
+    def __exit__(self, *args):
+        sys.settrace(self.old)
+        Ledger.lock = RLock()   # what a trace raises as a `with` ends leaves its lock behind; the interpreter raises no interrupt there
