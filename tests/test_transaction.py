@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np,pytest,torch
 
 from fastai_gradstats.by_rows import RowBuffer
-from fastai_gradstats.engine import Engine
+from fastai_gradstats.engine import Engine,Ledger
 from fastai_gradstats.histogram import octaves
 from fastai_gradstats.stats import DOT,MAX,SCALE,SUM,SUM_SQ,W_SQ,ZEROS
 from helpers.callbacks import each_reader
@@ -29,7 +29,9 @@ class Interrupt:
     def __enter__(self):
         self.old = sys.gettrace()
         sys.settrace(self)
-    def __exit__(self, *args): sys.settrace(self.old)
+    def __exit__(self, *args):
+        sys.settrace(self.old)
+        Ledger.lock = threading.RLock()   # what a trace raises as a `with` ends leaves its lock behind; the interpreter raises no interrupt there
 
 def full_of(v, n=5): return torch.full((n,), float(v))
 
