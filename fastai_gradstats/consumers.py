@@ -14,7 +14,7 @@ import os, re
 from collections import namedtuple
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cache
+from functools import cache, partial
 from numbers import Integral, Real
 import numpy as np
 from torch import nn
@@ -23,7 +23,7 @@ from fastai_gradstats.capture import grad_modules, grad_params, pick
 from fastai_gradstats.histogram import octaves
 from fastai_gradstats.files import check_free, need_parquet
 from fastai_gradstats.record import GradRecord
-from fastai_gradstats.stats import finish, sums, MAX, SUM_SQ, NONFINITE, ABOVE, W_SQ, DOT
+from fastai_gradstats.stats import above, finish, group_norms, sums, MAX, SUM_SQ, NONFINITE, ABOVE, W_SQ, DOT
 from fastai_gradstats.stores import Break, Rows, Steps, Where, columns, counts, floats, param_rows
 from fastai_gradstats.stream import Stream
 
@@ -174,8 +174,6 @@ class Keys:
         self.keys = []
         self.number = {}
 
-    def __len__(self): return len(self.keys)
-
     def __call__(self, *args, **kwargs)->int:
         key = Key(*args, **kwargs)
         if key not in self.number:
@@ -224,7 +222,7 @@ class Readings:
 
     def norm(self, rows)->np.ndarray: # per commit
         "L2 norm over the tensors of `rows`; NaN where there are none"
-        return np.where(self.count(rows)>0, np.sqrt(self.total(rows, SUM_SQ)), np.nan)
+        return group_norms(self.sums[rows,SUM_SQ], self.commit[rows], len(self.commits))
 
     def number(self, role)->np.ndarray: # per commit
         "A single number; NaN where there is none"
@@ -395,10 +393,8 @@ def engine_columns(consumers # `StatsConsumer`s
         consumer.above_column = None if options.threshold==threshold else column(f'above {options.threshold:g}', _above(options.threshold))
     return threshold,extra
 
-@cache
-def _above(threshold):
-    def f(g): return (g.abs()>threshold).sum()
-    return f
+@cache   # one function of each threshold: records that want the same share its column
+def _above(threshold): return partial(above, threshold=threshold)
 
 # %% ../nbs/03c_consumers.ipynb #214df433
 def clip_coefficient(norm, # before; an array
@@ -438,6 +434,7 @@ class NormConsumer(Consumer):
         if not which: return
         self.add_steps(readings.of(which), [shares[i] for i in which], say)
 
+    @np.errstate(all='ignore')   # what is not finite, or beyond float32, is recorded as it is
     def add_steps(self, readings, shares, say):
         params = readings.role==Role.PARAM
         norm = readings.norm(params)
@@ -471,7 +468,7 @@ class NormConsumer(Consumer):
         if not self.built_with['update_every']: return {}
         moved = readings.norm(readings.role==Role.MOVED)
         moved[drifted] = np.nan
-        with np.errstate(all='ignore'): return dict(update_norm=moved, update_ratio=moved/weight_norm)
+        return dict(update_norm=moved, update_ratio=moved/weight_norm)
 
     def add_params(self, readings, where, params, drifted):
         "Norms per parameter"
@@ -480,10 +477,10 @@ class NormConsumer(Consumer):
         if not len(kept): return
         values = readings.sums[params]
         weight_norm = np.sqrt(values[:,W_SQ])
-        with np.errstate(all='ignore'): columns = [np.sqrt(values[:,SUM_SQ]), weight_norm, values[:,DOT]]
+        columns = [np.sqrt(values[:,SUM_SQ]), weight_norm, values[:,DOT]]
         if self.built_with['update_every']:
             moved = self.updates(readings, params, drifted)
-            with np.errstate(all='ignore'): columns += [moved, moved/weight_norm.astype(np.float32)]
+            columns += [moved, moved/weight_norm.astype(np.float32)]
         store_key = self.store_keys(readings.keys)[readings.key[params]]
         norms = np.stack(columns).astype(np.float32)
         self.norms.append(where[:,kept], n[kept], store_key, norms, np.empty((0,norms.shape[1]), np.uint32))

@@ -113,11 +113,6 @@ def group_norms(sum_sq:np.ndarray, # (rows,) a row's sum of squares
     rows = np.bincount(group, minlength=n)
     return np.where(rows>0, np.sqrt(total), np.nan)
 
-# %% ../nbs/00_stats.ipynb #c2000011
-def ratio(a:np.ndarray, b:np.ndarray)->np.ndarray:
-    "a/b as IEEE has it, without a warning: NaN for 0/0, inf where only `b` is 0"
-    with np.errstate(all='ignore'): return np.divide(a, b)
-
 # %% ../nbs/00_stats.ipynb #3ce9b516
 @cache
 def _powers(dtype # a floating point dtype

@@ -1,6 +1,6 @@
 "The transaction of a recorder, without a Learner: what each event, cancel, exception and interrupt commits or discards."
-import itertools
-import pandas as pd,pytest,torch
+import itertools,warnings
+import numpy as np,pandas as pd,pytest,torch
 from torch import nn
 from fastai_gradstats.consumers import NormConsumer,NormOptions,StatsConsumer,StatsOptions
 from fastai_gradstats.engine import Engine
@@ -187,3 +187,24 @@ def test_an_error_of_ours(method, monkeypatch):
     steps = consumers[1].record.steps
     assert len(steps)>=2 and steps['norm'].notna().all()
     assert set(consumers[0].record.df.groupby('iteration').size())<={2,6}
+
+def test_numbers_beyond_float32_where_numpy_raises():
+    "A norm that float32 cannot hold is recorded as inf, also for who has told numpy to raise"
+    model,reader,consumers = reader_by_hand()
+    with torch.no_grad():
+        for p in model.parameters(): p.fill_(1e-3)
+    reader.fit_begins()
+    reader.start()
+    with np.errstate(all='raise'), warnings.catch_warnings():
+        warnings.simplefilter('error')
+        reader.begin()
+        reader.before_backward()
+        for p in model.parameters(): p.grad = torch.full_like(p, 3e38)
+        reader.after_backward()
+        reader.read()
+        reader.stepped()
+        reader.end(complete=True)
+        reader.stop()
+    norms = consumers[1].record
+    assert norms.steps['norm'].gt(3e38).all() and len(norms.steps)==1
+    assert norms.by('param')['norm'].max()==np.inf
