@@ -20,7 +20,7 @@ from fastai.callback.fp16 import GradScaler, MixedPrecision, NonNativeMixedPreci
 from fastai.callback.training import GradientClip
 from fastai_gradstats.consumers import FIT, LR_FIND, NormConsumer, NormOptions, StatsConsumer, StatsOptions
 from fastai_gradstats.record import GradRecord
-from fastai_gradstats.recorder import Loop, Reader, check_model, delegate_to_record, is_unscaled, last_lr, rank, scale_of
+from fastai_gradstats.recorder import Loop, Reader, check_model, delegate_to_record, is_unscaled, last_lr, rank, scale_of, stack
 
 # %% ../nbs/04_callback.ipynb #8b68ffab
 _cancels = CancelBatchException,CancelBackwardException,CancelStepException,CancelTrainException,CancelValidException,CancelEpochException,CancelFitException
@@ -150,9 +150,7 @@ class LearnerLoop(Loop):
 # %% ../nbs/04_callback.ipynb #b696636c
 def _frame(learn, name):
     "The frame in which `learn` runs its method `name` just now, or None"
-    f = sys._getframe(1)
-    while f is not None and not (f.f_code.co_name==name and f.f_locals.get('self') is learn): f = f.f_back
-    return f
+    return next((f for f in stack() if f.f_code.co_name==name and f.f_locals.get('self') is learn), None)
 
 def _sent_by(learn):
     "The part of training that sent this event: 'fit', 'epoch', 'batch', ...; None where there is none, as in `validate`"

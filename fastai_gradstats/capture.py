@@ -37,8 +37,6 @@ def wrapped_child(module:nn.Module # any module
     for cls in type(module).__mro__:
         if cls.__name__ in _inner and cls.__module__.startswith('torch.'): return _inner[cls.__name__]
 
-_child = wrapped_child   # its name until `callback` imports the new one
-
 # %% ../nbs/02_capture.ipynb #f68dfa23
 def clean_name(model:nn.Module, # the module that `name` starts from
                name:str # as in `named_modules()` or `named_parameters()`

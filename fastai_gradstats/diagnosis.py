@@ -16,7 +16,7 @@ from functools import cached_property
 from textwrap import fill
 import numpy as np, pandas as pd
 from .record import GradRecord,as_record,from_iteration,gap_before,nothing_there
-from .stores import phases
+from .stores import phase_name, phases
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60007
 told = 'rule severity tensor iterations evidence try'.split()   # the columns that a text is made of
@@ -72,10 +72,6 @@ def _findings(*args, **kwargs):
 def of_fit(df, where):
     "The rows of one fit: that of `where`, a row of a frame or the facts of a fit"
     return df[(df['phase']==where['phase'])&(df['fit']==where['fit'])]
-
-def phase_name(phase):
-    "Facts and breaks may have its number"
-    return phase if isinstance(phase, str) else phases[phase]
 
 def fits_in(df):
     "(phase, fit) of all rows"

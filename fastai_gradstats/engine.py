@@ -18,7 +18,7 @@ from threading import RLock
 from torch import Tensor
 from .by_kernel import host_buffer
 from .by_rows import RowBuffer
-from .histogram import Octaves, octaves
+from .histogram import Octaves
 from .layouts import goes_alone, is_plain, is_sharded, product, stored, wide_dtype
 from .stats import sums, MAX, W_SQ, DOT
 

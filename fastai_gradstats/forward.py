@@ -76,7 +76,7 @@ class ForwardCheck:
              ): # 0-d tensor, or None
         "Place, in order of execution, of the first output that broke; None where nothing is new, or is known to be finite"
         witnesses = self.witnesses
-        if len(witnesses)==self.checked: return None
+        if not self.has_news(): return None
         self.checked = len(witnesses)
         on_host = all(isinstance(w, float) or w.is_cpu for w in (*witnesses, loss))
         if on_host and not self.engine.by_rows:

@@ -10,11 +10,11 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/loops.html.md"""
 __all__ = []
 
 # %% ../nbs/04a_loops.ipynb #e4b98d2a
-import inspect, sys
+import inspect
 from functools import cache
 from fastai_gradstats.consumers import NormOptions, StatsOptions
 from fastai_gradstats.record import GradRecord
-from fastai_gradstats.recorder import GradRecorder, delegate_to_record
+from fastai_gradstats.recorder import GradRecorder, delegate_to_record, stack
 
 # %% ../nbs/04a_loops.ipynb #2271ae3d
 _known_by_frameworks = {'self','model','opt','scaler'}
@@ -22,7 +22,7 @@ _accepted = [n for n in inspect.signature(GradRecorder.__init__).parameters if n
 
 class RecordsTraining:
     "What both callbacks have: a recorder while there is training, and its record"
-    def set_up(self, options):
+    def __init__(self, **options):
         unknown = [n for n in options if n not in _accepted]
         if unknown: raise TypeError(f"{unknown[0]}: accepted are {', '.join(_accepted)}")
         norms = {n:v for n,v in options.items() if n in ('every','update_every')}
@@ -33,9 +33,9 @@ class RecordsTraining:
 
     def begin(self, model, optimizers, scaler=None):
         "Another training of the same model goes on in the same record"
-        if self.recorder is not None: self.recorder.stop()
-        if self.recorder is None: self.recorder = GradRecorder(model, optimizers, scaler=scaler, **self.options)
-        elif self.recorder.loop.model is not model: raise ValueError(f"{type(self).__name__} holds the record of another model: use a new one")
+        self.end()
+        if self.recorder is None: self.recorder = GradRecorder(model, **self.options)
+        if self.recorder.loop.model is not model: raise ValueError(f"{type(self).__name__} holds the record of another model: use a new one")
         self.recorder.loop.all_optimizers = optimizers
         self.recorder.loop.scaler = scaler
         self.recorder.start()
@@ -57,16 +57,10 @@ def _innermost(opt):
     while hasattr(opt, 'optimizer'): opt = opt.optimizer
     return opt
 
-def _calling_code(name):
-    "The code of the function `name` that is on the stack, or None"
-    f = sys._getframe(1)
-    while f is not None and f.f_code.co_name!=name: f = f.f_back
-    return f and f.f_code
-
-def _runs(code):
-    f = sys._getframe(1)
-    while f is not None and f.f_code is not code: f = f.f_back
-    return f is not None
+def _goes_on(name):
+    "A function: is the call of `name` that runs now still under way? None where none runs"
+    code = next((f.f_code for f in stack() if f.f_code.co_name==name), None)
+    return None if code is None else lambda: any(f.f_code is code for f in stack())
 
 @cache
 def _trainer_callback():
@@ -76,12 +70,10 @@ def _trainer_callback():
     @delegate_to_record
     class GradTrainerCallback(RecordsTraining, TrainerCallback):
         "Records gradients while Hugging Face's Trainer trains. Arguments are those of `GradRecorder`"
-        def __init__(self, **options): self.set_up(options)
 
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
             self.begin(model, [_innermost(optimizer)], getattr(optimizer, 'scaler', None))   # accelerate's has it
-            code = _calling_code('_inner_training_loop')
-            if code is not None: self.recorder.reader.goes_on = lambda: _runs(code)
+            self.recorder.reader.goes_on = _goes_on('_inner_training_loop')
 
         def on_epoch_begin(self, args, state, control, **kwargs): self.recorder.epoch = int(state.epoch or 0)
         def on_train_end(self, args, state, control, **kwargs): self.end()
@@ -99,7 +91,6 @@ def _lightning_callback():
     @delegate_to_record
     class GradLightningCallback(RecordsTraining, Callback):
         "Records gradients while Lightning's Trainer trains. Arguments are those of `GradRecorder`"
-        def __init__(self, **options): self.set_up(options)
 
         def on_train_start(self, trainer, pl_module):
             self.begin(pl_module, list(trainer.optimizers), getattr(trainer.precision_plugin, 'scaler', None))

@@ -23,7 +23,7 @@ from . import stores
 from .files import (BLANK, category, check_free, claim, conform, crc32, describe, empty, encode, is_category,
                                     need_parquet, pick_facts, put_part, read_folder, schema)
 from .stores import (Break, Rows, RunBreak, Steps, breaks_frame, columns, counts, floats, kinds, param_rows,
-                                     phases, step_columns, where)
+                                     phase_name, phases, step_columns, where)
 
 # %% ../nbs/03_record.ipynb #0c3f2f84
 def time_of(df):
@@ -204,18 +204,16 @@ def _rows_that_match(df, wanted):
         if not ok.all(): df = df[ok]
     return df.reset_index(drop=True)
 
-def _phase_name(phase): return phase if isinstance(phase, str) else phases[phase]
-
 def _matches(o:dict, # facts of a fit, or a break
              wanted):
-    o = {**o, 'phase':_phase_name(o['phase'])}
+    o = {**o, 'phase':phase_name(o['phase'])}
     return all(o[c] in _among(wanted[c]) for c in ('fit','phase','run') if c in wanted and c in o)
 
 # %% ../nbs/03_record.ipynb #f0e0f3ef
 def _in_groups(breaks):
     "(phase, run) -> its breaks; run is None where there are no runs"
     res = {}
-    for brk in breaks: res.setdefault((_phase_name(brk.phase), getattr(brk, 'run', None)), []).append(brk)
+    for brk in breaks: res.setdefault((phase_name(brk.phase), getattr(brk, 'run', None)), []).append(brk)
     return res
 
 def _times(breaks): return np.array([int(brk.fit)<<32 | int(brk.iteration) for brk in breaks], np.int64)
@@ -540,7 +538,7 @@ def first_nonfinite(self:GradRecord,
     last = gap_before(df, row['iteration'])
     here = {c:row[c] for c in ('run','phase','fit','iteration') if c in row}
     for brk in part.breaks:
-        if here.items() <= (brk._asdict()|dict(phase=_phase_name(brk.phase))).items():
+        if here.items() <= (brk._asdict()|dict(phase=phase_name(brk.phase))).items():
             return NonFinite(int(brk.iteration), brk.after, brk.before, 'forward', last)
     return NonFinite(int(row['iteration']), *_broke(df[df['iteration']==row['iteration']]), last)
 
@@ -848,7 +846,7 @@ def compare(runs # name of a run -> whatever `as_record` takes
         lacking = all(r.lacks(t) for r in records.values())
         tables[t] = None if lacking else _joined([r.frame(t) for r in records.values()], names)
     breaks = []
-    for name,r in records.items(): breaks += [RunBreak(*brk._replace(phase=_phase_name(brk.phase)), run=name) for brk in r.breaks]
+    for name,r in records.items(): breaks += [RunBreak(*brk._replace(phase=phase_name(brk.phase)), run=name) for brk in r.breaks]
     facts = [{**f, 'run':name} for name,r in records.items() for f in r.facts]
     return _of_stores(tables, thresholds[0] if thresholds else 1., breaks, facts)
 

@@ -28,7 +28,7 @@ from fastai_gradstats.engine import Engine, GONE
 from fastai_gradstats.forward import ForwardCheck
 from fastai_gradstats.record import GradRecord, delegated
 from fastai_gradstats.stores import Where
-from fastai_gradstats.watch import MethodWatch, unwatch_steps, watch_steps
+from fastai_gradstats.watch import MethodWatch, stack, unwatch_steps, watch_steps
 
 # %% ../nbs/03d_recorder.ipynb #0ce18cf4
 class Attempt:
@@ -95,6 +95,7 @@ class Transaction:
     def commit_step(self, skipped): raise NotImplementedError
     def commit_outputs(self): raise NotImplementedError
     def count_samples(self): raise NotImplementedError
+    def steps_under_way(self)->int: raise NotImplementedError # of optimizers: one may be inside another
     def rest(self): raise NotImplementedError                 # outputs are not listened to until the next batch
 
     def begin(self, epoch=0):
@@ -218,7 +219,7 @@ class Transaction:
             attempt.skipped = not attempt.taken
             self.stepped()
         else:   # what was read was for a step that did not come
-            for span in {id(span):span for span in (attempt.measured_span,attempt.read_span,attempt.early_span)}.values(): self.forget(span)
+            for span in (attempt.measured_span,attempt.read_span,attempt.early_span): self.forget(span)
         self.rest()
         if not backward: self.discard_backward()
         self.check_forward()   # perhaps nobody called `before_backward`: a NaN may be why
@@ -378,7 +379,6 @@ class ReadsParams(Transaction):
         if not self.param_keys: self.param_keys = self.new_param_keys()
         with_weights = any(c.weights for c in due)
         full = self.places_wanted(due)
-        start = self.engine.mark() if self.quiet else None
         whole = [o for o in found if o[0] in full]
         norms = [o for o in found if o[0] not in full] if with_weights else []
         if with_weights: self.note_weights(found)
@@ -387,7 +387,6 @@ class ReadsParams(Transaction):
             keys = [self.param_keys[place] for place,_,_ in group]
             weights = [p for _,p,_ in group] if with_weights else None
             self.engine.put_all(keys, [g for _,_,g in group], weights, full=is_full)
-        if self.quiet: self.engine.discard(start)
 
     def places_wanted(self, due)->set:
         "Of the parameters of which these consumers want all sums"
@@ -434,12 +433,10 @@ class Measures(ReadsParams):
         if overflow is not None: self.engine.number(self.keys(Role.OVERFLOW), overflow)
         acted = self.loop.acts_after or any(_was_changed(*mark) for mark in attempt.all_grads)
         if not acted: return
-        start = self.engine.mark()
         grads = self.optimized()
         key = self.keys(Role.OPTIMIZED)
         if grads: self.engine.put_all([key]*len(grads), grads, full=False)
         elif attempt.all_grads: self.engine.number(key, torch.zeros(()))   # nothing is left of them for the optimizer
-        if self.quiet: self.engine.discard(start)
         if self.old_weights: self.old_weights.renew()
 
     def optimized(self)->list:
@@ -475,7 +472,6 @@ class Measures(ReadsParams):
         except Exception as e:   # weights that cannot be subtracted: the step's row is there, without this number
             self.engine.discard(start)
             self.say(f"How far weights moved could not be measured ({type(e).__name__}: {e}): update_norm is NaN", 'moved')
-        if self.quiet: self.engine.discard(start)
 
 # %% ../nbs/03d_recorder.ipynb #538960de
 class ReadsOutputs(Measures):
@@ -645,7 +641,7 @@ class Reader(Says):
         self.stale = False      # a consumer came or went
         self.run = None         # the fit that is under way: any object
         self.phase = FIT
-        self.lrs = []
+
         self.watched = []
         self.new_params()
 
@@ -749,7 +745,7 @@ class Reader(Says):
             consumer.counts.next_fit(self.phase)
             consumer.facts_due = True
             consumer.owner = self.loop.owner()
-        if not self.is_quiet(consumer): consumer.open(rank())
+        if not self.is_quiet(consumer): consumer.open(self.rank)
 
     def is_quiet(self, consumer)->bool:
         "Does another process keep its record? A column that is watched is the same in all processes"
@@ -864,7 +860,7 @@ class Reader(Says):
 
     def commit(self, is_step, skipped=False):
         "What was put since the last commit counts"
-        if self.quiet: self.engine.discard()
+        if self.quiet: self.engine.discard()   # shards are read in all processes, for their sums; one of them records
         if not self.engine.pending(): return
         shares = [Share(*s[:-1], s.consumer.counts.samples) for s in self.batch.shares if not self.is_quiet(s.consumer)]
         ran,names = (self.check.order,self.names) if self.check else ([],[])
@@ -880,16 +876,15 @@ class Reader(Says):
             fetched = self.engine.fetch(len(self.engine.commits))   # what training commits meanwhile is for the next time
             if not fetched.notes: return
             readings = Readings(fetched, self.keys.keys)
-            for consumer,which in self.takers(readings.commits).items():
-                shares = [share for i in which for share in readings.commits[i].shares if share.consumer is consumer]
-                consumer.take(readings.of(which), shares, self.say)
+            for consumer,shares in self.shares_of(readings.commits).items():
+                consumer.take(readings.of(list(shares)), list(shares.values()), self.say)
             self.compare_early(readings)
 
-    def takers(self, commits)->dict: # consumer -> numbers of the commits that are its
-        takers = {}
+    def shares_of(self, commits)->dict: # consumer -> its share of each commit that it takes part in, by number
+        shares = {}
         for i,commit in enumerate(commits):
-            for share in commit.shares: takers.setdefault(share.consumer, []).append(i)
-        return takers
+            for share in commit.shares: shares.setdefault(share.consumer, {})[i] = share
+        return shares
 
 # %% ../nbs/03d_recorder.ipynb #b0bd762d
 class LoopHooks(OutputHooks):

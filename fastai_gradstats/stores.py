@@ -25,6 +25,11 @@ Where = namedtuple('Where', 'fit phase epoch iteration step')              # num
 Break = namedtuple('Break', 'fit phase iteration after before')            # a forward pass met a NaN or inf between these two modules
 RunBreak = namedtuple('RunBreak', [*Break._fields,'run'])                  # the same in a comparison of runs
 
+def phase_name(phase # its name, or its place in `phases`
+              )->str:
+    "Frames have the name; facts and breaks of a training that goes on have the place"
+    return phase if isinstance(phase, str) else phases[phase]
+
 # %% ../nbs/03a_stores.ipynb #2adcc28f
 where  = list(Where._fields)
 floats = ['max_abs','mean_abs','norm','mean','std']
@@ -564,11 +569,10 @@ def breaks_frame(breaks):
     "`Break`s as a frame; their phase may be its name or its place in `phases`"
     fields = RunBreak._fields if breaks and len(breaks[0])==len(RunBreak._fields) else Break._fields
     values = dict(zip(fields, zip(*breaks))) if breaks else dict.fromkeys(fields, ())
-    def code(phase): return phases.index(phase) if isinstance(phase, str) else phase
     def named(found):
         names = list(dict.fromkeys(found))
         return category([names.index(name) for name in found], names)
     d = {c:named(found) for c,found in values.items()}
-    d['phase'] = category([code(phase) for phase in values['phase']], phases)
+    d['phase'] = category([phases.index(phase_name(phase)) for phase in values['phase']], phases)
     for c in ('fit','iteration'): d[c] = np.array(values[c], np.int32)
     return pd.DataFrame(d)

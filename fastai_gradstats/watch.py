@@ -75,11 +75,12 @@ def _with_told_closure(args, kwargs, done):
     if callable(kwargs.get('closure')): return args,{**kwargs, 'closure':ToldClosure(kwargs['closure'], done)}
 
 # %% ../nbs/02b_watch.ipynb #b228a8ab
-def _on_stack(frame):
-    "Is it still running, in this thread?"
-    f = sys._getframe(1)
-    while f is not None and f is not frame: f = f.f_back
-    return f is not None
+def stack():
+    "The frames that run in this thread, innermost first"
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 class StepWatch:
     "Tells its `watchers` when an optimizer steps, and when it clears its gradients"
@@ -126,7 +127,7 @@ class StepWatch:
 
     def running(self)->bool:
         "Is a step under way?"
-        if self.entered and not _on_stack(self.frame): self.entered = 0   # it raised
+        if self.entered and not any(frame is self.frame for frame in stack()): self.entered = 0   # it raised
         return self.entered>0
 
     def tell(self, what):

@@ -1,37 +1,17 @@
 "Put, commit, discard: an engine that is interrupted at any line, asked by two threads, or given rows of several kinds."
-import sys,threading
-from pathlib import Path
+import threading
 import numpy as np,pytest,torch
 
 from fastai_gradstats.by_rows import RowBuffer
-from fastai_gradstats.engine import Engine,Ledger
+from fastai_gradstats.engine import Engine
 from fastai_gradstats.histogram import octaves
 from fastai_gradstats.stats import DOT,MAX,SCALE,SUM,SUM_SQ,W_SQ,ZEROS
-from helpers.callbacks import each_reader
+from helpers.callbacks import CtrlC,each_reader
 
 on_cpu = torch.device('cpu')
-ROOMS = ('engine.py','buffer.py','by_rows.py','by_kernel.py','by_blocks.py','histogram.py','layouts.py')
+ROOMS = 'engine buffer by_rows by_kernel by_blocks histogram layouts'
 
 # --- an interrupt at any line
-
-class Interrupt:
-    "Raises at the `at`-th line that the engine and its readers run"
-    def __init__(self, at): self.at,self.n,self.where = at,0,None
-    def __call__(self, frame, event, arg):
-        path = Path(frame.f_code.co_filename)
-        if path.name in ROOMS and path.parent.name=='fastai_gradstats': return self.line
-    def line(self, frame, event, arg):
-        self.n += event=='line'
-        if self.n==self.at:
-            self.where = f'{frame.f_code.co_qualname if sys.version_info>=(3,11) else frame.f_code.co_name}, line {frame.f_lineno}'
-            raise KeyboardInterrupt
-        return self.line
-    def __enter__(self):
-        self.old = sys.gettrace()
-        sys.settrace(self)
-    def __exit__(self, *args):
-        sys.settrace(self.old)
-        Ledger.lock = threading.RLock()   # what a trace raises as a `with` ends leaves its lock behind; the interpreter raises no interrupt there
 
 def full_of(v, n=5): return torch.full((n,), float(v))
 
@@ -77,13 +57,13 @@ def check(got):
 @each_reader
 def test_interrupted_anywhere(by_rows):
     "Before the append of a commit its rows are discarded, after it they count; nothing is left in a buffer, and the next commits are whole"
-    with (whole := Interrupt(-1)): work(e := Engine(by_rows=by_rows, hist='all'))
+    with (whole := CtrlC(-1, ROOMS)): work(e := Engine(by_rows=by_rows, hist='all'))
     check(e.fetch())
     assert whole.n>500
     for at in range(1, whole.n, 29):
         e = Engine(by_rows=by_rows, hist='all')
         try:
-            with (stop := Interrupt(at)): work(e)
+            with (stop := CtrlC(at, ROOMS)): work(e)
         except KeyboardInterrupt: pass
         assert torch.is_grad_enabled(), stop.where
         e.discard()

@@ -101,12 +101,13 @@ cancel_exceptions = [CancelBatchException, CancelBackwardException, CancelStepEx
     CancelTrainException, CancelEpochException, CancelFitException, KeyboardInterrupt, RuntimeError]
 
 class CtrlC:
-    "Sends an interrupt at the `at`-th line that our callbacks, recorder and engine run"
-    ours = {f'{name}.py' for name in 'callback recorder consumers forward watch engine buffer by_rows by_kernel'.split()}
-    def __init__(self, at): self.at,self.n,self.where = at,0,None
+    "Sends an interrupt at the `at`-th line that these rooms of the package run: our callbacks, recorder and engine, unless told"
+    def __init__(self, at, rooms='callback recorder consumers forward watch engine buffer by_rows by_kernel'):
+        self.at,self.n,self.where = at,0,None
+        self.rooms = {f'{room}.py' for room in rooms.split()}
     def __call__(self, frame, event, arg):
         path = Path(frame.f_code.co_filename)
-        if path.name in self.ours and path.parent.name=='fastai_gradstats': return self.line
+        if path.name in self.rooms and path.parent.name=='fastai_gradstats': return self.line
     def line(self, frame, event, arg):
         self.n += event=='line'
         if self.n==self.at and self.where is None:
