@@ -68,28 +68,25 @@ class Ledger:
         self.fetched = {}    # savepoint: rows before it are on the host
         self.largest = {}    # device -> rows of the largest commit
 
-    @locked
     def mark(self):
         "A savepoint: how far each buffer has come"
-        return self._ends()
-
-    def _ends(self): return {device:b.end for device,b in self.buffers.items()}
+        with self.lock: return {device:b.end for device,b in self.buffers.items()}
 
     def committed(self):
         "The savepoint behind all that counts"
         return self.commits[-1].end if self.commits else self.fetched
 
-    @locked
     def pending(self):
         "Was anything put since the last commit?"
-        committed = self.committed()
-        return any([b.end>committed.get(device, 0) for device,b in self.buffers.items()])
+        with self.lock:
+            committed = self.committed()
+            return any([b.end>committed.get(device, 0) for device,b in self.buffers.items()])
 
     @locked
     def commit(self, note=None):
         "What was put since the last commit counts, and belongs to `note`; True where it is time to fetch"
         for b in self.buffers.values(): b.end_run()
-        end = self._ends()
+        end = self.mark()
         due = self._is_due(end)
         self.commits.append(Commit(note, end))   # the one line from which on it counts, whatever interrupts
         return due
@@ -217,7 +214,7 @@ class Engine(Ledger):
                 full=True # or are only sum_sq, nonfinite and, with `ws`, w_sq and dot needed?
                ):
         "The gradients of many parameters, and with `ws` (the weights) also sum w² and sum g·w. Where that fails, nothing of them stays"
-        before = self._ends()
+        before = self.mark()
         try: self._put_all(keys, gs, ws, full)
         except Exception:
             self.discard(before)

@@ -51,10 +51,24 @@ class Batch:
     cancelled = False   # somebody cancelled it, or its backward
     counted = 0         # its samples that are among those of the step
     again = None        # savepoint: another backward began after a complete one
+    has_stepped = False # do `shares` still belong to the step before?
     def __init__(self, shares):
-        self.shares = shares   # of the consumers that take part, with where in training it is for each
+        self._shares = shares
         self.outputs = any([s.outputs for s in shares])   # does somebody want those?
         self.attempt = Attempt()
+
+    @property
+    def shares(self):
+        "Of the consumers that take part, with where in training it is for each"
+        if self.has_stepped:   # few batches do more than one step: asked for, not made in advance
+            self._shares = [self.of_next_step(s) for s in self._shares]
+            self.has_stepped = False
+        return self._shares
+
+    def of_next_step(self, share):
+        *place,step = share.where
+        where = Where(*place, step+1)
+        return Share(share.consumer, where, share.outputs, share.consumer.wants_params(where), 0)
 
     def had_backward(self, ended # did the batch come to its end?
                     )->bool:
@@ -64,11 +78,8 @@ class Batch:
 
     def next_step(self):
         "What else the batch may do belongs to the next step"
-        def later(share):
-            *place,step = share.where
-            where = Where(*place, step+1)
-            return Share(share.consumer, where, share.outputs, share.consumer.wants_params(where), 0)
-        self.shares = [later(s) for s in self.shares]
+        _ = self.shares   # of a step that nobody asked about
+        self.has_stepped = True
         self.attempt = Attempt()
         self.events = True
         self.begun = self.backward = self.cancelled = False
@@ -379,11 +390,11 @@ class ReadsParams(Transaction):
         if not self.param_keys: self.param_keys = self.new_param_keys()
         with_weights = any(c.weights for c in due)
         full = self.places_wanted(due)
-        whole = [o for o in found if o[0] in full]
-        norms = [o for o in found if o[0] not in full] if with_weights else []
+        whole = [o for o in found if o[0] in full] if full else []
+        norms = [o for o in found if o[0] not in full] if full else found
         if with_weights: self.note_weights(found)
         for group,is_full in ((whole,True),(norms,False)):
-            if not group: continue
+            if not group or not (is_full or with_weights): continue
             keys = [self.param_keys[place] for place,_,_ in group]
             weights = [p for _,p,_ in group] if with_weights else None
             self.engine.put_all(keys, [g for _,_,g in group], weights, full=is_full)
@@ -824,7 +835,9 @@ class Reader(Says):
                 self.unwatched.add(id(opt))
                 self.say(f"{type(opt).__name__} does not let its steps be watched ({type(e).__name__}: {e}): what the optimizer gets is taken to be what was read before")
 
-    def steps_under_way(self)->int: return len([w for w in self.watches if w.running()])
+    def steps_under_way(self)->int:
+        if len(self.watches)==1: return self.watches[0].entered   # it is the one that tells
+        return len([w for w in self.watches if w.running()])
 
     def read(self):
         if self.batch is not None: self.watch_optimizers()   # one may have been exchanged since the batch began

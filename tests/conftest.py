@@ -1,5 +1,5 @@
 "The tests' common ground: no display, processes that start fast, fixtures of several files. Helpers are in `tests/helpers`."
-import multiprocessing,os
+import multiprocessing,os,sys
 os.environ.setdefault('MPLBACKEND', 'Agg')
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')   # as many processes as cores, one thread each
 
@@ -36,6 +36,20 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session')
 def root(): return ROOT
+
+@pytest.fixture(scope='session', autouse=True)
+def in_a_folder_apart(tmp_path_factory):
+    "What tests write where they stand (`Learner.lr_find` makes a folder `models`) does not land in the project"
+    before = os.getcwd()
+    os.chdir(tmp_path_factory.mktemp('cwd'))
+    yield
+    os.chdir(before)
+
+@pytest.fixture(autouse=True)
+def figures_closed():
+    "No test sees the figures that another one drew"
+    yield
+    if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
 
 @pytest.fixture
 def by_rows(request):
