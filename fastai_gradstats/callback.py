@@ -218,16 +218,18 @@ class _Early(_Helper):
 class _LossHook:
     "Notes that a backward of the loss was complete, whoever called it"
     def __init__(self, reader, batch):
-        self.reader = reader
-        self.batch = batch
+        self.reader = weakref.ref(reader)   # a Learner keeps its last loss, and Python's collector does not see hooks inside the graph behind it
+        self.batch = weakref.ref(batch)
 
     def __call__(self, g):
         try: Variable._execution_engine.queue_callback(self.complete)
         except RuntimeError: self.complete()   # an engine that has no end to wait for
 
     def complete(self):
-        self.batch.backward = True
-        if self.reader.loop.own_backward and self.reader.batch is self.batch: self.reader.guarded('after_backward', self.reader.read_early)
+        reader,batch = self.reader(),self.batch()
+        if batch is None: return
+        batch.backward = True
+        if reader.loop.own_backward and reader.batch is batch: reader.guarded('after_backward', reader.read_early)
 
 # %% ../nbs/04_callback.ipynb #334c510b
 class _GradEvents(_Helper):

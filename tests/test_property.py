@@ -1,4 +1,5 @@
 "Random small networks, trained in random ways: every row is autograd's."
+import gc
 import numpy as np,pytest,torch
 import torch.nn.functional as F
 from fastai.basics import *
@@ -124,6 +125,14 @@ def train_random(layers, dtype, loss, bs, n, acc, every, threshold, epochs, path
     if clip: cbs.append(GradientClip(.1))
     with read_by(path): fit(Learner(loaders(x, y, bs), net, loss_func=loss_named(loss), opt_func=opt, lr=1e-3, cbs=cbs), epochs)
     verify(cb.df, norm, spy, twin, owner_names(net), every, threshold, acc, n*epochs)
+
+def test_nothing_keeps_a_learner():
+    "A Learner that nobody holds is collected, with its graph, though its last loss had hooks"
+    gc.collect()
+    before = sum(isinstance(o, Learner) for o in gc.get_objects())
+    train_random([('tuple_','free')], 'float32', 'ce', bs=3, n=2, acc=1, every=1, threshold=1., epochs=1, path='kernel', clip=False, seed=0, opt=SGD)
+    gc.collect()
+    assert sum(isinstance(o, Learner) for o in gc.get_objects())==before
 
 def verify(df, norm, spy, twin, names, every, threshold, acc, its):
     "Each recorded iteration and step, and only those"
