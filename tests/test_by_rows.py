@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import counts,traffic
 from benchmarks.peers import both
 
-cpu = torch.device('cpu')
+host = torch.device('cpu')
 
 # --- what it costs
 
@@ -54,7 +54,7 @@ def test_sent_without_waiting():
     with FakeTensorMode():
         with mock.object(torch.cuda, 'is_available', lambda: True), mock.object(Tensor, 'pin_memory', pin), mock.object(Tensor, 'to', lambda t,*args,**kwargs: sent.append(kwargs)):
             on_device([1,2], torch.device('cuda'))
-            on_device([1,2], cpu)
+            on_device([1,2], host)
     assert len(pinned)==1 and sent==[dict(non_blocking=True)]*2
 
 # --- a scratch that grows
@@ -76,45 +76,45 @@ def test_no_growth_on_a_cpu():
     e = Engine(by_rows=True)
     for i in range(12): e.put(i, torch.ones(1000, W))
     e.commit()
-    assert e.buffers[cpu].max_rows==2**13
+    assert e.buffers[host].max_rows==2**13
 
 @pytest.fixture
-def small():
+def small_buffer():
     "A buffer on the CPU that begins with 4 rows and may grow to 64"
-    with mock.object(by_rows, 'room', lambda device: 64), mock.object(RowBuffer, 'max_rows', 4): yield RowBuffer(cpu)
+    with mock.object(by_rows, 'room', lambda device: 64), mock.object(RowBuffer, 'max_rows', 4): yield RowBuffer(host)
 
-def check_rows(b, gs):
+def check_buffer(b, gs):
     "All rows against numpy"
     floats,integers = finish(b.read(0, len(gs))[2], np.array([g.numel() for g in gs]))
     for i,g in enumerate(gs):
         compare_row(dict(zip(['max_abs','mean_abs','norm','mean','std','numel','zeros','nonfinite','above'], [*floats[:,i],*integers[:,i]]), name=i), g.double().numpy().ravel())
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.bfloat16))
-def test_same_numbers_before_and_after_growth(dtype, small):
+def test_same_numbers_before_and_after_growth(dtype, small_buffer):
     torch.manual_seed(0)
     gs = [torch.randn(n).to(dtype) for n in (5, 3*W, 9*W+7, W, 2*W-1, 0, 40)]*3
-    b = small
+    b = small_buffer
     for _ in range(3):
         for i,g in enumerate(gs): b.put(i, g)
         b.put_all(range(len(gs)), gs, [2*g for g in gs])
         b.end_run()
     assert 4<b.max_rows<=64
-    check_rows(b, 6*gs)
+    check_buffer(b, 6*gs)
     for first in (0, 2*len(gs), 4*len(gs)):
         s = b.host(first+len(gs), first+2*len(gs))
         np.testing.assert_allclose(s[:,W_SQ], 4*s[:,SUM_SQ], rtol=1e-5)
         np.testing.assert_allclose(s[:,DOT], 2*s[:,SUM_SQ], rtol=1e-5)
 
-def test_no_memory_for_a_larger_one(small):
+def test_no_memory_for_a_larger_one(small_buffer):
     "Then the one that is there will do"
     def full(*args, **kwargs): raise torch.OutOfMemoryError
     gs = [torch.randn(3*W+1) for _ in range(9)]
     for _ in range(2):
-        for i,g in enumerate(gs): small.put(i, g)
-        with mock.object(torch, 'empty', full): small.enlarge(64)
-        assert small.max_rows==4
-    small.end_run()
-    check_rows(small, 2*gs)
+        for i,g in enumerate(gs): small_buffer.put(i, g)
+        with mock.object(torch, 'empty', full): small_buffer.enlarge(64)
+        assert small_buffer.max_rows==4
+    small_buffer.end_run()
+    check_buffer(small_buffer, 2*gs)
 
 # --- what is left in the scratch
 
@@ -123,7 +123,7 @@ def test_leftovers_do_not_matter(bad):
     "Whatever lies in the scratch behind a tensor, of an earlier one or of an interrupted copy"
     torch.manual_seed(0)
     gs = [torch.randn(n) for n in (3, W-1, W, W+1, 5000)]
-    b = RowBuffer(cpu)
+    b = RowBuffer(host)
     for rows in (b.scratch_of(torch.float32), b.scratch_of(torch.float32, 1, 40)): rows.fill_(bad)
     for i,g in enumerate(gs): b.put(i, g)
     b.reduce()
@@ -131,7 +131,7 @@ def test_leftovers_do_not_matter(bad):
     b.put_all(range(len(gs)), gs, gs)
     b.scratch[torch.float32,0].fill_(bad)
     b.put_all(range(len(gs)), gs, full=False)
-    check_rows(b, gs)
+    check_buffer(b, gs)
     s = b.host(0, 3*len(gs)).reshape(3, len(gs), -1)
     np.testing.assert_array_equal(s[1,:,:W_SQ], s[0,:,:W_SQ])
     for column in (W_SQ,DOT): np.testing.assert_allclose(s[1,:,column], s[0,:,SUM_SQ], rtol=1e-5)
@@ -140,7 +140,7 @@ def test_leftovers_do_not_matter(bad):
 @pytest.mark.parametrize('at', ('count_all', 'scale_rows', 'row_var'))
 def test_failed_reduction(at):
     "Sums are made in place: after a failure they cannot be made again, and are not numbers; what comes next is right"
-    b,gs = RowBuffer(cpu),[torch.full((7,), 2.), torch.full((2000,), 3.)]
+    b,gs = RowBuffer(host),[torch.full((7,), 2.), torch.full((2000,), 3.)]
     for i,g in enumerate(gs): b.put(i, g)
     with mock.object(by_rows, at, lambda *args: 1/0):
         with pytest.raises(ZeroDivisionError): b.reduce()
@@ -160,7 +160,7 @@ def test_magnitudes_of_weights(e, n):
     g,w = (torch.rand(n, dtype=torch.float64)+.5)*10.**e,(torch.rand(n, dtype=torch.float64)+.5)*10.**min(-e, 37)
     g,w = g.float(),w.float()
     for full in (True,False):
-        b = RowBuffer(cpu)
+        b = RowBuffer(host)
         b.put_all([0], [g], [w], full)
         gs,ws = g.double(),w.double()
         np.testing.assert_allclose(b.host(0, 1)[0,[SUM_SQ,W_SQ,DOT]], [gs@gs, ws@ws, gs@ws], rtol=1e-5)
@@ -177,7 +177,7 @@ def test_scale_factors_are_powers_of_two():
 
 def test_amp_scale_and_threshold():
     "The threshold is of the gradient without the scale, which its elements still have"
-    b = RowBuffer(cpu, threshold=.5)
+    b = RowBuffer(host, threshold=.5)
     g,scale = torch.tensor([.4,.5,.6,-.6,torch.nan,-torch.inf]),torch.tensor(2.**15)
     b.put(0, g*scale, scale=scale)
     b.reduce()
