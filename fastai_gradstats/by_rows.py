@@ -159,6 +159,7 @@ class RowBuffer(Buffer):
         self.reduced = 0          # rows that were reduced since the last commit
         self.dtype = None         # of what waits,
         self.scale = None         # and AMP's scale in it
+        self.may_grow = True      # until there was no memory for a larger scratch
 
     def zeros(self, n): return torch.zeros(n, self.columns, dtype=sum_dtype(self.device), device=self.device)
     def write(self, row, column, value): self.acc[row,column].copy_(value)
@@ -304,10 +305,12 @@ class RowBuffer(Buffer):
 
     def enlarge(self, n_rows):
         "Have a scratch of so many rows, if there is memory for it"
-        if n_rows<=self.max_rows: return
+        if n_rows<=self.max_rows or not self.may_grow: return
         key = self.dtype or torch.float32,0
+        self.may_grow = False   # asked for in vain, a GPU gives up what it has cached: that would cost each step
         try: larger = torch.empty(n_rows, W, dtype=key[0], device=self.device)
         except RuntimeError: return   # not enough: the one that is there will do
+        self.may_grow = True
         self.plans.clear()
         self.scratch.clear()
         self.max_rows = n_rows
