@@ -1,7 +1,7 @@
 """Sums of many tensors on any device, without a look at a number
 
-Tensors are copied one after the other into a scratch of rows of 1,024 elements, padded with zeros; all rows are reduced at once, and the rows of a tensor are added up with one `index_add_`. The number of
-operations does not depend on the number of tensors, and nothing waits for the device.
+Tensors are copied one after the other into a scratch of rows of 1,024 elements, all rows are reduced at once, and the rows of a tensor are added up with one `index_add_`. The number of operations does not
+depend on the number of tensors, and nothing waits for the device. This is how a GPU is read for which there is no kernel.
 
 Docs: https://fastai-gradstats.github.io/fastai-gradstats/by_rows.html.md"""
 
@@ -13,85 +13,164 @@ __all__ = []
 # %% ../nbs/01b_by_rows.ipynb #737336c9
 import math, numpy as np, torch
 from collections import namedtuple
+from torch.linalg import vector_norm
 from .buffer import Buffer, floor32
-from .layouts import flat, wide_dtype
-from .stats import MAX, SUM_ABS, SUM_SQ, ABOVE, W_SQ, DOT, SCALE
-
-# %% ../nbs/01b_by_rows.ipynb #0a2ac0ae
-W = 1024   # elements in a row
-
-RowSums = namedtuple('RowSums', 'top rest scaled divisor')   # largest value; the sums after it, as `stats.sums` has them; the rows divided by it; what they were divided by
-
-def row_sums(x, # (rows, W), padded with zeros
-             pad, # (rows, W), True on padding
-             n, # (rows,) elements that are not padding
-             threshold # number or 0-d tensor
-            ):
-    "Sums of each row in float64"
-    wide = torch.float32 if x.device.type=='mps' else torch.float64   # MPS has no float64
-    n = n.to(wide)
-    a = x.abs()
-    top = a.amax(1)
-    divisor = torch.where(top.isfinite() & (top>0), top, 1.)
-    scaled = x/divisor[:,None]
-    total = scaled.sum(1)
-    sum_abs = scaled.abs().sum(1).to(wide)
-    sum_sq = scaled.square().sum(1).to(wide)
-    total = total.to(wide)
-    mean = (total/n)[:,None].to(scaled.dtype)
-    m2 = (scaled-mean).masked_fill_(pad, 0).square_().sum(1).to(wide)
-    zeros = (x==0).sum(1)-pad.sum(1)
-    nonfinite = (~x.isfinite()).sum(1)
-    above = (a>threshold).sum(1)
-    d = divisor.to(wide)
-    total = total*d
-    rest = torch.stack([sum_abs*d, sum_sq*d*d, total, m2*d*d, total*total/n, zeros.to(wide), nonfinite.to(wide), above.to(wide)], 1)
-    return RowSums(top.to(wide), rest, scaled, d)
+from .layouts import flat, on_device, wide_dtype
+from .stats import has_float64, MAX, SUM_ABS, SUM_SQ, NONFINITE, W_SQ, DOT, SCALE
 
 # %% ../nbs/01b_by_rows.ipynb #2fe67d96
+W = 1024   # elements in a row
+
+def sum_dtype(device): return torch.float64 if has_float64(device) else torch.float32
+
 class Plan:
     "Where tensors of these sizes lie in the scratch"
     def __init__(self, sizes, device):
         sizes = np.array(sizes)
         rows = -(-sizes//W)                  # of each tensor: as many as it takes
         ends = np.cumsum(rows)
-        filled = np.full(rows.sum(), W)      # elements of each row that are no padding: all but in a tensor's last
-        filled[ends[rows>0]-1] = (sizes[rows>0]-1)%W+1
-        self.n_rows = len(filled)
-        self.filled = torch.from_numpy(filled).to(device)
-        self.tensor_of = torch.from_numpy(np.repeat(np.arange(len(sizes)), rows)).to(device)
-        self.pad = torch.arange(W, device=device) >= self.filled[:,None]
         self.starts = ends-rows
-        self.views = {}                      # (dtype, which scratch) -> a view for each tensor
+        self.n_rows = int(rows.sum())
+        filled = np.full(self.n_rows, W)     # elements of each row that are no padding: all but in a tensor's last
+        filled[ends[rows>0]-1] = (sizes[rows>0]-1)%W+1
+        padded = np.flatnonzero(filled<W)
+        self.paddings = [slice(row*W+filled[row], (row+1)*W) for row in padded.tolist()]
+        self.filled = on_device(filled, device).to(sum_dtype(device))
+        self.tensor_of = on_device(np.repeat(np.arange(len(sizes)), rows), device)
+        self.padded = on_device(padded, device)                                            # rows with padding,
+        self.filled_there = self.filled.index_select(0, self.padded)[:,None]               # elements in each of these,
+        self.is_padding = torch.arange(W, device=device) >= self.filled_there              # and which ones are padding
+        self.views = {}                      # which scratch -> views for each tensor, views of the padding behind them
 
-    def lay(self, scratch, shapes):
-        "Views of these shapes into the scratch"
-        elements = scratch.view(-1)
-        return [elements[start*W:start*W+math.prod(shape)].view(shape) for start,shape in zip(self.starts, shapes)]
+    def lay(self, scratch, which, shapes):
+        "Views of these shapes into a scratch, and of the padding, kept under the name `which`"
+        if which not in self.views:
+            elements = scratch.view(-1)
+            tensors = [elements[start*W:start*W+math.prod(shape)].view(shape) for start,shape in zip(self.starts, shapes)]
+            self.views[which] = tensors,[elements[padding] for padding in self.paddings]
+        return self.views[which]
+
+# %% ../nbs/01b_by_rows.ipynb #c2fe1db3
+def scale_factor(top # (rows,) largest absolute value of each
+                )->torch.Tensor: # (rows,)
+    "The power of two that brings `top` to [1,2); to 4 or less where there is none, as for what is subnormal"
+    bits,exponent,largest = (torch.int64, 0x7ff<<52, 2.**1022) if top.dtype==torch.float64 else (torch.int32, 0xff<<23, 2.**126)
+    power_below = (top.view(bits) & exponent).view(top.dtype)   # without the digits; 0 for a subnormal number
+    return power_below.reciprocal_().clamp_(1/largest, largest)
+
+# %% ../nbs/01b_by_rows.ipynb #4b9f0e91
+def scale_rows(x):
+    "The largest absolute value of each row, and by what the row was multiplied in place"
+    top = vector_norm(x, torch.inf, dim=1)
+    factor = scale_factor(top)
+    x.mul_(factor[:,None])
+    return top,factor
+
+# %% ../nbs/01b_by_rows.ipynb #97fdc820
+def row_sum_abs(x): return vector_norm(x.view(len(x), 8, -1), 1, dim=2).sum(1)
+
+# %% ../nbs/01b_by_rows.ipynb #6b6c850f
+def count(flags # (rows, W), float16: 0 or 1
+         ): return flags.sum(1, dtype=torch.float32)
+
+def count_nonfinite(x, flags):
+    "0 times infinity is NaN, as is 0 times NaN, and NaN is not 0"
+    return vector_norm(torch.mul(x, 0, out=flags), 0, dim=1, dtype=torch.float32)
+
+def count_all(x,
+              limit # a number or 0-d tensor from 0 up
+             ): # (rows,) each: not 0, above `limit`, not finite
+    "Counts of elements in each row"
+    flags = torch.empty_like(x, dtype=torch.float16)
+    nonzero = vector_norm(x, 0, dim=1)
+    above = count(torch.gt(x, limit, out=flags)) + count(torch.lt(x, -limit, out=flags))
+    return nonzero,above,count_nonfinite(x, flags)
+
+# %% ../nbs/01b_by_rows.ipynb #1044ddcc
+def row_var(x, plan):
+    "A `W`-th of the sum of squared distances from the mean of each row"
+    var = x.var(1, unbiased=False)
+    if plan.paddings:
+        some = x.index_select(0, plan.padded)
+        mean = some.sum(1, keepdim=True, dtype=plan.filled.dtype)/plan.filled_there
+        some = torch.where(plan.is_padding, mean, some)
+        var.index_copy_(0, plan.padded, some.var(1, unbiased=False).to(var.dtype))
+    return var
+
+# %% ../nbs/01b_by_rows.ipynb #6f509d2e
+def all_sums(x, # (rows, W), zeros in the padding; scaled in place
+             plan, # of these rows
+             limit # what counts as large
+            ): # (rows,) each: what rows were multiplied by; the largest values; a list of the sums after these in `stats.sums`
+    "What rows have from `MAX` to `ABOVE`"
+    nonzero,above,nonfinite = count_all(x, limit)
+    top,factor = scale_rows(x)
+    found = torch.stack([row_sum_abs(x), x.sum(1), row_var(x, plan), top, nonzero, above, nonfinite, factor]).to(plan.filled.dtype)
+    found[:3] /= found[-1]
+    sum_abs,total,var,top,nonzero,above,nonfinite,wide_factor = found
+    m2 = var/wide_factor*W
+    q = total.square()/plan.filled
+    sum_sq = torch.where(var.isnan(), sum_abs, m2+q)   # infinite elements have no distance from their mean
+    return factor,top,[sum_abs, sum_sq, total, m2, q, plan.filled-nonzero, nonfinite, above]
+
+# %% ../nbs/01b_by_rows.ipynb #fbff284d
+def norm_sums(x, plan):
+    "The same of `SUM_SQ` and `NONFINITE` alone, and no largest value"
+    nonfinite = count_nonfinite(x, torch.empty_like(x, dtype=torch.float16))
+    _,factor = scale_rows(x)
+    sum_sq,nonfinite,wide_factor = torch.stack([x.square().sum(1), nonfinite, factor]).to(plan.filled.dtype)
+    return factor,[sum_sq/wide_factor/wide_factor, nonfinite]
+
+# %% ../nbs/01b_by_rows.ipynb #98678d6f
+def products(w, # (rows, W) weights; changed in place
+             x, # gradients in the same places, scaled; changed in place
+             factor, # what they were multiplied by
+             dtype # of the sums
+            ): # (rows,) each
+    "sum w² and sum g·w of each row"
+    _,w_factor = scale_rows(w)
+    dot = x.mul_(w).sum(1)
+    w_sq = w.square_().sum(1)
+    w_sq,dot,factor,w_factor = torch.stack([w_sq, dot, factor, w_factor]).to(dtype)
+    return [w_sq/w_factor/w_factor, dot/factor/w_factor]
+
+# %% ../nbs/01b_by_rows.ipynb #35bf2604
+SOME,LARGEST = 2**14,2**16   # rows of a scratch that is filled, and of one that is filled more often than
+OFTEN = 4                    # times between two commits
+
+def room(device):
+    "Rows that a scratch on this device may have"
+    if device.type=='cpu': return 0   # here a small one, which stays in the cache, is faster
+    memory = 2**34   # of a device that does not say
+    if device.type=='cuda' and torch.cuda.is_available(): memory = torch.cuda.get_device_properties(device).total_memory
+    if device.type=='mps': memory = torch.mps.recommended_max_memory()
+    return min(memory//64//(4*W), LARGEST)
 
 # %% ../nbs/01b_by_rows.ipynb #1236bb92
 class RowBuffer(Buffer):
     "Sums on any device, by rows"
-    max_rows = 2**13   # of the scratch: 32 MB in float32
+    max_rows = 2**13   # of the scratch, to begin with: 32 MB in float32
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.scratch = {}         # (dtype, 0 for gradients or 1 for weights) -> rows
         self.plans = {}           # shapes -> plan
         self.waiting = []         # row and elements of each tensor in the scratch; these rows follow one on the other
         self.used = 0             # rows of the scratch
+        self.reduced = 0          # rows that were reduced since the last commit
         self.dtype = None         # of what waits,
         self.scale = None         # and AMP's scale in it
-        self.unclean = False      # was something copied to the scratch that was not wiped off again?
+        self.may_grow = True      # until there was no memory for a larger scratch
 
-    def zeros(self, n):
-        dtype = torch.float32 if self.device.type=='mps' else torch.float64
-        return torch.zeros(n, self.columns, dtype=dtype, device=self.device)
+    def zeros(self, n): return torch.zeros(n, self.columns, dtype=sum_dtype(self.device), device=self.device)
     def write(self, row, column, value): self.acc[row,column].copy_(value)
     def host(self, start, end): return self.acc[start:end].cpu().double().clone().numpy()   # the one sync
 
-    def scratch_of(self, dtype, which=0):
+    def scratch_of(self, dtype, which=0, n_rows=0):
+        "The scratch; that of weights has as many rows as were needed so far"
         key = dtype,which
-        if key not in self.scratch: self.scratch[key] = torch.zeros(self.max_rows, W, dtype=dtype, device=self.device)
+        if key not in self.scratch or len(self.scratch[key])<n_rows:
+            if self.scratch.pop(key, None) is not None: self.plans.clear()   # they have views of it
+            self.scratch[key] = torch.empty(n_rows if which else self.max_rows, W, dtype=dtype, device=self.device)
         return self.scratch[key]
 
     def plan(self, shapes):
@@ -122,20 +201,22 @@ class RowBuffer(Buffer):
         self.dtype = dtype
         self.scale = scale
         start = self.used*W
-        self.waiting.append((row, n))   # before the copy: an interrupt leaves nothing in the scratch that nobody knows of
+        self.waiting.append((row, n))
         self.used += rows
         self.scratch_of(dtype).view(-1)[start:start+n].copy_(x)
 
-    def end_run(self): self.reduce()
-
     def reduce(self):
         "Sum what lies in the scratch"
-        if self.unclean: self.wipe()
         if not self.waiting: return
         rows,sizes = zip(*self.waiting)
-        self.add(rows, self.plan(tuple((n,) for n in sizes)), self.dtype, scale=self.scale)
-        self.used = 0
-        self.waiting = []
+        shapes = tuple((n,) for n in sizes)
+        try:
+            self.used = 0
+            self.waiting = []
+            self.add(rows, shapes, self.dtype, scale=self.scale)
+        except BaseException:
+            self.acc[rows[0]:rows[-1]+1] = math.nan
+            raise
 
     # --- many
 
@@ -149,56 +230,88 @@ class RowBuffer(Buffer):
         while done<len(gs):
             before = ends[done-1] if done else 0
             end = int(np.searchsorted(ends, before+self.max_rows, side='right'))   # how many fit
-            if end>done: self.several(rows[done:end], gs[done:end], ws and ws[done:end])
+            if end>done: self.several(rows[done:end], gs[done:end], ws and ws[done:end], full)
             else:
                 end = done+1
-                self.in_pieces(rows[done], gs[done], ws and ws[done])
+                self.in_pieces(rows[done], gs[done], ws and ws[done], full)
             done = end
         return rows
 
-    def in_pieces(self, row, g, w):
+    def in_pieces(self, row, g, w, full):
         "One tensor that is larger than the scratch"
         size = self.max_rows*W
         w_pieces = [None]*math.ceil(g.numel()/size) if w is None else w.reshape(-1).split(size)
         for g_piece,w_piece in zip(g.reshape(-1).split(size), w_pieces):
-            self.several([row], [g_piece], w_piece if w is None else [w_piece])
+            self.several([row], [g_piece], w_piece if w is None else [w_piece], full)
 
-    def several(self, rows, gs, ws):
+    def several(self, rows, gs, ws, full):
         "Copy tensors that fit into the scratch and reduce it"
         dtype = wide_dtype(gs[0])
         shapes = tuple(g.shape for g in gs)
-        plan = self.plan(shapes)
-        self.unclean = True
         for which,tensors in enumerate((gs,ws) if ws else (gs,)):
-            if (dtype,which) not in plan.views: plan.views[dtype,which] = plan.lay(self.scratch_of(dtype, which), shapes)
-            torch._foreach_copy_(plan.views[dtype,which], tensors)
-        self.add(rows, plan, dtype, bool(ws))
-        self.unclean = False
+            views,_ = self.places(shapes, dtype, which)
+            torch._foreach_copy_(views, tensors)
+        self.add(rows, shapes, dtype, bool(ws), full=full)
 
-    def wipe(self):
-        "After an interrupt in `several`"
-        for rows in self.scratch.values(): rows.zero_()
-        self.unclean = False
+    # --- sums
 
-    def add(self, rows, plan, dtype, weights=False, scale=None):
-        "Reduce the scratch, in which the tensors of these consecutive rows lie by plan, and zero it"
+    def places(self, shapes, dtype, which=0):
+        "Where tensors of these shapes and their padding lie in a scratch"
+        scratch = self.scratch_of(dtype, which, self.plan(shapes).n_rows)
+        return self.plan(shapes).lay(scratch, (dtype,which), shapes)
+
+    def padded_rows(self, shapes, dtype, which=0):
+        "The rows of a scratch in which these tensors lie, zeros behind each"
+        _,paddings = self.places(shapes, dtype, which)
+        if paddings: torch._foreach_zero_(paddings)
+        return self.scratch_of(dtype, which)[:self.plan(shapes).n_rows]
+
+    @torch.no_grad()
+    def add(self, rows, shapes, dtype, weights=False, scale=None, full=True):
+        "Reduce the scratch, in which tensors of these shapes lie, into these consecutive rows"
+        plan = self.plan(shapes)
         if not plan.n_rows: return
         acc = self.acc[rows[0]:rows[-1]+1]
-        x = self.scratch_of(dtype)[:plan.n_rows]
-        threshold = self.threshold
-        if dtype!=torch.float64: threshold = float(floor32(threshold))   # AMP's scales are powers of two
-        g = row_sums(x, plan.pad, plan.filled, threshold if scale is None else threshold*scale)
-        acc[:,MAX].scatter_reduce_(0, plan.tensor_of, g.top, 'amax')
-        acc[:,SUM_ABS:ABOVE+1].index_add_(0, plan.tensor_of, g.rest)
-        if weights: self.add_products(acc, g, plan, dtype, threshold)
+        x = self.padded_rows(shapes, dtype)
+        if full:
+            factor,top,found = all_sums(x, plan, self.limit(dtype, scale))
+            acc[:,MAX].scatter_reduce_(0, plan.tensor_of, top, 'amax')
+            columns = [*range(SUM_ABS, SUM_ABS+len(found))]
+        else:
+            factor,found = norm_sums(x, plan)
+            columns = [SUM_SQ,NONFINITE]
+        if weights:
+            found += products(self.padded_rows(shapes, dtype, 1), x, factor, acc.dtype)
+            columns += [W_SQ,DOT]
+        if full: acc[:,columns[0]:columns[-1]+1].index_add_(0, plan.tensor_of, torch.stack(found, 1))
+        else:
+            for column,values in zip(columns, found): acc[:,column].index_add_(0, plan.tensor_of, values)
         if scale is not None: acc[:,SCALE].copy_(scale)
-        x.zero_()
+        self.reduced += plan.n_rows
 
-    def add_products(self, acc, g, plan, dtype, threshold):
-        "Of the gradients' row sums `g` with the weights in the second scratch"
-        x = self.scratch_of(dtype, 1)[:plan.n_rows]
-        w = row_sums(x, plan.pad, plan.filled, threshold)
-        acc[:,W_SQ].index_add_(0, plan.tensor_of, w.rest[:,SUM_SQ-1])
-        dot = (g.scaled*w.scaled).sum(1).to(g.divisor.dtype)
-        acc[:,DOT].index_add_(0, plan.tensor_of, dot*g.divisor*w.divisor)
-        x.zero_()
+    def limit(self, dtype, scale):
+        "What `above` counts from, in numbers of this dtype that have a scale in them"
+        limit = self.threshold if dtype==torch.float64 else float(floor32(self.threshold))   # AMP's scales are powers of two
+        return limit if scale is None else limit*scale
+
+    # --- a larger scratch
+
+    def end_run(self):
+        self.reduce()
+        wanted = max(min(self.reduced, SOME), math.ceil(self.reduced/OFTEN))
+        self.reduced = 0
+        step = type(self).max_rows
+        if wanted>self.max_rows: self.enlarge(min(math.ceil(wanted/step)*step, room(self.device)))
+
+    def enlarge(self, n_rows):
+        "Have a scratch of so many rows, if there is memory for it"
+        if n_rows<=self.max_rows or not self.may_grow: return
+        key = self.dtype or torch.float32,0
+        self.may_grow = False   # asked for in vain, a GPU gives up what it has cached: that would cost each step
+        try: larger = torch.empty(n_rows, W, dtype=key[0], device=self.device)
+        except RuntimeError: return   # not enough: the one that is there will do
+        self.may_grow = True
+        self.plans.clear()
+        self.scratch.clear()
+        self.max_rows = n_rows
+        self.scratch[key] = larger

@@ -13,6 +13,7 @@ __all__ = []
 import math
 import torch
 from torch import Tensor
+from fastai_gradstats.layouts import on_device
 
 # %% ../nbs/02c_forward.ipynb #c05eeef6
 def first_break(witnesses,  # a number per output, finite where all of its elements are
@@ -29,18 +30,19 @@ def first_break(witnesses,  # a number per output, finite where all of its eleme
     return next((place for place,(i,w) in enumerate(zip(order, witnesses)) if broke(i, w)), None)
 
 # %% ../nbs/02c_forward.ipynb #9b27bc05
-def first_break_there(witnesses, # (outputs,)
-                      order,     # (outputs,)
-                      loss,      # 0-d
+def first_break_there(numbers,   # (outputs+1,) witnesses, and the loss last
+                      order,     # (outputs,) module of each output
+                      places,    # (outputs+1,) 0, 1, ...
                       by_design  # (modules,) how often each was infinite in healthy iterations; added to
                      )->Tensor:  # 0-d: place, or the number of outputs where none broke
     "Place of the first output that broke, as a tensor"
-    infinite = witnesses.isinf()
-    unhealthy = witnesses.isnan().any() | ~loss.isfinite()
-    bad = unhealthy & (witnesses.isnan() | infinite & (by_design[order]==0))
-    by_design.index_add_(0, order, (infinite & ~unhealthy).to(by_design.dtype))
-    none_before = bad.new_ones(1)
-    return torch.cat([bad, none_before]).float().argmax()
+    nan = numbers.isnan()
+    infinite = numbers.isinf()
+    unhealthy = nan.any() | infinite[-1]
+    unexpected = infinite[:-1] > by_design.index_select(0, order)   # infinite, and never before
+    broke = (nan[:-1] | unexpected) & unhealthy
+    by_design.index_add_(0, order, (infinite[:-1] & ~unhealthy).to(by_design.dtype))
+    return torch.where(broke, places[:-1], places[-1]).amin()
 
 # %% ../nbs/02c_forward.ipynb #6159913d
 class ForwardCheck:
@@ -52,6 +54,7 @@ class ForwardCheck:
         self.n_modules = n_modules
         self.infinite = set()       # modules whose output is infinite by design
         self.infinite_there = None  # the same, counted on a device
+        self.order_there = None     # modules in order of execution, the device, and what is kept there of them
         self.begin()
 
     def begin(self):
@@ -82,9 +85,19 @@ class ForwardCheck:
         if on_host and not self.engine.by_rows:
             place = first_break([float(w) for w in witnesses], self.order, float(loss), self.infinite)
             return None if place is None else torch.tensor(place)
-        device = next(w.device for w in (*witnesses, loss) if isinstance(w, Tensor))
+        return self.check_there([*witnesses, loss])
+
+    def check_there(self, numbers):
+        "The same on a device that has some of these numbers, without waiting for it"
+        device = max((n.device for n in numbers if isinstance(n, Tensor)), key=lambda device: device.type!='cpu')
         if self.infinite_there is None or self.infinite_there.device!=device:
             self.infinite_there = torch.zeros(self.n_modules, device=device)
-        there = torch.stack([torch.as_tensor(w, device=device) for w in witnesses])
-        order = torch.tensor(self.order, device=device)
-        return first_break_there(there, order, loss.to(device), self.infinite_there)
+        numbers = [n.to(device) if isinstance(n, Tensor) else torch.full((), n, device=device) for n in numbers]
+        return first_break_there(torch.stack(numbers), *self.places_there(device), self.infinite_there)
+
+    def places_there(self, device):
+        "Module of each output, and its place, as tensors; the same ones while modules are called in the same order"
+        if self.order_there is None or self.order_there[:2]!=(self.order, device):
+            order,places = on_device(self.order, device),torch.arange(len(self.order)+1, device=device)
+            self.order_there = [*self.order],device,(order,places)
+        return self.order_there[2]

@@ -14,6 +14,7 @@ import math, numpy as np, torch
 from functools import lru_cache
 from random import Random
 from torch import Tensor
+from .layouts import on_device
 
 # %% ../nbs/01e_histogram.ipynb #77e2424b
 LOWEST,COLUMNS = -149,278   # the octave of float32's smallest number; columns of a row of counts
@@ -111,17 +112,16 @@ class Octaves:
         columns = columns_of(self.scratch[:sum(lengths)])
         size = COLUMNS*len(rows)   # each sample has a row of its own to begin with
         offsets = np.arange(0, size, COLUMNS)
+        rows_there,lengths_there,strides_there = on_device(np.array([rows, lengths, strides]), device)
         if device.type=='cpu':
             counts = torch.from_numpy(np.bincount(np.repeat(offsets, lengths)+columns.numpy(), minlength=size))
         else:
-            columns += torch.arange(0, size, COLUMNS, device=device).repeat_interleave(torch.tensor(lengths, device=device), output_size=len(columns))
+            columns += torch.arange(0, size, COLUMNS, device=device).repeat_interleave(lengths_there, output_size=len(columns))
             counts = torch.zeros(size, dtype=torch.int64, device=device).index_add_(0, columns, torch.ones_like(columns, dtype=torch.int64))
-        rows = torch.tensor(rows, device=device)
-        strides = torch.tensor(strides, device=device)
-        counts = counts.view(-1, COLUMNS)*strides[:,None]
+        counts = counts.view(-1, COLUMNS)*strides_there[:,None]
         self.used = 0
         self.waiting = []
-        self.acc.index_add_(0, rows, counts)
+        self.acc.index_add_(0, rows_there, counts)
 
     def host(self, start, end):
         "Counts of these rows"

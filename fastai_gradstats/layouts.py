@@ -96,3 +96,12 @@ def product(g, w # one of them sparse, nested or complex
         g = g if is_plain(g) else stored(g)[0]
         w = w if is_plain(w) else stored(w)[0]
     return (g.to(wide).conj()*w.to(wide)).sum().real
+
+# %% ../nbs/01d_layouts.ipynb #a3d87714
+def on_device(numbers, # list or array
+              device # where they are wanted
+             )->Tensor:
+    "The same numbers there, without waiting for it"
+    there = torch.as_tensor(numbers, device='cpu')   # whatever the user's default device is
+    if device.type=='cuda' and torch.cuda.is_available(): there = there.pin_memory()
+    return there.to(device, non_blocking=True)

@@ -136,10 +136,10 @@ def row_reads():
     "Notes of what is copied to the scratch: elements of gradients, and of weights"
     grads,weights = Counter(),Counter()
     several,copy = by_rows.RowBuffer.several,by_rows.RowBuffer.copy
-    def counted_several(self, rows, gs, ws):
+    def counted_several(self, rows, gs, ws, full):
         grads.update(g.numel() for g in gs)
         weights.update(w.numel() for w in ws or ())
-        several(self, rows, gs, ws)
+        several(self, rows, gs, ws, full)
     def counted_copy(self, row, x, dtype, scale):
         grads[x.numel()] += 1
         copy(self, row, x, dtype, scale)

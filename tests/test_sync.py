@@ -70,7 +70,7 @@ def test_no_machine_paths():
 IMPORT_TABLE = dict(
     stats     = 'torch numpy',
     kernel    = 'numpy numba .stats',
-    histogram = 'torch numpy',
+    histogram = 'torch numpy .layouts',
     layouts   = 'torch',
     buffer    = 'torch numpy .stats .histogram .layouts',
     by_rows   = 'torch numpy .stats .layouts .buffer',
@@ -83,7 +83,7 @@ IMPORT_TABLE = dict(
     record    = 'numpy pandas fastcore .files .stores',
     stream    = 'numpy .files .stores .record',
     watch     = 'torch',
-    forward   = 'torch',
+    forward   = 'torch .layouts',
     consumers = 'torch numpy fastcore .stats .histogram .capture .files .stores .record .stream',
     recorder  = 'torch numpy .capture .consumers .engine .forward .record .stores .watch',
     callback  = 'fastai torch .consumers .record .recorder',
