@@ -4,6 +4,7 @@ Modules:
 
 - `fastai_gradstats.buffer`: Rows of sums on one device
 - `fastai_gradstats.by_blocks`: Sums on a CPU without numba, and of double precision
+- `fastai_gradstats.by_gpu_kernel`: Sums of a gradient on a GPU from one read
 - `fastai_gradstats.by_kernel`: Sums of a gradient on a CPU from one read
 - `fastai_gradstats.by_rows`: Sums of many tensors on any device, without a look at a number
 - `fastai_gradstats.callback`: `GradStatsCallback` and `GradNormCallback`: fastai's events, in the recorder's words
@@ -14,9 +15,11 @@ Modules:
 - `fastai_gradstats.engine`: The same numbers for many tensors at once, without a sync
 - `fastai_gradstats.files`: Records on disk: complete parts, written once
 - `fastai_gradstats.forward`: Which module's output was the first that is not finite
+- `fastai_gradstats.gpu_launch`: Compiles the GPU's kernels, and launches them at little cost
 - `fastai_gradstats.grid`: The numbers of a picture: which rows, in which order, in which cell
 - `fastai_gradstats.histogram`: Elements per octave, counted from the bits of a number
 - `fastai_gradstats.kernel`: Everything about a gradient in one read, on a CPU
+- `fastai_gradstats.kernel_gpu`: Everything about a gradient in one read, on a GPU
 - `fastai_gradstats.layouts`: The elements of a tensor, however they are stored
 - `fastai_gradstats.loops`: The same recorder in Hugging Face's Trainer and in Lightning
 - `fastai_gradstats.plot`: A record in, Axes out

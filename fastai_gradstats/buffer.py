@@ -59,6 +59,9 @@ class Buffer:
         raise NotImplementedError
     def end_run(self):
         "The rows that wait and the next one need not follow one on the other"
+    def flags_of(self, n_modules):
+        "Where a kernel flags outputs that are not finite; None where there is none"
+        return None
     def known_finite(self, t):
         "Is every element finite? False also where that would take a look at the device"
         return False

@@ -221,8 +221,13 @@ class RowBuffer(Buffer):
     # --- many
 
     def put_all(self, keys, gs, ws=None, full=True):
-        self.reduce()
         rows = self.rows(keys, [g.numel() for g in gs])
+        self.sum_all(rows, gs, ws, full)
+        return rows
+
+    def sum_all(self, rows, gs, ws, full):
+        "Sums of gradients in these rows, which follow one on the other"
+        self.reduce()
         if self.octaves and full:
             for row,g in zip(rows, gs): self.octaves.put(row, flat(g))
         ends = np.cumsum([-(-g.numel()//W) for g in gs])
@@ -235,7 +240,6 @@ class RowBuffer(Buffer):
                 end = done+1
                 self.in_pieces(rows[done], gs[done], ws and ws[done], full)
             done = end
-        return rows
 
     def in_pieces(self, row, g, w, full):
         "One tensor that is larger than the scratch"

@@ -16,6 +16,7 @@ from collections import defaultdict, namedtuple
 from functools import wraps
 from threading import RLock
 from torch import Tensor
+from .by_gpu_kernel import device_buffer, prepare_kernels
 from .by_kernel import host_buffer
 from .by_rows import RowBuffer
 from .histogram import Octaves
@@ -184,10 +185,15 @@ class Engine(Ledger):
         "The buffer of a device, made when the first gradient comes from there"
         with self.lock:
             if device not in self.buffers:
-                rows = device.type!='cpu' if self.by_rows is None else self.by_rows
-                make = RowBuffer if rows else host_buffer
+                if self.by_rows: make = RowBuffer
+                else: make = host_buffer if device.type=='cpu' else device_buffer
                 self.buffers[device] = make(device, self.threshold, len(sums)+len(self.extra), self.hist)
             return self.buffers[device]
+
+    def prepare(self, device, dtypes):
+        "Before training: whatever takes time on a device on which gradients of these dtypes will come. Returns why it has no kernels, where it lost them"
+        kernels = prepare_kernels(device, dtypes, with_octaves=bool(self.hist))
+        return None if kernels is None else kernels.error
 
     @locked
     def put(self, key, g,

@@ -55,21 +55,30 @@ class ForwardCheck:
         self.infinite = set()       # modules whose output is infinite by design
         self.infinite_there = None  # the same, counted on a device
         self.order_there = None     # modules in order of execution, the device, and what is kept there of them
+        self.flags = {}             # device -> what a kernel there has seen, or None
         self.begin()
 
     def begin(self):
         "A new iteration"
         self.order = []
-        self.witnesses = []
+        self.witnesses = []         # None: a kernel flags that output
+        for flags in self.flags.values():
+            if flags is not None: flags.begin()
         self.checked = 0   # outputs of which it is known whether they are finite
 
     def seen(self, i, # module
              output   # a tensor of it
             ):
         if not output.is_floating_point(): return
-        witness = self.engine.witness(output)
+        flags = self.flags_on(output.device)
+        is_flagged = flags is not None and flags.flag(output, len(self.order), i)
+        witness = None if is_flagged else self.engine.witness(output)
         self.order.append(i)
         self.witnesses.append(witness)
+
+    def flags_on(self, device):
+        if device not in self.flags: self.flags[device] = self.engine.buffer(device).flags_of(self.n_modules)
+        return self.flags[device]
 
     def has_news(self)->bool:
         "Were there outputs since the last check?"
@@ -81,11 +90,23 @@ class ForwardCheck:
         witnesses = self.witnesses
         if not self.has_news(): return None
         self.checked = len(witnesses)
+        if all([w is None for w in witnesses]) and len(self.flags)==1:
+            flags, = self.flags.values()
+            place = flags.first(len(witnesses), loss)
+            if place is not None: return place
+        if None in [w if w is None else 0 for w in witnesses]: return self.check_there([*self.without_flags(loss), loss])
         on_host = all(isinstance(w, float) or w.is_cpu for w in (*witnesses, loss))
         if on_host and not self.engine.by_rows:
             place = first_break([float(w) for w in witnesses], self.order, float(loss), self.infinite)
             return None if place is None else torch.tensor(place)
         return self.check_there([*witnesses, loss])
+
+    def without_flags(self, loss):
+        "A witness of each output, also where a kernel has flagged them"
+        n = len(self.witnesses)
+        flagged = [flags.witnesses(n).to(loss.device) for flags in self.flags.values() if flags is not None]
+        of_kernels = sum(flagged).unbind()   # 0 where another device, or nobody, has flagged
+        return [of_kernels[i] if w is None else w for i,w in enumerate(self.witnesses)]
 
     def check_there(self, numbers):
         "The same on a device that has some of these numbers, without waiting for it"

@@ -286,8 +286,9 @@ def mean_loss(loss)->Tensor: # 0-d, on its device
 
 def loss_witness(loss)->Tensor: # 0-d
     "Finite where the loss is; 0 where nobody knows"
-    known = isinstance(loss, Tensor) and not loss.is_meta and not hasattr(loss, 'to_local')
-    return loss.detach().sum() if known else torch.zeros(())
+    if not isinstance(loss, Tensor) or loss.is_meta or hasattr(loss, 'to_local'): return torch.zeros(())
+    loss = loss.detach()
+    return loss.reshape(()) if loss.numel()==1 else loss.sum()
 
 # %% ../nbs/03d_recorder.ipynb #fa5d814d
 @contextmanager
@@ -713,6 +714,7 @@ class Reader(Says):
         self.network = self.loop.identity()
         self.choose()
         self.set_columns()
+        self.prepare_engine()
         self.watched = list(self.loop.model.parameters())
         for consumer in self.consumers: self.start_consumer(consumer)
         self.note_facts()
@@ -749,6 +751,15 @@ class Reader(Says):
         if layout==self.layout: return
         self.engine = Engine(threshold, extra, hist=hist, by_rows=by_rows)
         self.layout = layout
+
+    def prepare_engine(self):
+        "What a device needs is made now, and not while a gradient waits. Autocast's dtypes are known once they have come along"
+        dtypes = {}   # device -> of the parameters there
+        for p in self.params.values(): dtypes.setdefault(p.device, {})[p.dtype] = True
+        for device,found in dtypes.items(): self.note_lost_kernels(device, self.engine.prepare(device, list(found)))
+
+    def note_lost_kernels(self, device, error):
+        if error is not None: self.say(f"Gradients on {device} are read without kernels from now on ({type(error).__name__}: {error})", ('kernels',device))
 
     def start_consumer(self, consumer):
         if consumer.run is not self.run:

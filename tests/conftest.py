@@ -1,6 +1,7 @@
 "The tests' common ground: no display, processes that start fast, fixtures of several files. Helpers are in `tests/helpers`."
 import multiprocessing,os,sys
 os.environ.setdefault('MPLBACKEND', 'Agg')
+os.environ.setdefault('TRITON_INTERPRET', '1')   # kernels of a GPU run on the CPU; it has to be known before Triton is imported
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')   # as many processes as cores, one thread each
 
 import inspect

@@ -7,7 +7,7 @@ from fastai_gradstats.by_blocks import BLOCK,CHUNK,SMALL
 from fastai_gradstats.engine import Engine
 from fastai_gradstats.histogram import octaves
 from fastai_gradstats.stats import ABOVE,DOT,MAX,NONFINITE,SUM_SQ,W_SQ,finish
-from helpers.callbacks import each_reader
+from helpers.callbacks import each_reader_and_gpu
 from helpers.oracles import as_float64,compare_row
 
 cpu = torch.device('cpu')
@@ -100,7 +100,7 @@ def check_engine_row(g, w, s, f, c, h, norms_only):
     x = np.abs(g)
     if h is not None: assert octaves(h[None])[2].sum()==((x>=2.**-149)&(x<2.**128)).sum()
 
-@each_reader
+@each_reader_and_gpu
 @pytest.mark.parametrize('seed', range(12))
 @pytest.mark.filterwarnings('ignore:Sparse')
 def test_random_sequences(seed, by_rows):
@@ -129,7 +129,7 @@ def hard_values(n):
                 sorted=np.linspace(1, 0, n)**4, ulps=1+i%5*2**-23, powers=2.**-(i%60), subnormal=i%9*1e-45,
                 faint=np.linspace(1, 2, n)*1e-21)
 
-@each_reader
+@each_reader_and_gpu
 @pytest.mark.parametrize('n', (10, SMALL, SMALL+1, BLOCK+1, 3_000_000))
 @pytest.mark.parametrize('how', hard_values(1))
 def test_hard_sums(how, n, by_rows):
@@ -145,7 +145,7 @@ def test_hard_sums(how, n, by_rows):
 
 # --- what once went wrong
 
-@each_reader
+@each_reader_and_gpu
 @pytest.mark.parametrize('hist', (False, True, 'all'))
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.complex64))
 def test_empty(dtype, hist, by_rows):
@@ -154,7 +154,7 @@ def test_empty(dtype, hist, by_rows):
     e.put_all([0], [g], [g])
     assert engine_floats(e)[0].tolist()==[0,0]
 
-@each_reader
+@each_reader_and_gpu
 def test_scale_changes(by_rows):
     "Rows that wait keep the scale they came with, also where a sparse gradient without one comes next"
     e = Engine(by_rows=by_rows)
@@ -164,7 +164,7 @@ def test_scale_changes(by_rows):
     e.put(2, torch.ones(10))
     assert engine_floats(e)[0].tolist()==[1]*5
 
-@each_reader
+@each_reader_and_gpu
 def test_complex_with_scale(by_rows):
     "Divided by it, counted without it, and with the user's own statistics"
     e = Engine(by_rows=by_rows, extra=dict(top=lambda g: g.abs().max()))
@@ -173,7 +173,7 @@ def test_complex_with_scale(by_rows):
     _,_,_,n,s,_ = e.fetch()
     assert s[0,[MAX,ABOVE,-1]].tolist()==[.75,0,.75] and finish(s, n)[0][2,0]==np.float32(.75*10**.5)
 
-@each_reader
+@each_reader_and_gpu
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64))
 def test_lazy_minus(dtype, by_rows):
     e,g = Engine(by_rows=by_rows),torch.full((SMALL+1,), 2-3j).to(torch.complex(tensor(0., dtype=dtype), tensor(0., dtype=dtype)).dtype).conj().imag
@@ -181,7 +181,7 @@ def test_lazy_minus(dtype, by_rows):
     e.put_all([0,1], [g,g[:1]])
     assert engine_floats(e)[3].tolist()==[3,3]
 
-@each_reader
+@each_reader_and_gpu
 @pytest.mark.parametrize('n', (100, SMALL+1, BLOCK+CHUNK+1))
 def test_sparse_norms(n, by_rows):
     "Values that come one by one, for norms only"
@@ -189,7 +189,7 @@ def test_sparse_norms(n, by_rows):
     e.put_all([0,1], [g.to_sparse(), g.to_sparse()*1e30], [g, g], full=False)
     np.testing.assert_allclose(engine_floats(e)[2], [np.linalg.norm(as_float64(g)), 1e30*np.linalg.norm(as_float64(g))], rtol=2e-5)
 
-@each_reader
+@each_reader_and_gpu
 @pytest.mark.parametrize('hist', (False, True))
 @pytest.mark.parametrize('n', (9, SMALL+1))
 def test_default_dtype_and_device(n, hist, by_rows):
@@ -216,7 +216,7 @@ def test_double_far_from_zero(mean):
     e.put(0, x)
     np.testing.assert_allclose(engine_floats(e)[4,0], as_float64(x).std(), rtol=1e-6)
 
-@each_reader
+@each_reader_and_gpu
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float16, torch.float64))
 def test_infinities_in_two_blocks(dtype, by_rows):
     e,x = Engine(by_rows=by_rows),torch.ones(BLOCK+5, dtype=dtype)
@@ -238,7 +238,7 @@ def test_committed_stays():
     notes,ns,keys,_,s,_ = e.fetch()
     assert (notes,ns.tolist(),keys.tolist(),s[:,MAX].tolist())==(['a','b'],[1,1],[0,2],[1,2])
 
-@each_reader
+@each_reader_and_gpu
 def test_some_with_weights(by_rows):
     "Rows without weights have no products, also where their neighbours do"
     e,x = Engine(by_rows=by_rows),torch.full((10,), 3.)
@@ -250,7 +250,7 @@ def test_some_with_weights(by_rows):
     e.commit()
     assert e.fetch().sums[:,[W_SQ,DOT]].tolist()==[[90,90], [9*(SMALL+1)]*2, *[[0,0]]*3]
 
-@each_reader
+@each_reader_and_gpu
 def test_sparse_products(by_rows):
     "In double precision: neither rounded to bfloat16 nor beyond float32"
     e,g = Engine(by_rows=by_rows),torch.linspace(1, 2, 99).bfloat16()
@@ -273,7 +273,7 @@ def test_interrupt(f, by_rows, monkeypatch):
     s = e.fetch().sums
     assert s[:,MAX].tolist()==[2,3] and s[:,DOT].tolist()==s[:,W_SQ].tolist()==s[:,SUM_SQ].tolist()==[400,63]
 
-@each_reader
+@each_reader_and_gpu
 def test_threshold_beyond_float32(by_rows):
     e = Engine(1e39, by_rows=by_rows)
     with warnings.catch_warnings():

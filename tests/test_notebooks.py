@@ -11,6 +11,9 @@ RUN_NBS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(o[0] in '._
 # page -> what it is about, without which it is skipped; all of it is in the extra `dev`
 NEEDS = {
     '00a_kernel.ipynb': ('numba',),
+    '00b_kernel_gpu.ipynb': ('triton',),
+    '01g_gpu_launch.ipynb': ('triton',),
+    '01h_by_gpu_kernel.ipynb': ('triton',),
     'howto/hugging_face.ipynb': ('transformers','accelerate'),
     'howto/lightning.ipynb': ('lightning',)}
 def page_name(nb): return nb.relative_to(ROOT/'nbs').as_posix()

@@ -19,10 +19,16 @@ class ByRows(GradStatsCallback):
 
 @contextmanager
 def read_by(path):
-    "One of the engine's three ways to read: 'kernel', 'blocks' (without numba) or 'rows' (as on a GPU); gives `Engine`'s argument"
+    "One of the engine's ways to read: 'kernel', 'blocks' (without numba), 'rows' (as on a GPU without kernels) or 'gpu' (its kernels, interpreted); gives `Engine`'s argument"
+    if path=='gpu':
+        pytest.importorskip('triton', reason='the kernels of a GPU are written in Triton')
+        from .gpu import in_place_of_cpu
+        with in_place_of_cpu(): yield None
+        return
     with mock.object(by_kernel, 'find_kernel', (lambda: None) if path=='blocks' else by_kernel.find_kernel): yield True if path=='rows' else None
 
 each_reader = pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows'), indirect=True)   # the fixture is in conftest.py
+each_reader_and_gpu = pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows', 'gpu'), indirect=True)   # interpreted kernels are slow
 
 # --- what is trained, and how
 
