@@ -3,10 +3,9 @@ from functools import partial
 from unittest import mock
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torchvision.models import resnet18, resnet50
-from fastai_gradstats import capture
 from . import counts
 from .models import images
 from .peers import both

@@ -14,11 +14,11 @@ import math, os, numpy as np, torch
 from warnings import warn
 from torch import Tensor
 from torch.nn import Parameter
-from .buffer import floor32
+
 from .by_rows import RowBuffer
 from .gpu_launch import CompiledKernels, SIZES
 from .histogram import COLUMNS
-from .layouts import flat, on_device
+from .layouts import flat, on_device, wide_dtype
 from .stats import finish, ZEROS, W_SQ, DOT
 
 # %% ../nbs/01h_by_gpu_kernel.ipynb #a6c9f502
@@ -34,7 +34,7 @@ def simplified(t)->tuple: # sizes, strides (the largest first), how often each e
     return [size for size,_ in dims] or [1],[stride for _,stride in dims] or [1],times
 
 # %% ../nbs/01h_by_gpu_kernel.ipynb #92f4ad4a
-STEP = 2048         # elements, as the kernels have it
+STEP = 2048           # elements, as the kernels have it
 MOST_PROGRAMS = 1024  # more do not keep a GPU any busier
 
 def chunk_size(n):
@@ -42,6 +42,13 @@ def chunk_size(n):
     size = STEP
     while size<8*STEP and n>size*MOST_PROGRAMS: size *= 2
     return size
+
+def span(t, n)->tuple: # programs, address, head, n, elements of a program
+    "The first `n` elements of a tensor as kernels take them: from a multiple of 16 bytes on, with `head` elements that are not its own"
+    address = t.data_ptr()
+    head = address%16//t.itemsize
+    per = chunk_size(n)
+    return (head+n+per-1)//per,address-head*t.itemsize,head,n,per
 
 # %% ../nbs/01h_by_gpu_kernel.ipynb #d23cbe3b
 class Table:
@@ -86,7 +93,7 @@ def is_dense(t)->bool:
 RECORD_BYTES,DESCRIPTION_BYTES = 16*4,8*8
 DESCRIPTIONS = 2**13   # at most so many wait
 RECORDS = 2**17        # to begin with: 8 MB
-TABLES = 64            # at most so many are kept
+
 
 def runs(numbers)->list: # of (first, behind the last)
     "Numbers that follow one another, in ascending order"
@@ -99,7 +106,7 @@ class GpuBuffer(RowBuffer):
     def __init__(self, *args, kernels, **kwargs):
         super().__init__(*args, **kwargs)
         self.kernels = kernels
-        self.limits = {torch.float32:self.number_there(floor32(self.threshold)), torch.float64:self.number_there(self.threshold, torch.float64)}
+        self.limits = {dtype:self.number_there(self.limit(dtype, None), dtype) for dtype in (torch.float32,torch.float64)}
         self.one = self.number_there(1.)
         self.tables = {}         # dtype, sizes, heads, places -> table
         self.descriptions = self.bytes_there(DESCRIPTIONS*DESCRIPTION_BYTES)
@@ -114,8 +121,7 @@ class GpuBuffer(RowBuffer):
     # --- one gradient
 
     def put(self, key, g, absent=0, scale=None):
-        launch = self.kernels.ready.get(('read_one',g.dtype))
-        if launch is None: self.kernels.want(g.dtype)
+        launch = self.kernels.get('read_one', g.dtype)
         if launch is None or not has_address(g) or not (scale is None or scale.dtype is torch.float32): return super().put(key, g, absent, scale)
         if self.waiting: super().reduce()   # rows that wait there follow one on the other
         row = self.row(key, g.numel()+absent, absent)
@@ -134,37 +140,29 @@ class GpuBuffer(RowBuffer):
 
     def read_run(self, launch, row, g, n, times, scale):
         "Launch the kernel for `n` elements that follow one another"
-        address = g.data_ptr()
-        head = address%16//g.itemsize
-        per = chunk_size(n)
-        chunks = (head+n+per-1)//per
-        wide = g.dtype is torch.float64
-        size = chunks*RECORD_BYTES*(1+wide)
-        records,description = self.room(size, 1)
-        limit = self.limits[torch.float64 if wide else torch.float32]
+        chunks,*where = span(g, n)
         factor = self.one if scale is None else scale
-        launch(chunks, address-head*g.itemsize, head, n, per, times, row, records, description, limit.data_ptr(), factor.data_ptr())
-        self.record_bytes += size
-        self.unmerged.append(row)   # afterwards: where an interrupt comes, there is nothing to merge
+        self.take(launch, g, chunks, [row], (*where, times, row), (factor.data_ptr(),))
+
+    def take(self, launch, g, chunks, rows, before, after):
+        "Launch a kernel that leaves records of `g`, or of others of its dtype, for these rows. Between arguments of its own come memory for that and the limit"
+        wide = wide_dtype(g)
+        n_bytes = chunks*RECORD_BYTES*wide.itemsize//4
+        launch(chunks, *before, *self.room(n_bytes, len(rows)), self.limits[wide].data_ptr(), *after)
+        self.record_bytes += n_bytes
+        self.unmerged += rows   # afterwards: where an interrupt comes, there is nothing to merge
 
     def read_as_it_lies(self, launch, row, g, scale):
         sizes,strides,times = simplified(g)
         n = math.prod(sizes)
         if len(sizes)==1 and strides==[1]: return self.read_run(launch, row, g, n, times, scale)
-        strided = self.kernels.ready.get(('read_strided',g.dtype))
+        strided = self.kernels.get('read_strided', g.dtype)
         if strided is None or len(sizes)>4: return self.read_run(launch, row, flat(g), g.numel(), 1, scale)
         per = chunk_size(n)
-        chunks = (n+per-1)//per
-        wide = g.dtype is torch.float64
-        size = chunks*RECORD_BYTES*(1+wide)
-        records,description = self.room(size, 1)
-        limit = self.limits[torch.float64 if wide else torch.float32]
         factor = self.one if scale is None else scale
         _,*inner_sizes = [1]*(4-len(sizes))+sizes
         four_strides = [0]*(4-len(strides))+strides
-        strided(chunks, g.data_ptr(), n, per, times, row, records, description, limit.data_ptr(), factor.data_ptr(), *inner_sizes, *four_strides)
-        self.record_bytes += size
-        self.unmerged.append(row)
+        self.take(strided, g, (n+per-1)//per, [row], (g.data_ptr(), n, per, times, row), (factor.data_ptr(), *inner_sizes, *four_strides))
 
     def room(self, n_bytes, tensors)->tuple: # addresses of records and of descriptions
         "Room for records and descriptions"
@@ -200,10 +198,7 @@ class GpuBuffer(RowBuffer):
             for place in places: self.count_octaves(rows[place], gs[place])
 
     def reads_all(self, g, w)->bool:
-        if ('read_all',g.dtype) not in self.kernels.ready:
-            self.kernels.want(g.dtype)
-            return False
-        if not has_address(g) or not is_dense(g): return False
+        if self.kernels.get('read_all', g.dtype) is None or not has_address(g) or not is_dense(g): return False
         return w is None or has_address(w) and w.dtype is g.dtype and w.shape==g.shape and w.stride()==g.stride()
 
     def read_table(self, dtype, places, rows, gs, ws):
@@ -211,24 +206,13 @@ class GpuBuffer(RowBuffer):
         size = dtype.itemsize
         addresses = [gs[place].data_ptr() for place in places]
         heads = tuple([a%16//size for a in addresses])
-        table = self.table(dtype, tuple([gs[place].numel() for place in places]), heads, tuple(places))
+        what = tuple([gs[place].numel() for place in places]),heads,tuple(places)
+        table = self.kept(self.tables, (dtype,*what), lambda: Table(*what, self.device))
         starts = [a-head*size for a,head in zip(addresses, heads)]
         of_weights = starts if ws is None else [ws[place].data_ptr()-head*size for place,head in zip(places, heads)]
         columns = table.at((starts,of_weights))
-        wide = dtype is torch.float64
-        n_bytes = table.chunks*RECORD_BYTES*(1+wide)
-        records,descriptions = self.room(n_bytes, len(places))
-        limit = self.limits[torch.float64 if wide else torch.float32]
-        self.kernels.get('read_all', dtype)(table.chunks, columns.data_ptr(), table.tensor_of.data_ptr(), len(places), table.per, rows[0], records, descriptions, limit.data_ptr(), int(ws is not None))
-        self.record_bytes += n_bytes
-        self.unmerged += [rows[place] for place in places]
-
-    def table(self, *key):
-        if key not in self.tables:
-            if len(self.tables)>=TABLES: self.tables.clear()
-            _,*what = key
-            self.tables[key] = Table(*what, self.device)
-        return self.tables[key]
+        before = columns.data_ptr(),table.tensor_of.data_ptr(),len(places),table.per,rows[0]
+        self.take(self.kernels.get('read_all', dtype), gs[places[0]], table.chunks, [rows[place] for place in places], before, (int(ws is not None),))
 
     # --- octaves
 
@@ -250,7 +234,7 @@ class GpuBuffer(RowBuffer):
         "Rows of what was read"
         if not self.unmerged: return
         try: self.kernels.get('merge')(len(self.unmerged), self.descriptions.data_ptr(), self.acc.data_ptr(), self.columns)
-        except Exception as e:
+        except Exception as e:   # `merge` is what is left after other kernels failed
             self.kernels.fail(e)
             self.acc[self.unmerged,:ZEROS] = math.nan   # nobody knows their numbers
         self.unmerged = []
@@ -286,16 +270,8 @@ class Flags:
     def flag(self, t, place, module)->bool:
         "Have output number `place` looked at. False where no kernel can"
         launch = self.kernels.get('flag', t.dtype)
-        if launch is None: self.kernels.want(t.dtype)
         if launch is None or place>=MOST_OUTPUTS or not has_address(t) or not is_dense(t): return False
-        n = t.numel()
-        address = t.data_ptr()
-        head = address%16//t.itemsize
-        per = chunk_size(n)
-        try: launch((head+n+per-1)//per, address-head*t.itemsize, head, n, per, self.flags.data_ptr(), self.modules.data_ptr(), place, module)
-        except Exception as e:
-            self.kernels.fail(e)
-            return False
+        if not self.kernels.attempt(launch, *span(t, t.numel()), self.flags.data_ptr(), self.modules.data_ptr(), place, module): return False
         self.used = place+1
         return True
 
@@ -304,8 +280,8 @@ class Flags:
         launch = self.kernels.get('first_flag')
         if launch is None or loss.device!=self.device or loss.dtype is not torch.float32 or not has_address(loss): return None
         res = torch.empty((), dtype=torch.float64, device=self.device)
-        launch(1, self.flags.data_ptr(), self.modules.data_ptr(), outputs, loss.data_ptr(), self.by_design.data_ptr(), res.data_ptr())
-        return res
+        found = self.kernels.attempt(launch, 1, self.flags.data_ptr(), self.modules.data_ptr(), outputs, loss.data_ptr(), self.by_design.data_ptr(), res.data_ptr())
+        return res if found else None
 
     def witnesses(self, outputs)->Tensor: # (outputs,)
         "The same in numbers: 0, infinite or NaN"
@@ -395,9 +371,7 @@ def _new_kernels(device):
 def _extend(kernels, dtypes, with_octaves):
     "What is new is proved"
     try: prove(kernels, kernels.prepare(dtypes, with_octaves))
-    except Exception as e:
-        kernels.fail(e)
-        warn(f"{SWITCH}: gradients on {kernels.device} are read without kernels ({type(e).__name__}: {e})")
+    except Exception as e: kernels.fail(e)   # who prepares says so
 
 def device_buffer(device, *args):
     "A buffer for gradients that are not on the CPU"

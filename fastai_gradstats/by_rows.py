@@ -12,7 +12,6 @@ __all__ = []
 
 # %% ../nbs/01b_by_rows.ipynb #737336c9
 import math, numpy as np, torch
-from collections import namedtuple
 from torch.linalg import vector_norm
 from .buffer import Buffer, floor32
 from .layouts import flat, on_device, wide_dtype
@@ -175,10 +174,14 @@ class RowBuffer(Buffer):
 
     def plan(self, shapes):
         "The plan for tensors of these shapes, made once"
-        if shapes not in self.plans:
-            if len(self.plans)>=64: self.plans.clear()
-            self.plans[shapes] = Plan([math.prod(s) for s in shapes], self.device)
-        return self.plans[shapes]
+        return self.kept(self.plans, shapes, lambda: Plan([math.prod(s) for s in shapes], self.device))
+
+    def kept(self, cache, key, make):
+        "What was made for a key, of which there are not many: where sizes change all the time, none is worth keeping"
+        if key not in cache:
+            if len(cache)>=64: cache.clear()
+            cache[key] = make()
+        return cache[key]
 
     # --- one gradient
 

@@ -90,11 +90,12 @@ class ForwardCheck:
         witnesses = self.witnesses
         if not self.has_news(): return None
         self.checked = len(witnesses)
-        if all([w is None for w in witnesses]) and len(self.flags)==1:
+        are_flagged = [w is None for w in witnesses]
+        if all(are_flagged) and len(self.flags)==1:
             flags, = self.flags.values()
             place = flags.first(len(witnesses), loss)
             if place is not None: return place
-        if None in [w if w is None else 0 for w in witnesses]: return self.check_there([*self.without_flags(loss), loss])
+        if any(are_flagged): return self.check_there([*self.without_flags(loss), loss])
         on_host = all(isinstance(w, float) or w.is_cpu for w in (*witnesses, loss))
         if on_host and not self.engine.by_rows:
             place = first_break([float(w) for w in witnesses], self.order, float(loss), self.infinite)

@@ -39,12 +39,16 @@ class Kernels:
         return res
 
     def get(self, name, dtype=None):
-        "The function; None where it was not built"
-        return self.ready.get((name,dtype))
+        "The function; None where it was not built. Where training goes on, nothing is compiled: next time"
+        launch = self.ready.get((name,dtype))
+        if launch is None and dtype in DTYPES: self.wanted.add(dtype)
+        return launch
 
-    def want(self, dtype):
-        "Where training goes on, nothing is compiled: next time"
-        if dtype in DTYPES: self.wanted.add(dtype)
+    def attempt(self, launch, *args)->bool:
+        "Launch, or read without kernels from now on"
+        try: launch(*args)
+        except Exception as e: self.fail(e)
+        return self.error is None
 
     def fail(self, error):
         "What is read is read without them from now on"
@@ -55,7 +59,7 @@ class Kernels:
         "Build what was not built yet, for these dtypes and those that were wanted"
         if self.error is not None: return []
         wanted = [d for d in dict.fromkeys([*dtypes,*self.wanted]) if d in DTYPES]
-        new = [d for d in wanted if self.get('read_one', d) is None]
+        new = [d for d in wanted if ('read_one',d) not in self.ready]
         names = [(name,None) for name in ('merge','first_flag')]
         for dtype in wanted:
             names += [(name,dtype) for name in READING]

@@ -195,8 +195,7 @@ def _read(x, lo, hi, record, limit, holes, LANES: tl.constexpr, T: tl.constexpr)
     above = zeros*0
     if _fits(largest, f) & (sum_abs<float('inf')): sum_abs *= f   # false where one is NaN
     else: top,bad,f,pivot,sum_abs,sum_d,sum_dd = _read_again(x, lo, hi, holes, LANES, T)
-    if top.to(T, bitcast=True)>limit: above = _count_above(x, lo, hi, limit, holes, LANES, T)
-    elif bad>0: above = _count_above(x, lo, hi, limit, holes, LANES, T)   # the largest is NaN, which is above nothing
+    if (top.to(T, bitcast=True)>limit) | (bad>0): above = _count_above(x, lo, hi, limit, holes, LANES, T)   # a NaN is the largest, and above nothing
     tl.store(record+TOP, top.to(T, bitcast=True))
     tl.store(record+FACTOR, f)
     tl.store(record+SUM_ABS, sum_abs)
@@ -342,6 +341,18 @@ def _elements(chunk, there, per, head, n):
     return tl.where(there, _wide(end-start), 1.)
 
 @triton.jit
+def _of_chunks(records, b, chunks, per, head, n, SIZE: tl.constexpr):
+    "Of `SIZE` chunks from `b` on: their records, which of them there are, elements, pivots, 1/factor, sum d, sum d²"
+    chunk = b+tl.arange(0, SIZE)
+    there = chunk<chunks
+    record = records+chunk*RECORD
+    pivot = _wide(tl.load(record+PIVOT, there, 0.))
+    unit = _inverse(tl.load(record+FACTOR, there, 1.))
+    sum_d = _wide(tl.load(record+SUM_D, there, 0.))
+    sum_dd = _wide(tl.load(record+SUM_DD, there, 0.))
+    return record,there,_elements(chunk, there, per, head, n),pivot,unit,sum_d,sum_dd
+
+@triton.jit
 def _merge(records, n, head, per, times, scale, with_weights, row, SIZE: tl.constexpr):
     zero = tl.zeros([SIZE], tl.float64)
     tops = tl.zeros([SIZE], tl.int64)
@@ -355,18 +366,11 @@ def _merge(records, n, head, per, times, scale, with_weights, row, SIZE: tl.cons
     dot = zero
     chunks = (head+n+per-1)//per
     for b in range(0, chunks, SIZE):
-        chunk = b+tl.arange(0, SIZE)
-        there = chunk<chunks
-        record = records+chunk*RECORD
-        elements = _elements(chunk, there, per, head, n)
-        pivot = _wide(tl.load(record+PIVOT, there, 0.))
-        sum_d = _wide(tl.load(record+SUM_D, there, 0.))
-        unit = _inverse(tl.load(record+FACTOR, there, 1.))
+        record,there,elements,pivot,unit,sum_d,sum_dd = _of_chunks(records, b, chunks, per, head, n, SIZE)
         tops = tl.maximum(tops, _bits(_wide(tl.load(record+TOP, there, 0.))))
         sum_abs += _wide(tl.load(record+SUM_ABS, there, 0.))*unit
-        about_pivot = _wide(tl.load(record+SUM_DD, there, 0.))
         shift = tl.where(pivot==0, 0., 2*pivot*sum_d+elements*pivot*pivot)   # a NaN in sum d is in sum d² too
-        sum_sq += (about_pivot+shift)*unit*unit
+        sum_sq += (sum_dd+shift)*unit*unit
         total += tl.where(there, (elements*pivot+sum_d)*unit, 0.)
         zeros += _wide(tl.load(record+ZEROS, there, 0.))
         bad += _wide(tl.load(record+NONFINITE, there, 0.))
@@ -380,15 +384,8 @@ def _merge(records, n, head, per, times, scale, with_weights, row, SIZE: tl.cons
     mean = s/_wide(n)
     m2 = zero
     for b in range(0, chunks, SIZE):
-        chunk = b+tl.arange(0, SIZE)
-        there = chunk<chunks
-        record = records+chunk*RECORD
-        elements = _elements(chunk, there, per, head, n)
-        pivot = _wide(tl.load(record+PIVOT, there, 0.))
-        sum_d = _wide(tl.load(record+SUM_D, there, 0.))
-        unit = _inverse(tl.load(record+FACTOR, there, 1.))
-        about_pivot = _wide(tl.load(record+SUM_DD, there, 0.))
-        about_own_mean = (about_pivot-sum_d*sum_d/elements)*unit*unit
+        _,there,elements,pivot,unit,sum_d,sum_dd = _of_chunks(records, b, chunks, per, head, n, SIZE)
+        about_own_mean = (sum_dd-sum_d*sum_d/elements)*unit*unit
         distance = (elements*pivot+sum_d)*unit/elements-mean
         m2 += tl.where(there, about_own_mean+elements*distance*distance, 0.)
     # `max, sum_abs, sum_sq, sum, m2, q, zeros, nonfinite, above, w_sq, dot, scale` of `fastai_gradstats.stats.sums`

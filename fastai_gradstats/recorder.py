@@ -653,7 +653,6 @@ class Reader(Says):
         self.stale = False      # a consumer came or went
         self.run = None         # the fit that is under way: any object
         self.phase = FIT
-
         self.watched = []
         self.new_params()
 

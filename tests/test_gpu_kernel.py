@@ -5,7 +5,7 @@ from fastai.basics import *
 from unittest import mock
 pytest.importorskip('triton', reason='the kernels of a GPU are written in Triton')
 from fastai_gradstats import GradNormCallback,GradStatsCallback
-from fastai_gradstats.by_gpu_kernel import SWITCH,device_buffer,has_address,prepare_kernels,prove,simplified
+from fastai_gradstats.by_gpu_kernel import SWITCH,device_buffer,has_address,prepare_kernels,prove
 from fastai_gradstats.by_rows import RowBuffer
 from fastai_gradstats.gpu_launch import DTYPES
 from fastai_gradstats.stats import finish,measure
@@ -102,6 +102,12 @@ def test_launches_of_a_step():
     assert names.count('first_flag')==3 and names.count('merge')==1
     assert names.count('read_all')==3*2   # of gradients, and how far weights moved
 
+def test_sizes_agree():
+    "What the host knows of the kernels without importing Triton"
+    from fastai_gradstats import by_gpu_kernel,gpu_launch,kernel_gpu
+    assert (by_gpu_kernel.STEP,gpu_launch.WARPS)==(kernel_gpu.STEP.value,kernel_gpu.WARPS.value)
+    assert (by_gpu_kernel.RECORD_BYTES,by_gpu_kernel.DESCRIPTION_BYTES)==(4*kernel_gpu.RECORD.value,8*kernel_gpu.DESCRIPTION.value)
+
 # --- what must not be read by address, and what happens where a kernel fails
 
 def test_gate():
@@ -114,7 +120,7 @@ def test_gate():
     odd = [fake, torch.empty(3, device='meta'), x.as_subclass(Sub), torch.complex(x, x).conj().imag, torch._efficientzerotensor(3), x[:0]]
     assert has_address(x) and has_address(nn.Parameter(x)) and not any(map(has_address, odd)) and inside==[False]
 
-@pytest.mark.parametrize('name', ('read_one','read_all','flag','merge'))
+@pytest.mark.parametrize('name', ('read_one','read_all','flag','first_flag','merge'))
 def test_failing_launch(name):
     "Any error of a launch: the rest is read without kernels. Nothing is wrong, nothing stops"
     kernels = interpreted()
