@@ -10,12 +10,12 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/by_kernel.html.md"""
 __all__ = []
 
 # %% ../nbs/01c_by_kernel.ipynb #bbd7ff06
-import torch
+import numpy as np, torch
 from functools import cache
 from warnings import warn
 from .buffer import bits_of, floor32
 from .by_blocks import BLOCK, BlockBuffer
-from .layouts import flat, flat_pair, has_memory, without_lazy_minus
+from .layouts import flat, flat_pair, float32_address, has_memory, without_lazy_minus
 
 # %% ../nbs/01c_by_kernel.ipynb #e87c9ad4
 @cache
@@ -34,6 +34,7 @@ def find_kernel():
 # %% ../nbs/01c_by_kernel.ipynb #59734585
 def pieces(g, w=None):
     "Pairs of tensors that the kernel can read, in memory order; None in the place of `w` where there is none"
+
     g = without_lazy_minus(g)
     if w is not None: w = without_lazy_minus(w)
     if not (g.is_contiguous() and (w is None or w.is_contiguous())):
@@ -61,14 +62,30 @@ class KernelBuffer(BlockBuffer):
         return row
 
     def put_all(self, keys, gs, ws=None, full=True):
-        rows = self.rows(keys, [g.numel() for g in gs])
+        sizes = [g.numel() for g in gs]
+        rows = self.rows(keys, sizes)
+        at_once = self.sum_at_once(rows, sizes, gs, ws, full)
+        if at_once.all(): return rows
         rest = []
-        for i,g in enumerate(gs):
+        for i in np.flatnonzero(~at_once):
             w = ws and ws[i]
-            if self.reads(g, w): self.sum_now(rows[i], g, w, full)
+            if self.reads(gs[i], w): self.sum_now(rows[i], gs[i], w, full)
             else: rest.append(i)
         if rest: self.sum_all([rows[i] for i in rest], [gs[i] for i in rest], ws and [ws[i] for i in rest], full)
         return rows
+
+    def sum_at_once(self, rows, sizes, gs, ws, full)->np.ndarray: # bool
+        "Sums of all tensors that lie ready, in one call. Which were they?"
+        if self.octaves and full: return np.zeros(len(rows), bool)
+        places = np.array([float32_address(g) for g in gs])
+        ready = places!=0
+        weight_places = places
+        if ws:
+            weight_places = np.array([float32_address(w) for w in ws])
+            ready &= (weight_places!=0) & [w.numel()==n for w,n in zip(ws, sizes)]
+        rows = np.arange(rows.start, rows.stop)
+        self.kernel.read_all(places[ready], weight_places[ready], np.array(sizes)[ready], self.limit, full, bool(ws), self.acc, rows[ready])
+        return ready
 
     def sum_now(self, row, g, w=None,
                 full=True, # or only sums of squares and products?

@@ -81,7 +81,9 @@ class Ledger:
         "Was anything put since the last commit?"
         with self.lock:
             committed = self.committed()
-            return any([b.end>committed.get(device, 0) for device,b in self.buffers.items()])
+            for device,b in self.buffers.items():
+                if b.end>committed.get(device, 0): return True
+            return False
 
     @locked
     def commit(self, note=None):
@@ -95,11 +97,15 @@ class Ledger:
     def _is_due(self, end):
         "Are there many commits, or might the next one be more than a buffer keeps?"
         committed = self.committed()
-        for device,position in end.items():
-            self.largest[device] = max(position-committed.get(device, 0), self.largest.get(device, 0))
-        many = len(self.commits)+1>=COMMITS and any(len(b.keys)>=FEW for b in self.buffers.values())
-        limit = HIST_ROWS if self.hist else ROWS
-        return many or any(len(b.keys)+self.largest[device]>limit for device,b in self.buffers.items())
+        many = len(self.commits)+1>=COMMITS
+        most = HIST_ROWS if self.hist else ROWS
+        due = False
+        for device,b in self.buffers.items():
+            size = end[device]-committed.get(device, 0)
+            self.largest[device] = largest = max(size, self.largest.get(device, 0))
+            kept = len(b.keys)
+            if kept+largest>most or many and kept>=FEW: due = True
+        return due
 
     @locked
     def discard(self,
@@ -227,13 +233,13 @@ class Engine(Ledger):
             raise
 
     def _put_all(self, keys, gs, ws, full):
-        together = defaultdict(list)   # device, dtype -> what is read together
+        together = defaultdict(list)   # device, is it double precision? -> what is read together
         sharded = defaultdict(list)    # mesh, placements, dtype -> what is reduced over processes together
         for one in zip(keys, gs, ws or gs):
-            _,g,w = one
+            key,g,w = one
             if type(g) is not Tensor and is_sharded(g): sharded[g.device_mesh,g.placements,wide_dtype(g)].append(one)
-            elif goes_alone(g) or goes_alone(w): self._put_alone(*one, full) if ws else self._put_alone(*one[:2], None, full)
-            else: together[g.device,wide_dtype(g)].append(one)
+            elif goes_alone(g) or goes_alone(w): self._put_alone(key, g, w if ws else None, full)
+            else: together[g.device,g.dtype is torch.float64].append(one)
         for (device,_),some in together.items():
             some_keys,some_gs,some_ws = zip(*some)
             b = self.buffer(device)

@@ -187,6 +187,15 @@ def read(at, # address of the gradient's first element
         for i in range(0, n, CHUNK): out[NONFINITE] += count_above(x[i:i+CHUNK].view(i32), i32(INF-1))
     row += out
 
+# %% ../nbs/00a_kernel.ipynb #c0265e05
+@entry('void(i8[::1],i8[::1],i8[::1],i8,b1,b1,f8[:,::1],i8[::1])')
+def read_all(ats, ws, sizes, # of each tensor
+             limit, full, weights, acc, # as in `read`
+             rows # of each
+            ):
+    "One read of each gradient"
+    for i in range(len(rows)): read(ats[i], ws[i], sizes[i], limit, full, weights, acc, rows[i])
+
 # %% ../nbs/00a_kernel.ipynb #0c00545b
 @entry('b1(i8,i8)')
 def finite(at, n): # as in `read`

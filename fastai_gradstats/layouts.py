@@ -35,9 +35,17 @@ def wide_dtype(g):
 
 def without_lazy_minus(t): return t.resolve_neg() if t.is_neg() else t
 
+_ordinary = {Tensor,Parameter}
+
 def has_memory(t):
     "Is there memory of its own behind `t`, and what `t` says of it true? (A subclass may wrap other tensors.)"
-    return type(t) in (Tensor,Parameter) and t.numel() and not t._is_zerotensor()
+    return type(t) in _ordinary and t.numel() and not t._is_zerotensor()
+
+def float32_address(t # strided and real
+                   )->int:
+    "Where its float32 elements lie, one after the other; 0 where they do not, or there are none"
+    is_ready = type(t) in _ordinary and t.dtype is torch.float32 and t.is_contiguous() and not t.is_neg()
+    return t.data_ptr() if is_ready else 0   # 0 also of a tensor of zeros that has no memory
 
 # %% ../nbs/01d_layouts.ipynb #d2b74852
 SPARSE_ROWS_OR_COLUMNS = torch.sparse_csr,torch.sparse_csc,torch.sparse_bsr,torch.sparse_bsc
@@ -62,10 +70,9 @@ def stored(t:Tensor # of a layout other than strided, or nested
     return values,t.numel()-values.numel()
 
 # %% ../nbs/01d_layouts.ipynb #683d612a
-_ordinary = {Tensor,Parameter}
 def goes_alone(t):
     "Is it one that no fast path reads: sparse, nested, complex, or wrapped by a subclass?"
-    if not is_plain(t) or t.is_complex(): return True
+    if t.layout is not torch.strided or t.is_nested or t.dtype.is_complex: return True   # asked for each tensor of each step: what is cheap to ask
     return type(t) not in _ordinary and hasattr(type(t), '__tensor_flatten__')
 
 def is_sharded(t):

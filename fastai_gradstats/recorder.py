@@ -37,7 +37,7 @@ class Attempt:
     read_span = None     # around those of the last reading
     measured_span = None # around those of what the optimizer got
     grads = ()          # some of the gradients that were read: (parameter, id, version)
-    all_grads = ()      # the same of all of them
+    versions = None     # `Versions` of all of them
     zeroed = False      # the optimizer cleared its gradients since
     skipped = False     # somebody cancelled it
     step_seen = False   # did the optimizer's step tell of itself?
@@ -75,6 +75,12 @@ class Batch:
         "Was one complete? Of a loop that tells of no backward: did the batch end by itself, and was it not cancelled?"
         if self.backward: return True
         return ended and not self.cancelled and (self.begun or not self.events)
+
+    def is_open(self)->bool:
+        "Has anything begun that its last step did not end?"
+        attempt = self.attempt
+        was_read = attempt.read_span is not None or attempt.early_span is not None
+        return not self.has_stepped or self.begun or self.cancelled or was_read or attempt.taken or attempt.skipped
 
     def next_step(self):
         "What else the batch may do belongs to the next step"
@@ -220,9 +226,17 @@ class Transaction:
 
     def end(self, complete=False # did it come to its end?
            ):
-        "The batch is over: what belongs to a backward or to an attempt at a step is committed, the rest discarded"
+        "The batch is over: nothing of it stays open"
+        if self.batch is None: return
+        if self.batch.is_open() or self.engine.pending(): self.settle(complete)
+        self.rest()
+        self.check_forward()   # perhaps nobody called `before_backward`: a NaN may be why
+        self.commit_outputs()
+        self.batch = None
+
+    def settle(self, complete):
+        "What belongs to a backward or to an attempt at a step is committed, the rest discarded"
         batch = self.batch
-        if batch is None: return
         attempt = batch.attempt
         backward = batch.had_backward(complete)
         if backward: self.count_samples()
@@ -231,11 +245,7 @@ class Transaction:
             self.stepped()
         else:   # what was read was for a step that did not come
             for span in (attempt.measured_span,attempt.read_span,attempt.early_span): self.forget(span)
-        self.rest()
         if not backward: self.discard_backward()
-        self.check_forward()   # perhaps nobody called `before_backward`: a NaN may be why
-        self.commit_outputs()
-        self.batch = None
 
 # %% ../nbs/03d_recorder.ipynb #c5d5cf56
 def rank()->int:
@@ -322,9 +332,19 @@ def _is_gone(p, old_id, version)->bool:
     if g is None or id(g)!=old_id: return True
     return g._version!=version and type(g) is Tensor and g.is_cpu and g.layout==torch.strided and not g.any()
 
-def _was_changed(p, old_id, version)->bool:
-    "Changed or exchanged? (What goes past autograd's sight, through `.data`, is not seen)"
-    return p.grad is None or id(p.grad)!=old_id or p.grad._version!=version
+class Versions:
+    "Of all gradients that were read: which they were, and how often changed"
+    def __init__(self, params):
+        self.params = [p for p in params if not p.grad.is_inference()]   # those have no version
+        self.ids = self.ids_now()
+        self.numbers = self.numbers_now()
+
+    def ids_now(self): return [id(p.grad) for p in self.params]
+    def numbers_now(self): return [p.grad._version for p in self.params]
+
+    def are_old(self)->bool:
+        "Was any changed or exchanged? (What goes past autograd's sight, through `.data`, is not seen)"
+        return self.ids_now()!=self.ids or self.numbers_now()!=self.numbers
 
 def _dimensions(p): return 0 if is_lazy(p) else p.dim()   # a lazy layer that was not called has none yet
 
@@ -394,11 +414,13 @@ class ReadsParams(Transaction):
         whole = [o for o in found if o[0] in full] if full else []
         norms = [o for o in found if o[0] not in full] if full else found
         if with_weights: self.note_weights(found)
-        for group,is_full in ((whole,True),(norms,False)):
-            if not group or not (is_full or with_weights): continue
-            keys = [self.param_keys[place] for place,_,_ in group]
-            weights = [p for _,p,_ in group] if with_weights else None
-            self.engine.put_all(keys, [g for _,_,g in group], weights, full=is_full)
+        if whole: self.put_group(whole, with_weights, full=True)
+        if norms and with_weights: self.put_group(norms, with_weights, full=False)
+
+    def put_group(self, found, with_weights, full):
+        places,params,grads = zip(*found)
+        keys = [self.param_keys[place] for place in places]
+        self.engine.put_all(keys, grads, params if with_weights else None, full)
 
     def places_wanted(self, due)->set:
         "Of the parameters of which these consumers want all sums"
@@ -421,8 +443,9 @@ class ReadsParams(Transaction):
 
     def note_weights(self, found):
         "What a step of which norms are wanted starts from"
-        self.batch.attempt.all_grads = [_mark(p) for _,p,_ in found if not p.grad.is_inference()]
-        if self.wants_updates(): self.old_weights = OldWeights([p for _,p,_ in found], [place for place,_,_ in found])
+        places,params,_ = zip(*found)
+        self.batch.attempt.versions = Versions(params)
+        if self.wants_updates(): self.old_weights = OldWeights(params, places)
 
     def is_dropped(self, attempt):
         "A gradient that is kept goes into the next step: its batch only accumulated"
@@ -443,12 +466,12 @@ class Measures(ReadsParams):
         attempt.step_seen = True
         overflow = self.loop.overflow()
         if overflow is not None: self.engine.number(self.keys(Role.OVERFLOW), overflow)
-        acted = self.loop.acts_after or any(_was_changed(*mark) for mark in attempt.all_grads)
-        if not acted: return
+        versions = attempt.versions
+        if not (self.loop.acts_after or versions is not None and versions.are_old()): return
         grads = self.optimized()
         key = self.keys(Role.OPTIMIZED)
         if grads: self.engine.put_all([key]*len(grads), grads, full=False)
-        elif attempt.all_grads: self.engine.number(key, torch.zeros(()))   # nothing is left of them for the optimizer
+        elif versions is not None and versions.params: self.engine.number(key, torch.zeros(()))   # nothing is left of them for the optimizer
         if self.old_weights: self.old_weights.renew()
 
     def optimized(self)->list:

@@ -39,11 +39,18 @@ class KernelReads:
 
     def __getattr__(self, name): return getattr(self.kernel, name)
 
-    def read(self, at, w, n, limit, full, weights, acc, row):
+    def note(self, at, n, full, weights):
         self.notes.append((at, n, bool(full), bool(weights)))
         params = self.model.named_parameters() if self.model else ()
         self.names.append(next((name for name,p in params if p.grad is not None and p.grad.data_ptr()==at), None))
+
+    def read(self, at, w, n, limit, full, weights, acc, row):
+        self.note(at, n, full, weights)
         self.kernel.read(at, w, n, limit, full, weights, acc, row)
+
+    def read_all(self, ats, ws, sizes, limit, full, weights, acc, rows):
+        for at,n in zip(ats.tolist(), sizes.tolist()): self.note(at, n, full, weights)
+        self.kernel.read_all(ats, ws, sizes, limit, full, weights, acc, rows)
 
 @contextmanager
 def kernel_reads():
@@ -54,7 +61,7 @@ def kernel_reads():
 
 @pytest.mark.parametrize('opt_func', [SGD, lambda params, **kw: OptimWrapper(params, torch.optim.SGD, **kw)])
 def test_both_callbacks_read_once(opt_func):
-    "Each parameter's gradient and each output's: one call of the kernel a step, in which the weights are read as well"
+    "Each parameter's gradient and each output's: once a step, together with its weights"
     learn = counting_learner(GradStatsCallback(), GradNormCallback(), opt_func=opt_func)
     with kernel_reads() as reads:
         reads.model = learn.model
