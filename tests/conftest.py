@@ -32,7 +32,7 @@ def pytest_runtest_protocol(item):
         return (yield)
 
 # What takes longest comes first where tests run side by side (`pytest -n 2 --dist loadfile`), so that both processes end together
-longest = 'test_notebooks','test_distributed','test_kernel','test_engine','test_compile','test_names','test_interrupts','test_gpu_kernel'
+longest = 'test_notebooks','test_kernel','test_distributed','test_names','test_compile','test_engine','test_gpu_kernel','test_taking_part'
 
 def pytest_collection_modifyitems(items):
     if not side_by_side: return
