@@ -31,9 +31,13 @@ def pytest_runtest_protocol(item):
         fcntl.flock(f, fcntl.LOCK_EX)
         return (yield)
 
+# What takes longest comes first where tests run side by side (`pytest -n 2 --dist loadfile`), so that both processes end together
+longest = 'test_notebooks','test_kernel','test_distributed','test_names','test_compile','test_engine','test_gpu_kernel','test_taking_part'
+
 def pytest_collection_modifyitems(items):
-    "Side by side (`pytest -n 2 --dist loadfile`) the file that takes longest comes first"
-    if side_by_side: items.sort(key=lambda item: item.path.stem!='test_notebooks')
+    if not side_by_side: return
+    place = {file:i for i,file in enumerate(longest)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(longest)))
 
 @pytest.fixture(scope='session')
 def root(): return ROOT

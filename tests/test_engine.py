@@ -2,12 +2,12 @@
 import math,warnings
 import numpy as np,pytest,torch
 from torch import tensor
-from fastai_gradstats import by_blocks,buffer,histogram
+from fastai_gradstats import by_blocks,by_gpu_kernel,buffer,gpu_launch,histogram
 from fastai_gradstats.by_blocks import BLOCK,CHUNK,SMALL
 from fastai_gradstats.engine import Engine
 from fastai_gradstats.histogram import octaves
 from fastai_gradstats.stats import ABOVE,DOT,MAX,NONFINITE,SUM_SQ,W_SQ,finish
-from helpers.callbacks import each_reader_and_gpu
+from helpers.callbacks import each_reader_and_gpu,read_by
 from helpers.oracles import as_float64,compare_row
 
 cpu = torch.device('cpu')
@@ -100,8 +100,11 @@ def check_engine_row(g, w, s, f, c, h, norms_only):
     x = np.abs(g)
     if h is not None: assert octaves(h[None])[2].sum()==((x>=2.**-149)&(x<2.**128)).sum()
 
-@each_reader_and_gpu
-@pytest.mark.parametrize('seed', range(12))
+# A GPU's kernels, interpreted, are slow
+random_sequences = [(seed,reader) for seed in range(12) for reader in ('kernel','blocks','rows')]
+random_sequences += [pytest.param(seed, 'gpu', marks=() if seed in (4,6) else pytest.mark.slow) for seed in range(12)]
+
+@pytest.mark.parametrize('seed,by_rows', random_sequences, indirect=['by_rows'])
 @pytest.mark.filterwarnings('ignore:Sparse')
 def test_random_sequences(seed, by_rows):
     rng = np.random.default_rng(seed)
@@ -129,10 +132,26 @@ def hard_values(n):
                 sorted=np.linspace(1, 0, n)**4, ulps=1+i%5*2**-23, powers=2.**-(i%60), subnormal=i%9*1e-45,
                 faint=np.linspace(1, 2, n)*1e-21)
 
-@each_reader_and_gpu
-@pytest.mark.parametrize('n', (10, SMALL, SMALL+1, BLOCK+1, 3_000_000))
+hard_sums = [(n,reader) for n in (10, SMALL, SMALL+1, BLOCK+1, 3_000_000) for reader in ('kernel','blocks','rows')]
+hard_sums += [(n,'gpu') for n in (10, SMALL, SMALL+1)]
+hard_sums += [pytest.param(530_000, 'gpu', marks=pytest.mark.slow)]   # more chunks than are merged at a time
+
+@pytest.mark.parametrize('n,by_rows', hard_sums, indirect=['by_rows'])
 @pytest.mark.parametrize('how', hard_values(1))
-def test_hard_sums(how, n, by_rows):
+def test_hard_sums(how, n, by_rows): check_hard_sums(how, n, by_rows)
+
+@pytest.mark.parametrize('how', hard_values(1))
+def test_long_chunks(how, monkeypatch):
+    "As a GPU's kernels take millions of elements: eight steps to a program, and more chunks than are merged at a time"
+    monkeypatch.setattr(by_gpu_kernel, 'MOST_PROGRAMS', 1)
+    monkeypatch.setitem(gpu_launch.SIZES, 'merge', 4)
+    with read_by('gpu') as by_rows: check_hard_sums(how, 70_000, by_rows)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('by_rows', ('gpu',), indirect=True)
+def test_many_hard_sums(by_rows): check_hard_sums('huge', 3_000_000, by_rows)
+
+def check_hard_sums(how, n, by_rows):
     x = tensor(hard_values(n)[how], dtype=torch.float32)
     e,norms = (Engine(by_rows=by_rows) for _ in range(2))
     for o in (e,norms): o.put_all([0], [x], [x], full=o is e)

@@ -27,10 +27,11 @@ def compare(buffer, tensors):
         np.testing.assert_allclose(found[:,i], [want[k] for k in floats], rtol=5e-6, atol=5e-6*want['mean_abs'], err_msg=f'{i}: {tuple(t.shape)} {t.dtype}')
         assert counts[:,i].tolist()==[t.numel(), want['zeros'], want['nonfinite'], want['above']]
 
+@pytest.mark.parametrize('sizes', ((7,), pytest.param((1,2049), marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
-def test_proved(dtype, kernels):
+def test_proved(dtype, sizes, kernels):
     "What is proved on a GPU before it is used holds here"
-    with np.errstate(all='ignore'): prove(kernels, [dtype], sizes=(1,7,2049))
+    with np.errstate(all='ignore'): prove(kernels, [dtype], sizes)
 
 layouts = dict(
     channels_last=lambda x: x.view(4,5,6,7).to(memory_format=torch.channels_last), transposed=lambda x: x.view(20,42).t(), permuted=lambda x: x.view(4,5,6,7).permute(2,0,3,1),

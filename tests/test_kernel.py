@@ -1,12 +1,12 @@
 "The compiled read: where it is used, where not, and that nobody notices which."
-import os,subprocess,sys
+import os,shutil,sys
 import pytest,torch
 from fastai.basics import *
 from torch.utils._pytree import tree_map
 from fastai_gradstats.by_blocks import BLOCK
 from fastai_gradstats.engine import Engine
 from fastai_gradstats.stats import DOT,MAX,SUM_SQ,W_SQ,ZEROS,finish,measure
-from helpers.project import ROOT
+from helpers.project import ROOT,run_command,run_forked
 
 pytest.importorskip('numba')
 
@@ -26,11 +26,7 @@ def run():
     return learn
 """
 
-def new_process(code, **env):
-    "What a new process prints"
-    res = subprocess.run([sys.executable, '-W', 'always', '-c', training_code+code], capture_output=True, text=True, cwd=ROOT, env=os.environ|env)
-    assert res.returncode==0, res.stderr
-    return res.stdout,res.stderr
+def new_process(code, **env): return run_forked(training_code+code, **env)
 
 print_norms = "\nprint(*(f'{v:.3g}' for v in run().grad_norm.norms), by_kernel.find_kernel() is not None)"
 
@@ -53,10 +49,16 @@ def test_nowhere_to_cache(want):
     "Compiled code that cannot be kept is compiled again"
     assert new_process(print_norms, NUMBA_CACHE_LOCATOR_CLASSES='ZipCacheLocator')[0]==want
 
+@pytest.fixture(scope='module')
+def filled_cache(want, tmp_path_factory):
+    res = tmp_path_factory.mktemp('numba')
+    assert new_process(print_norms, NUMBA_CACHE_DIR=str(res))[0]==want
+    return res
+
 @pytest.mark.parametrize('files,size', (('*.nbi', 0), ('*.nbc', 1000)), ids=('index','code'))
-def test_damaged_cache(files, size, want, tmp_path):
+def test_damaged_cache(files, size, want, filled_cache, tmp_path):
     "As after a power cut: compiled anew, and said"
-    assert new_process(print_norms, NUMBA_CACHE_DIR=str(tmp_path))[0]==want
+    shutil.copytree(filled_cache, tmp_path, dirs_exist_ok=True)
     found = list(tmp_path.rglob(files))
     for f in found: os.truncate(f, size)
     out,err = new_process(print_norms, NUMBA_CACHE_DIR=str(tmp_path))
@@ -79,12 +81,13 @@ print(torch.get_num_threads(), threading.active_count()-n, p._is_initialized, by
 
 def test_not_before_it_is_needed():
     "Neither the package nor a gradient elsewhere loads numba"
-    assert new_process("""
+    out = run_command(sys.executable, '-c', training_code+"""
 e = engine.Engine()
 for dev in ('meta', 'cpu'):
     print('numba' in sys.modules)
     with torch.no_grad(): e.put(0, torch.empty(3, device=dev))
-print('numba' in sys.modules)""")[0].split()==['False','False','True']
+print('numba' in sys.modules)""", cwd=ROOT)
+    assert out.split()==['False','False','True']
 
 def test_interrupted_while_it_compiles():
     "The next fit compiles"

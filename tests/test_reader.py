@@ -1,5 +1,5 @@
 "What a reader holds in his hands: a thread that reads while training, frames that are edited, networks that change, numbers at the edges of their types."
-import copy,os,pickle,subprocess,sys,threading,time
+import copy,os,pickle,sys,threading,time
 import numpy as np,pandas as pd,pytest,torch
 from torch import nn
 from fastai.basics import Callback,Learner,SGD
@@ -11,7 +11,7 @@ from fastai_gradstats.stores import Rows,counts,floats
 from fastai_gradstats.stats import finish
 from helpers.callbacks import ByRows,TrainOnly,each_reader
 from helpers.oracles import GradSpy,octaves_by_numpy
-from helpers.project import ROOT
+from helpers.project import run_forked
 from helpers.training import fit,loaders
 
 def reader_learner(*cbs, model=None, n=6, bs=8, seed=0, **kw):
@@ -100,6 +100,7 @@ import multiprocessing as mp,os,threading,torch
 from fastai.test_utils import synth_learner
 from fastai_gradstats import GradStatsCallback,record,stores
 from fastai_gradstats.engine import Engine
+torch.set_num_threads(1)
 stats = GradStatsCallback('param')
 learn = synth_learner(cbs=stats)
 with learn.no_bar(), learn.no_logging(): learn.fit(1)
@@ -128,8 +129,8 @@ print('exit', process.exitcode)
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
 def test_forked_while_somebody_reads():
     "A child that is forked while another thread holds the locks can read and record. In a process of its own: torch's threads do not survive a fork"
-    res = subprocess.run([sys.executable, '-c', FORK], capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(ROOT)})
-    assert res.stdout.strip().endswith('exit 0'), res.stdout+res.stderr
+    out,err = run_forked(FORK)
+    assert out.strip().endswith('exit 0'), out+err
 
 def test_fetch_of_some():
     "Iterations that are closed but not asked for stay, under the numbers that they then have"

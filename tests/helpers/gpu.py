@@ -1,5 +1,6 @@
 "A GPU that is not there: its kernels run by Triton's interpreter, and launches counted"
 import contextlib
+from dataclasses import replace
 from unittest import mock
 import torch
 from triton.runtime import interpreter
@@ -11,8 +12,11 @@ the_cpu = torch.device('cpu')
 
 @contextlib.contextmanager
 def patched_once():
-    "Triton's interpreter exchanges its language around each call of a kernel's function; once a launch is enough, and four times as fast"
+    """Triton's interpreter exchanges its language around each call of a kernel's function; once a launch is enough, and four times as fast.
+    Nor does it calculate whether integers overflow: it has nobody to tell (`debug` is off)"""
     patch,launch,done = interpreter._patch_lang,interpreter.GridExecutor.__call__,set()
+    builder = interpreter.interpreter_builder
+    unchecked = replace(builder.options, sanitize_overflow=False)
     def once(function):
         module = id(function.__globals__)
         if module in done: return None
@@ -22,7 +26,8 @@ def patched_once():
         done.clear()
         try: return launch(self, *args, **kwargs)
         finally: done.clear()
-    with mock.patch.object(interpreter, '_patch_lang', once), mock.patch.object(interpreter.GridExecutor, '__call__', launched): yield
+    with (mock.patch.object(interpreter, '_patch_lang', once), mock.patch.object(interpreter.GridExecutor, '__call__', launched),
+          mock.patch.object(builder, 'options', unchecked)): yield
 
 def interpreted(dtypes=tuple(DTYPES), with_octaves=True):
     kernels = InterpretedKernels()

@@ -1,5 +1,5 @@
 "The project's files, and commands that are run on them."
-import json,subprocess
+import contextlib,io,json,multiprocessing,os,subprocess,warnings
 from pathlib import Path
 
 PKG = 'fastai_gradstats'
@@ -10,6 +10,28 @@ def run_command(*args, **kw):
     res = subprocess.run([str(a) for a in args], capture_output=True, text=True, **kw)
     assert res.returncode==0, f"{' '.join(map(str, args))}\n{res.stdout}\n{res.stderr}"
     return res.stdout
+
+def send_printed(code, env, connection):
+    "Run code, and send what it prints"
+    os.environ.update(env)
+    os.chdir(ROOT)
+    warnings.simplefilter('always')
+    out,err = io.StringIO(),io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): exec(code, {'__name__':'__main__'})
+    connection.send((out.getvalue(),err.getvalue()))
+
+def run_forked(code, **env):
+    "What a process prints that has imported fastai (`conftest.py`), but not numba: a new one takes longer to import than to do what it is asked"
+    context = multiprocessing.get_context('forkserver')
+    ours,theirs = context.Pipe(duplex=False)
+    process = context.Process(target=send_printed, args=(code, env, theirs))
+    process.start()
+    theirs.close()
+    try: res = ours.recv()
+    except EOFError: res = None   # its traceback is in pytest's captured output
+    process.join()
+    assert process.exitcode==0, process.exitcode
+    return res
 
 def project_files():
     "What git tracks, and what is new and not ignored."
