@@ -30,6 +30,7 @@ Modules:
 - `fastai_gradstats.stats`: What is measured: one small function per statistic
 - `fastai_gradstats.stores`: What training adds to: rows in bulk, in memory that stays bounded
 - `fastai_gradstats.stream`: A record goes to files while training goes on
+- `fastai_gradstats.trackers`: Norms go to W&B, TensorBoard, MLflow or Trackio while training goes on
 - `fastai_gradstats.watch`: An optimizer that tells when it steps and when it clears its gradients"""
 
 __version__ = "0.1.0"

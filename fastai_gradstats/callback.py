@@ -391,6 +391,7 @@ class _GradCallback(_Ours, Callback):
         consumer.folder = self.folder   # read when the next record begins
         self._check_names()
         consumer.open(rank())
+        consumer.begin_log()
 
     def _check_names(self):
         "Do `modules` and `include` name something?"
@@ -457,16 +458,18 @@ class GradNormCallback(_GradCallback):
                  every:int=1, # record one step in `every`
                  update_every:int=None, # measure how far each parameter moved, on one step in `update_every`
                  show:bool=False, # a column `grad_norm` in the epoch table: mean norm of the epoch's steps; the same in all processes of a distributed run
-                 folder=None # stream to files in this folder while training; one that holds no record yet
+                 folder=None, # stream to files in this folder while training; one that holds no record yet
+                 log=None, # send norms, while training goes on, to 'wandb', 'tensorboard', 'mlflow', 'trackio', a `SummaryWriter` or a function of a dict and a step
+                 log_every:int=50, # steps in one entry
+                 log_by:str='module' # norms of what go with them: 'param', 'module', 'group' or None
                 ):
-        options = NormOptions(every, update_every)
-        self.every = options.every
-        self.update_every = options.update_every
+        options = NormOptions(every, update_every, log, log_every, log_by)
+        for name,value in vars(options).items(): setattr(self, name, value)
         self.show = show
         self.folder = folder
         self._set_up(NormConsumer(options, type(self).__name__, folder))
 
-    def _options(self): return NormOptions(self.every, self.update_every)
+    def _options(self): return NormOptions(self.every, self.update_every, self.log, self.log_every, self.log_by)
 
     def _show(self, old, new):
         "Come and go with the callback"

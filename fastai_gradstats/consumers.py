@@ -26,6 +26,7 @@ from fastai_gradstats.record import GradRecord
 from fastai_gradstats.stats import above, finish, group_norms, sums, MAX, SUM_SQ, NONFINITE, ABOVE, W_SQ, DOT
 from fastai_gradstats.stores import Break, Rows, Steps, Where, columns, counts, floats, param_rows
 from fastai_gradstats.stream import Stream
+from fastai_gradstats.trackers import BY, NormLog, StepNorms, label_of, tracker_of
 
 # %% ../nbs/03c_consumers.ipynb #d92297e7
 def whole_number(name, value)->int:
@@ -104,9 +105,15 @@ class NormOptions:
     "What a record of norms is to hold"
     every:int = 1             # one step in `every`
     update_every:int = None   # measure how far each parameter moved, on one step in `update_every`
+    log:object = None         # where norms are sent while training goes on, see `trackers`
+    log_every:int = 50        # steps in one entry
+    log_by:str = 'module'     # norms of what go with them: 'param', 'module', 'group' or None
 
     def __post_init__(self):
         self.every = whole_number('every', self.every)
+        self.log_every = whole_number('log_every', self.log_every)
+        if self.log_by not in (*BY,None): raise ValueError(f"log_by: accepted are 'param', 'module', 'group' and None, got {self.log_by!r}")
+        if self.log is not None: tracker_of(self.log)   # raises
         if self.update_every is None: return
         self.update_every = whole_number('update_every', self.update_every)
         if self.update_every%self.every:
@@ -261,6 +268,7 @@ class Consumer:
     def skip(self, where): raise NotImplementedError              # this step is not taken
 
     def wants_updates(self, where)->bool: return False   # is it to be measured how far weights move?
+    def begin_log(self): "A fit begins: a tracker may raise"
 
     def reset(self):
         "An empty record, counted from 0"
@@ -302,6 +310,10 @@ class Consumer:
         if self.folder is None or self.stream is not None or rank: return
         self.stream = Stream(self.record, self.folder, self.tables, rank)
         self.stream.claim()
+
+    def late(self)->bool:
+        "Something was committed: is it time to write?"
+        return self.stream is not None and self.stream.late()
 
     def write(self, everything=False):
         "Iterations whose step is not over wait, unless this may be the end"
@@ -411,6 +423,24 @@ class NormConsumer(Consumer):
     tables = 'steps','params'
     weights = True
     epoch_start = None   # steps on record when an epoch began
+    log = None           # `NormLog`
+
+    def begin_log(self):
+        "A fit begins. Raises where its norms cannot be logged"
+        options = self.options
+        made_of = options.log,options.log_every,options.log_by
+        if self.log is None or self.log.made_of!=made_of: self.log = None if options.log is None else NormLog(*made_of)
+        if self.log is not None and self.reader.rank==0: self.log.begin()
+
+    def late(self):
+        is_late = super().late()   # it counts
+        return is_late or self.log is not None and self.log.late(self.counts.steps[FIT])
+
+    def write(self, everything=False):
+        super().write(everything)
+        if self.log is not None: self.log.write(None if everything else self.counts.steps[FIT])
+
+    def __getstate__(self): return {**super().__getstate__(), 'log':None}
 
     def new_record(self): return GradRecord(steps=Steps(), params=param_rows(updates=bool(self.options.update_every)))
     def choose(self, model):
@@ -448,12 +478,24 @@ class NormConsumer(Consumer):
         coefficient = np.where(was_measured, clip_coefficient(norm, clipped_norm), 1.)
         skipped = np.array([c.skipped for c in readings.commits])
         overflow = readings.number(Role.OVERFLOW)>0
-        self.steps.append(**where._asdict(), lr=[c.lr for c in readings.commits], bs=[s.samples for s in shares],
+        columns = dict(where._asdict(), lr=[c.lr for c in readings.commits], bs=[s.samples for s in shares],
             skipped=skipped|overflow, loss=readings.number(Role.LOSS), norm=norm, clip_coef=coefficient,
             clipped_norm=clipped_norm, weight_norm=weight_norm, nonfinite=readings.total(params, NONFINITE), **updates)
+        self.steps.append(**columns)
+        if self.log is not None and self.reader.rank==0: self.add_to_log(columns, readings, params)
         self.add_params(readings, np.array(where), params, drifted)
         if drifted.any():
             say("Weights were moved between the forward pass and the optimizer's step by something else than the optimizer (as SAM does): update_norm is NaN there", 'drifted')
+
+    def add_to_log(self, columns, readings, params):
+        "What these steps are worth to a tracker"
+        squares = [{} for _ in columns['step']]
+        if self.log.by is not None:
+            labels = [label_of(k.name, k.group, self.log.by) for k in readings.keys]
+            rows = zip(readings.commit[params].tolist(), readings.key[params].tolist(), readings.sums[params,SUM_SQ].tolist())
+            for commit,key,square in rows: squares[commit][labels[key]] = squares[commit].get(labels[key], 0.)+square
+        values = [dict(zip(columns, row)) for row in zip(*columns.values())]
+        self.log.add([StepNorms(v['step'], v, s) for v,s in zip(values, squares) if v['phase']==FIT])
 
     def clipped_norm(self, readings, norm)->np.ndarray:
         "The norm that the optimizer got: `norm` where nobody acted, NaN where nobody knows"

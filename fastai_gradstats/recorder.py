@@ -912,7 +912,7 @@ class Reader(Says):
         ran,names = (self.check.order,self.names) if self.check else ([],[])
         is_full = self.engine.commit(Note(shares, is_step, skipped, self.loop.lr(), ran, names))   # from this line on it counts, whatever interrupts
         if self.check: self.check.begin()
-        late = [s.consumer for s in shares if s.consumer.stream is not None and s.consumer.stream.late()]
+        late = [s.consumer for s in shares if s.consumer.late()]
         if is_full or late: self.flush()
         for consumer in late: consumer.write()
 
@@ -1155,7 +1155,10 @@ class GradRecorder:
                  extra:dict=None, # name -> f(gradient) -> 0-d tensor: one more float column each
                  update_every:int=None, # measure how far each parameter moved, on one step in `update_every`
                  folder=None, # stream to files in this folder while training; one that holds no record yet
-                 scaler=None # a `torch.amp.GradScaler`: its scale is taken off outputs, and steps that it leaves out are marked
+                 scaler=None, # a `torch.amp.GradScaler`: its scale is taken off outputs, and steps that it leaves out are marked
+                 log=None, # send norms, while training goes on, to 'wandb', 'tensorboard', 'mlflow', 'trackio', a `SummaryWriter` or a function of a dict and a step
+                 log_every:int=50, # steps in one entry
+                 log_by:str='module' # norms of what go with them: 'param', 'module', 'group' or None
                 ):
         if not isinstance(model, nn.Module): raise TypeError(f"model: an nn.Module is accepted, got {type(model).__name__}")
         options = StatsOptions(kind, modules, include, every, threshold, hist, keep, extra)
@@ -1163,7 +1166,7 @@ class GradRecorder:
         self.loop = PlainLoop(model, _optimizers(opt), scaler)
         self.reader = LoopReader(self.loop)
         stats = StatsConsumer(options, 'GradRecorder', folder)
-        norms = NormConsumer(NormOptions(every, update_every), 'GradRecorder', folder)
+        norms = NormConsumer(NormOptions(every, update_every, log, log_every, log_by), 'GradRecorder', folder)
         stats.choose(model)   # raises where `modules` or `include` name nothing
         self._record = GradRecord(stats.rows, norms.steps, norms.norms, threshold=options.threshold, asked=options.kinds)
         for consumer in (stats,norms):
@@ -1175,6 +1178,7 @@ class GradRecorder:
         "Hooks go on. Each start is a `fit` of its own in the record"
         if self.reader.live: return self
         self.reader.said = set()
+        for consumer in self.reader.consumers: consumer.begin_log()
         self.reader.fit_begins()
         self.reader.start()
         scaler = self.loop.scaler
