@@ -13,19 +13,16 @@ __all__ = []
 import math
 import numpy as np
 from collections import namedtuple
-from importlib import import_module
+from contextlib import contextmanager
 from itertools import groupby
 from warnings import warn
 
 # %% ../nbs/03b1_trackers.ipynb #47d43fc8
-def needed(module, # to import
-           name=None # of what pip installs; None: the same
-          ):
-    "The module of a tracker, or an error with the line to type"
-    try: return import_module(module)
-    except ImportError as e:
-        name = name or module
-        raise ImportError(f"log: {name} cannot be imported ({e}). To install it: pip install {name}") from None
+@contextmanager
+def to_install(name):
+    "A tracker that cannot be imported is an error with the line to type"
+    try: yield
+    except ImportError as e: raise ImportError(f"log: {name} cannot be imported ({e}). To install it: pip install {name}") from None
 
 class Tracker:
     "Where numbers are logged"
@@ -40,7 +37,9 @@ class FunctionTracker(Tracker):
 class WandbTracker(Tracker):
     "The run that `wandb.init()` began. Its steps are its own; `grad/step` is the axis"
     run = None
-    def __init__(self): self.wandb = needed('wandb')
+    def __init__(self):
+        with to_install('wandb'): import wandb
+        self.wandb = wandb
 
     def begin(self):
         run = self.wandb.run
@@ -55,8 +54,10 @@ class WandbTracker(Tracker):
 class TensorBoardTracker(Tracker):
     "A writer of TensorBoard; a new one writes to `runs/`"
     def __init__(self, writer=None):
-        self.make = None if writer is not None else needed('torch.utils.tensorboard', 'tensorboard').SummaryWriter
         self.writer = writer
+        if writer is not None: return
+        with to_install('tensorboard'): from torch.utils.tensorboard import SummaryWriter
+        self.make = SummaryWriter
 
     def begin(self):
         if self.writer is None: self.writer = self.make()
@@ -66,12 +67,16 @@ class TensorBoardTracker(Tracker):
 
 class MlflowTracker(Tracker):
     "The active run of MLflow, which begins one where there is none"
-    def __init__(self): self.mlflow = needed('mlflow')
+    def __init__(self):
+        with to_install('mlflow'): import mlflow
+        self.mlflow = mlflow
     def send(self, values, step): self.mlflow.log_metrics(values, step=step)
 
 class TrackioTracker(Tracker):
     "The run that `trackio.init()` began"
-    def __init__(self): self.trackio = needed('trackio')
+    def __init__(self):
+        with to_install('trackio'): import trackio
+        self.trackio = trackio
     def send(self, values, step): self.trackio.log(values, step=step)
 
 trackers = dict(wandb=WandbTracker, tensorboard=TensorBoardTracker, mlflow=MlflowTracker, trackio=TrackioTracker)

@@ -7,6 +7,7 @@ from fastai.callback.training import GradientAccumulation,GradientClip
 from fastai_gradstats import GradNormCallback,GradRecorder,GradStatsCallback
 from fastai_gradstats.engine import Engine
 from helpers.callbacks import CPUAmp,Overflow
+from helpers.project import run_forked
 from helpers.training import fit,seeded_mlp,step_learner,trained_alike,vector_batches,warned
 
 class Entries(list):
@@ -228,3 +229,22 @@ def test_mlflow(tmp_path, monkeypatch):
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, 'grad/norm')
     assert [m.step for m in history]==[1,3,5,7]
     assert [m.value for m in history]==pytest.approx(learn.grad_norm.steps['norm'].to_numpy().reshape(-1,2).mean(1))
+
+@pytest.mark.slow
+def test_trackio(tmp_path, monkeypatch):
+    "In a process of its own: it reads its folder's name when it is imported"
+    pytest.importorskip('trackio')
+    printed,_ = run_forked("""
+import trackio
+from fastai.basics import *
+from trackio.sqlite_storage import SQLiteStorage
+from fastai_gradstats import GradNormCallback
+from helpers.training import fit,step_learner
+trackio.init(project='p', name='r')
+learn = fit(step_learner([GradNormCallback(log='trackio', log_every=2)]), 2)
+trackio.finish()
+logs = SQLiteStorage.get_logs('p', 'r')
+assert [o['step'] for o in logs]==[1,3,5,7]
+assert np.allclose([o['grad/norm'] for o in logs], learn.grad_norm.steps['norm'].to_numpy().reshape(-1,2).mean(1))
+print('right')""", TRACKIO_DIR=str(tmp_path))
+    assert printed.strip().endswith('right')
