@@ -17,7 +17,9 @@ from fastai.callback.schedule import Learner
 from sklearn.datasets import load_digits
 from .callback import GradNormCallback, GradStatsCallback
 from .stats import decade
+from .diagnosis import diagnose
 from .plot import plot_grad_heatmap, plot_grad_log10, plot_grad_norm
+from .report import save_report
 
 # %% ../nbs/09_demo.ipynb #dd090001
 class _Samples(list):
@@ -102,7 +104,7 @@ def thread_answer(learn)->str:
 
 # %% ../nbs/09_demo.ipynb #deb0b4da
 def save_all(learn, out:Path):
-    "Plots (PNG) and frames (CSV) of both callbacks in the folder `out`"
+    "The report, plots (PNG) and frames (CSV) of both callbacks in the folder `out`"
     out.mkdir(parents=True, exist_ok=True)
     for plot in (plot_grad_log10, plot_grad_heatmap, plot_grad_norm):
         fig = plot(learn).figure
@@ -110,22 +112,40 @@ def save_all(learn, out:Path):
         plt.close(fig)
     learn.grad_stats.df.to_csv(out/'grad_stats.csv', index=False)
     learn.grad_norm.df.to_csv(out/'grad_norm.csv', index=False)
+    save_report(learn, out/'report.html')
 
 # %% ../nbs/09_demo.ipynb #6f184b41
 def _show(title, df):
     with pd.option_context('display.width', 160, 'display.max_columns', 20, 'display.precision', 3): print(f"\n{title}\n{df.head()}")
+
+def _fit(learn, epochs, lr):
+    "With a bar in a terminal, elsewhere with a line for each epoch"
+    if sys.stdout.isatty(): return learn.fit_one_cycle(epochs, lr)
+    names = L('epoch','train_loss','valid_loss','accuracy','time')
+    def print_epoch(values): print(', '.join(f'{name} {value:.3f}' if isinstance(value, float) else f'{name} {value}' for name,value in zip(names, values)))
+    learn.logger = print_epoch
+    with learn.no_bar(): learn.fit_one_cycle(epochs, lr)
+
+def _early_loss(learn)->str:
+    "Why the first validation may look wrong where gradients do not"
+    train,valid,_ = learn.recorder.values[0]
+    if valid<3*train: return ''
+    return (f"(A validation loss of {valid:.1f} after the first epoch, at a training loss of {train:.1f}: BatchNorm validates with running statistics, "
+            f"which after {len(learn.dls.train)} batches lag behind. No gradient is wrong.)")
 
 def _one(model, out, epochs, lr, seed):
     "Train one model, tell and save"
     learn = digits_learner(model, seed, cbs=[GradStatsCallback(), GradNormCallback()])
     n_params = sum(p.numel() for p in learn.model.parameters())
     print(f"\n{model}: {n_params:,} parameters, {len(learn.dls.train_ds):,} digits")
-    learn.fit_one_cycle(epochs, lr)
-    _show('learn.grad_stats.df', learn.grad_stats.df)
-    _show('learn.grad_norm.df', learn.grad_norm.df)
-    print(f"\nAre gradients less than 1?\n{thread_answer(learn)}")
+    _fit(learn, epochs, lr)
+    if (note := _early_loss(learn)): print(note)
+    _show('Statistics of each gradient, learn.grad_stats.df', learn.grad_stats.df)
+    _show('The norm of each step, learn.grad_norm.df', learn.grad_norm.df)
+    print(f"\nA question from the fast.ai forum, why are gradients less than 1?\n{thread_answer(learn)}")
     save_all(learn, out/model)
-    print(f"\nPlots and tables: {out/model}")
+    print(f"\ndiagnose(learn)\n{diagnose(learn)}")
+    print(f"\nReport, plots and tables: {out/model/'report.html'} and beside it")
 
 # %% ../nbs/09_demo.ipynb #45963d01
 @call_parse
@@ -135,7 +155,7 @@ def main(out:Path='gradstats_demo', # Folder for plots and tables
          lr:float=.01, # Largest learning rate of fit_one_cycle
          seed:int=42 # Of weights and batches
         ):
-    "Train on scikit-learn's digits and watch the gradients"
+    "Train on scikit-learn's digits and watch the gradients: two tables, a report, and what is wrong with them, if anything"
     if model and model not in models: raise SystemExit(f"--model: accepted are {', '.join(models)}, got {model!r}")
     if epochs<1: raise SystemExit(f"--epochs: a whole number from 1 up is accepted, got {epochs}")
     plt.switch_backend('agg')
