@@ -20,6 +20,7 @@ from .stats import statistics, sums, MAX, SUM_ABS, SUM_SQ, SUM, M2, Q, ZEROS, NO
 # %% ../nbs/01a_buffer.ipynb #29ca4f88
 class Buffer:
     "Rows of sums on one device, one for each gradient, in the order in which they came"
+    kernels = None   # of a GPU, by which it reads
     def __init__(self,
                  device,
                  threshold=1., # what `above` counts from

@@ -388,5 +388,5 @@ def _extend(kernels, dtypes, with_octaves):
 
 def device_buffer(device, *args):
     "A buffer for gradients that are not on the CPU"
-    kernels = _kernels.get(device)
+    kernels = _kernels.get(device) if are_wanted() else None
     return RowBuffer(device, *args) if kernels is None else GpuBuffer(device, *args, kernels=kernels)
