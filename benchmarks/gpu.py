@@ -38,7 +38,8 @@ cases = {  # name -> function that makes a model and its batch
 class Setup:
     "Where, and how much"
     device: torch.device
-    ends: float                       # when nothing new is begun any more
+    ends: float                       # when nothing new is begun any more,
+    limit: float                      # and when all is over
     cases: dict = field(default_factory=lambda: cases)
     sizes: tuple = (1, 7, 2049, 100_003)  # of tensors with hard numbers,
     large: int = 5_000_011            # and of one more
@@ -276,6 +277,8 @@ def ms_a_step(learn, kind):
 
 def with_precision(precision): return [MixedPrecision(amp_mode='bf16')] if precision=='bf16' else []
 
+class NoTime(Exception): "For what would take longer than there is time"
+
 def race(setup, make, precision, seconds)->pd.DataFrame:
     "Kinds take turns for so long, and once at least"
     def new(kind, steps):
@@ -284,6 +287,8 @@ def race(setup, make, precision, seconds)->pd.DataFrame:
     fewest,most = setup.steps
     ms = ms_a_step(new('bare', fewest), 'bare')
     steps = min(max(int(500/ms), fewest), most)
+    needed = 2*2*len(kinds)*(steps+Timed.warm)*ms/1000   # two fits of each kind, and twice the time of a bare step
+    if time.time()+needed>setup.limit: raise NoTime(f'{needed:.0f} s would be needed')
     learners,notes,times = {},{},{kind:[] for kind in kinds}
     for kind in kinds:
         try:
@@ -370,6 +375,7 @@ def run_tables(setup, say)->bool:
             found = measured(setup)
             if 'note' in found: all_right &= not found[found['callbacks'].isin(ours)]['note'].any()
             said = markdown(found)
+        except NoTime as e: said = f'**Skipped**: {e}.'
         except Exception as e:
             said = f'**Failed**: {type(e).__name__}: {" ".join(str(e).split())[:500]}'
             all_right = False
@@ -388,7 +394,8 @@ def say(line): print(line, flush=True)
 
 def run_part(name, device, seconds)->bool:
     "In a process of its own"
-    return parts[name](Setup(device, time.time()+.7*seconds), say)
+    start = time.time()
+    return parts[name](Setup(device, start+.7*seconds, start+seconds), say)
 
 def supervised(command, seconds, say)->bool:
     "Pass on what a process says; True where it ends well and in time"

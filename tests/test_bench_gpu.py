@@ -1,6 +1,6 @@
 "What `make bench-gpu` runs, without a GPU: its checks, its tables and its processes, on the CPU with interpreted kernels and a `torch.cuda` that does as if."
 import os,sys,time
-import pytest,torch
+import pandas as pd,pytest,torch
 from contextlib import ExitStack,nullcontext
 from unittest import mock
 from fastai.callback import fp16
@@ -26,17 +26,26 @@ def fine(setup): return 'all is well'
 
 def test_a_failing_check_stops_nothing():
     said = []
-    with mock.patch.object(gpu, 'checks', (wrong,fine)): assert not gpu.run_checks(gpu.Setup(host, time.time()+100), said.append)
+    with mock.patch.object(gpu, 'checks', (wrong,fine)): assert not gpu.run_checks(gpu.Setup(host, time.time()+100, time.time()+100), said.append)
     assert [line.split(' (')[0] for line in said]==['- wrong: **failed**, ValueError: it is wrong', '- fine: all is well']
-    with mock.patch.object(gpu, 'checks', (fine,)): assert gpu.run_checks(gpu.Setup(host, time.time()+100), said.append)
+    with mock.patch.object(gpu, 'checks', (fine,)): assert gpu.run_checks(gpu.Setup(host, time.time()+100, time.time()+100), said.append)
 
 def test_no_time_left():
     "What is not begun is named; that a check was left out is no success"
     said = []
-    late = gpu.Setup(host, time.time()-1)
+    late = gpu.Setup(host, time.time()-1, time.time()-1)
     with mock.patch.object(torch.cuda, 'is_bf16_supported', lambda including_emulation: True):
         assert not gpu.run_checks(late, said.append) and gpu.run_tables(late, said.append)
     assert len(said)==len(gpu.checks)+2+2*3 and all('kipped' in line for line in said)
+
+def test_race_that_would_take_too_long():
+    "Is not begun"
+    said = []
+    slow = gpu.Setup(host, time.time()+100, time.time()+100, {'net':lambda: (nn.Linear(3, 2), (torch.randn(4, 3), torch.zeros(4, dtype=torch.long)))})
+    with mock.patch.object(torch.cuda, 'is_bf16_supported', lambda including_emulation: False), mock.patch.object(gpu, 'ms_a_step', lambda learn, kind: 1000.), \
+         mock.patch.object(gpu, 'host_time', lambda setup: pd.DataFrame()), mock.patch.object(gpu, 'bandwidth', lambda setup: pd.DataFrame()):
+        assert gpu.run_tables(slow, said.append)
+    assert 'Skipped**: 336 s' in said[-1]
 
 def supervised(code, seconds=60):
     said = []
@@ -107,7 +116,7 @@ def as_if():
         stack.enter_context(mock.patch.dict(os.environ, {SWITCH:'1'}))
         yield kernels
 
-def setup_for(model): return gpu.Setup(host, time.time()+10_000, {'net':model}, sizes=(7,700), large=5003, stream=4096, batches=4, steps=(3,3), race=0)
+def setup_for(model): return gpu.Setup(host, time.time()+10_000, time.time()+10_000, {'net':model}, sizes=(7,700), large=5003, stream=4096, batches=4, steps=(3,3), race=0)
 
 def large_images(bs, side):
     x,y = images(bs, side)
