@@ -9,12 +9,11 @@ from fastai_gradstats import engine
 from fastai_gradstats.by_gpu_kernel import SWITCH,are_wanted
 from fastai_gradstats.by_rows import RowBuffer
 from helpers.project import ROOT
+from helpers.training import host
 sys.path.insert(0, str(ROOT))
 from benchmarks import gpu
 from benchmarks.models import GPT,images
 from benchmarks.traffic import microseconds
-
-host = torch.device('cpu')
 
 def test_no_gpu(tmp_path, capsys):
     "Says so, and writes nothing"
@@ -139,6 +138,7 @@ def test_checks_can_fail(as_if):
     as_if.fail(RuntimeError('a launch failed'))
     with pytest.raises(RuntimeError, match='launch failed'): gpu.no_wait(setup_for(None))
 
+@pytest.mark.slow
 def test_gpt_trains():
     "The loss of tokens that follow one another falls"
     torch.manual_seed(0)

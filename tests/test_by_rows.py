@@ -12,11 +12,10 @@ from fastai_gradstats.layouts import on_device
 from fastai_gradstats.stats import DOT,MAX,SCALE,SUM,SUM_SQ,W_SQ,finish
 from helpers.oracles import compare_row
 from helpers.project import ROOT
+from helpers.training import host
 sys.path.insert(0, str(ROOT))
 from benchmarks import counts,traffic
 from benchmarks.peers import both
-
-host = torch.device('cpu')
 
 # --- what it costs
 

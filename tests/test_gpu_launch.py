@@ -10,11 +10,9 @@ from fastai_gradstats.engine import Engine
 from fastai_gradstats.gpu_launch import direct_launch,launch_on
 from helpers.callbacks import TrainOnly
 from helpers.project import ROOT
-from helpers.training import fit
+from helpers.training import fit,host
 sys.path.insert(0, str(ROOT))
 from benchmarks.traffic import NoKernels
-
-host = torch.device('cpu')
 
 def test_what_is_handed_over():
     "The same as by Triton's own launch, but for its hooks"

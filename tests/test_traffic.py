@@ -5,11 +5,10 @@ from collections import Counter
 from torch import nn
 from fastai_gradstats.by_gpu_kernel import GpuBuffer
 from helpers.project import ROOT
+from helpers.training import host
 sys.path.insert(0, str(ROOT))
 from benchmarks import traffic
 from benchmarks.peers import both
-
-host = torch.device('cpu')
 
 @pytest.mark.parametrize('name,by_kernels,by_rows', [('resnet18, 32x3x64x64', 90, 200), pytest.param('resnet50, 32x3x224x224', 225, 800, marks=pytest.mark.slow)])
 def test_traffic(name, by_kernels, by_rows):
