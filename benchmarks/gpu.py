@@ -32,7 +32,7 @@ def resnet(name, bs, side):
 cases = {  # name -> function that makes a model and its batch
     'resnet18, 32x3x64x64':   partial(resnet, 'resnet18', 32, 64),
     'resnet50, 32x3x224x224': partial(resnet, 'resnet50', 32, 224),
-    'GPT of 30 million, 16x256': lambda: (GPT(8, 512, 10_000, 256), texts(10_000, 16, 256))}
+    'GPT of 36 million, 16x256': lambda: (GPT(8, 512, 10_000, 256), texts(10_000, 16, 256))}
 
 @dataclass
 class Setup:
@@ -223,9 +223,12 @@ def overflow(setup):
 
 def second_device(setup):
     if torch.cuda.device_count()<2: return 'there is none'
-    other = torch.device('cuda', 1)
-    b = buffer_of(other)
-    x = torch.full((99,), 2., device=other)
+    reads_there(torch.device('cuda', 1))
+
+def reads_there(device):
+    "Also where it is not the current one"
+    b = buffer_of(device)
+    x = torch.full((99,), 2., device=device)
     b.put(0, x)
     b.put_all([1], [x], [x])
     sums,_ = rows_of(b)

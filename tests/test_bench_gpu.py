@@ -155,6 +155,21 @@ def test_gpt_trains():
     with torch.no_grad(): assert torch.allclose(model(x)[...,:4], model(x[:,:4]), atol=1e-5)   # no look ahead
 
 @pytest.mark.slow
+def test_what_else_runs(as_if, capsys):
+    "On a second device, and at the head of the page"
+    gpu.reads_there(host)
+    assert 'CPU, torch' in gpu.head(host)
+    with mock.patch.object(gpu, 'checks', (fine,)): assert gpu.run_part('checks', host, 100)
+    assert 'all is well' in capsys.readouterr().out
+
+def test_models_fit_their_batches():
+    with torch.device('meta'):
+        for name,make in gpu.cases.items():
+            model,(x,y) = make()
+            assert nn.functional.cross_entropy(model(x), y).shape==(), name
+    assert 34e6<sum(p.numel() for p in model.parameters())<37e6
+
+@pytest.mark.slow
 def test_tables(as_if):
     "A row for each kind, of which ours were read as they should; what is not installed is a note"
     said = []
