@@ -1,4 +1,4 @@
-# make demo | test | test-all | docs | bench | nbs | readme | dist | clean      [VENV=path] [ARGS="..."]
+# make demo | test | test-all | docs | bench | bench-gpu | nbs | readme | dist | clean      [VENV=path] [ARGS="..."]
 # The package is installed, editable, into VENV, which is created where there is none.
 VENV   ?= .venv
 PYTHON ?= python3
@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 # One stamp per checkout and extra: nothing is installed twice, nor taken from another checkout that shares VENV
 STAMP  := $(VENV)/.gradstats-$(shell pwd | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-all docs bench nbs readme execute dist clean
+.PHONY: demo test test-all docs bench bench-gpu nbs readme execute dist clean
 .SECONDARY:
 
 demo: $(STAMP)-cpu
@@ -26,6 +26,10 @@ docs: $(STAMP)-docs
 
 bench: $(STAMP)-bench
 	$(PY) -m benchmarks $(ARGS)
+
+# Four minutes on a GPU: checks and measurements, to docs/benchmarks/gpu.md
+bench-gpu: $(STAMP)-bench
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 nbs: $(STAMP)-dev
 	$(VENV)/bin/nbdev-export

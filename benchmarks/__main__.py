@@ -2,7 +2,7 @@
 import argparse,os,platform,time
 from datetime import date
 from fastai.basics import *
-from . import counts
+from . import counts, traffic
 from .curves import curves
 from .end_to_end import race
 from .share import main as shares
@@ -27,6 +27,8 @@ def tables(quick):
         writing=('What `folder=` adds to both callbacks, one thread', lambda: pd.concat([writing(o, **(dict(rounds=1) if quick else {})) for o in ['resnet18','convnet','transformer-4']])),
         read_passes=('Read passes for all statistics of all parameter gradients', counts.read_passes),
         host_reads=('Host reads and operations per step, on a device', lambda: pd.concat([counts.host_reads(o) for o in ['convnet', *['resnet18']*(not quick)]])),
+        gpu_traffic=('What both callbacks add to a step on a GPU, counted on one that is not there', lambda: traffic.gpu_traffic(traffic.small_cases if quick else traffic.cases)),
+        gpu_host_time=('Microseconds of the host for what a kernel on a GPU reads, without the launch', traffic.host_time),
         kept=('Bytes kept per step', counts.kept),
         bounded=('Peak memory with `keep`', counts.bounded),
         curves=('How the cost grows', lambda: curves(quick)))

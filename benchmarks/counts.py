@@ -41,6 +41,7 @@ class LastStep(Callback):
 
 class NoBackward(Callback):
     "In place of a backward, which PyTorch cannot run on a GPU that is not there: gradients without values, and the hooks that wait for them"
+    order = 1000   # behind what ours do before a backward
     def __init__(self, ops): self.ops,self.hooks = ops,[]
     def before_batch(self): self.hooks.clear()
     def before_backward(self):

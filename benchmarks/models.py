@@ -12,12 +12,28 @@ class Transformer(nn.Module):
         self.head = nn.Linear(d, classes)
     def forward(self, x): return self.head(self.enc(self.emb(x))).transpose(1, 2)
 
+class GPT(nn.Module):
+    "A decoder without dropout that predicts the next token"
+    def __init__(self, layers, d, vocab, n):
+        super().__init__()
+        self.emb = nn.Embedding(vocab, d)
+        self.pos = nn.Embedding(n, d)
+        layer = nn.TransformerEncoderLayer(d, d//64 or 1, 4*d, dropout=0, activation='gelu', batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(d, vocab, bias=False)
+    def forward(self, x):
+        n = x.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(n, device=x.device)
+        return self.head(self.blocks(self.emb(x)+self.pos.weight[:n], mask, is_causal=True)).transpose(1, 2)
+
 def convnet():
     "Cheap convolutions; at batch size 64 the outputs have 40 times the elements of the parameters"
     return nn.Sequential(*(ConvLayer(i, o, stride=2) for i,o in ((3,16), (16,32), (32,64))), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 def images(bs, side): return torch.randn(bs, 3, side, side),torch.randint(10, (bs,))
 def tokens(vocab, bs=16, n=64): return torch.randint(vocab, (bs,n)),torch.randint(10, (bs,n))
+
+def texts(vocab, bs, n): return torch.randint(vocab, (bs,n)),torch.randint(vocab, (bs,n))
 
 def linear(): return nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 10))
 

@@ -20,6 +20,7 @@ from .stats import statistics, sums, MAX, SUM_ABS, SUM_SQ, SUM, M2, Q, ZEROS, NO
 # %% ../nbs/01a_buffer.ipynb #29ca4f88
 class Buffer:
     "Rows of sums on one device, one for each gradient, in the order in which they came"
+    kernels = None   # of a GPU, by which it reads
     def __init__(self,
                  device,
                  threshold=1., # what `above` counts from
@@ -35,6 +36,7 @@ class Buffer:
         self.keys = []       # of each row the caller's key,
         self.numel = []      # the number of elements,
         self.absent = []     # and how many of those are zeros that a sparse tensor does not store
+        self.capacity = rows   # the same as `len(self.acc)`, which a tensor takes its time to tell
         self.acc = self.zeros(rows)
 
     # --- what a kind of buffer says for itself
@@ -75,7 +77,7 @@ class Buffer:
 
     def row(self, key, numel, absent=0):
         "The next free row"
-        if len(self.keys)==len(self.acc): self.grow()
+        if len(self.keys)==self.capacity: self.grow()
         self.keys.append(key)   # first: where an interrupt comes, `discard` takes away what has a key
         self.numel.append(numel)
         self.absent.append(absent)
@@ -84,7 +86,7 @@ class Buffer:
     def rows(self, keys, numel):
         "The next free rows"
         first = len(self.keys)
-        while first+len(keys)>len(self.acc): self.grow()
+        while first+len(keys)>self.capacity: self.grow()
         self.keys += keys
         self.numel += numel
         self.absent += [0]*len(keys)
@@ -94,6 +96,7 @@ class Buffer:
         wider = self.zeros(2*len(self.acc))
         wider[:len(self.acc)] = self.acc
         self.acc = wider
+        self.capacity = len(wider)
 
     # --- and what becomes of them
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .by_rows import RowBuffer
-from .gpu_launch import CompiledKernels, SIZES
+from .gpu_launch import CompiledKernels, DTYPES, SIZES
 from .histogram import COLUMNS
 from .layouts import flat, on_device, wide_dtype
 from .stats import finish, ZEROS, W_SQ, DOT
@@ -36,6 +36,7 @@ def simplified(t)->tuple: # sizes, strides (the largest first), how often each e
 # %% ../nbs/01h_by_gpu_kernel.ipynb #92f4ad4a
 STEP = 2048           # elements, as the kernels have it
 MOST_PROGRAMS = 1024  # more do not keep a GPU any busier
+READ_TWICE = 2*STEP   # of a program at most, where it reads its gradients again beside the weights: in the cache they are still there
 
 def chunk_size(n):
     "Elements of a program: more than one step only where all of a GPU has enough to do"
@@ -58,7 +59,7 @@ class Table:
         self.sizes = sizes
         self.heads = heads     # elements before each since the last multiple of 16 bytes
         self.places = places   # of their rows, behind the first
-        self.per = chunk_size(sum(sizes))
+        self.per = min(chunk_size(sum(sizes)), READ_TWICE)
         chunks = [-(-(head+n)//self.per) for head,n in zip(heads, sizes)]
         ends = np.cumsum(chunks)
         self.first = (ends-chunks).tolist()
@@ -91,6 +92,8 @@ def is_dense(t)->bool:
 
 # %% ../nbs/01h_by_gpu_kernel.ipynb #b7f32a95
 RECORD_BYTES,DESCRIPTION_BYTES = 16*4,8*8
+SUMMED_IN = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in DTYPES}
+RECORD_BYTES_OF = {dtype: RECORD_BYTES*summed_in.itemsize//4 for dtype,summed_in in SUMMED_IN.items()}
 DESCRIPTIONS = 2**13   # at most so many wait
 RECORDS = 2**17        # to begin with: 8 MB
 
@@ -110,13 +113,21 @@ class GpuBuffer(RowBuffer):
         self.one = self.number_there(1.)
         self.tables = {}         # dtype, sizes, heads, places -> table
         self.descriptions = self.bytes_there(DESCRIPTIONS*DESCRIPTION_BYTES)
-        self.records = self.bytes_there(RECORDS*RECORD_BYTES)
         self.full_records = []   # of rows that wait too
         self.unmerged = []       # rows of which descriptions wait,
         self.record_bytes = 0    # and bytes of `records`
+        self.have_records(RECORDS*RECORD_BYTES)
+        # addresses that every launch takes along
+        self.descriptions_at = self.descriptions.data_ptr()
+        self.limit_at = {dtype:self.limits[SUMMED_IN[dtype]].data_ptr() for dtype in DTYPES}
+        self.one_at = self.one.data_ptr()
 
     def number_there(self, value, dtype=torch.float32): return torch.tensor(float(value), dtype=dtype, device=self.device)
     def bytes_there(self, n): return torch.empty(n, dtype=torch.uint8, device=self.device)
+    def have_records(self, n_bytes):
+        self.records = self.bytes_there(n_bytes)
+        self.records_at = self.records.data_ptr()
+        self.records_size = n_bytes   # a tensor takes its time to tell
 
     # --- one gradient
 
@@ -141,14 +152,18 @@ class GpuBuffer(RowBuffer):
     def read_run(self, launch, row, g, n, times, scale):
         "Launch the kernel for `n` elements that follow one another"
         chunks,*where = span(g, n)
-        factor = self.one if scale is None else scale
-        self.take(launch, g, chunks, [row], (*where, times, row), (factor.data_ptr(),))
+        self.take(launch, g.dtype, chunks, [row], (*where, times, row), (self.factor_at(scale),))
 
-    def take(self, launch, g, chunks, rows, before, after):
-        "Launch a kernel that leaves records of `g`, or of others of its dtype, for these rows. Between arguments of its own come memory for that and the limit"
-        wide = wide_dtype(g)
-        n_bytes = chunks*RECORD_BYTES*wide.itemsize//4
-        launch(chunks, *before, *self.room(n_bytes, len(rows)), self.limits[wide].data_ptr(), *after)
+    def factor_at(self, scale): return self.one_at if scale is None else scale.data_ptr()
+
+    def take(self, launch, dtype, chunks, rows, before, after):
+        "Launch a kernel that leaves records of tensors of this dtype for these rows. Between arguments of its own come memory for that and the limit"
+        n_bytes = chunks*RECORD_BYTES_OF[dtype]
+        waiting = len(self.unmerged)
+        if self.record_bytes+n_bytes>self.records_size or waiting+len(rows)>DESCRIPTIONS:
+            self.make_room(n_bytes, len(rows))
+            waiting = len(self.unmerged)
+        launch(chunks, *before, self.records_at+self.record_bytes, self.descriptions_at+waiting*DESCRIPTION_BYTES, self.limit_at[dtype], *after)
         self.record_bytes += n_bytes
         self.unmerged += rows   # afterwards: where an interrupt comes, there is nothing to merge
 
@@ -159,19 +174,17 @@ class GpuBuffer(RowBuffer):
         strided = self.kernels.get('read_strided', g.dtype)
         if strided is None or len(sizes)>4: return self.read_run(launch, row, flat(g), g.numel(), 1, scale)
         per = chunk_size(n)
-        factor = self.one if scale is None else scale
         _,*inner_sizes = [1]*(4-len(sizes))+sizes
         four_strides = [0]*(4-len(strides))+strides
-        self.take(strided, g, (n+per-1)//per, [row], (g.data_ptr(), n, per, times, row), (factor.data_ptr(), *inner_sizes, *four_strides))
+        self.take(strided, g.dtype, (n+per-1)//per, [row], (g.data_ptr(), n, per, times, row), (self.factor_at(scale), *inner_sizes, *four_strides))
 
-    def room(self, n_bytes, tensors)->tuple: # addresses of records and of descriptions
-        "Room for records and descriptions"
+    def make_room(self, n_bytes, tensors):
+        "For records and descriptions"
         if len(self.unmerged)+tensors>DESCRIPTIONS: self.merge()
-        if self.record_bytes+n_bytes>len(self.records):
+        if self.record_bytes+n_bytes>self.records_size:
             if self.unmerged: self.full_records.append(self.records)   # they keep their place until they are merged
-            self.records = self.bytes_there(max(2*len(self.records), n_bytes))
+            self.have_records(max(2*self.records_size, n_bytes))
             self.record_bytes = 0
-        return self.records.data_ptr()+self.record_bytes,self.descriptions.data_ptr()+len(self.unmerged)*DESCRIPTION_BYTES
 
     # --- many
 
@@ -212,7 +225,7 @@ class GpuBuffer(RowBuffer):
         of_weights = starts if ws is None else [ws[place].data_ptr()-head*size for place,head in zip(places, heads)]
         columns = table.at((starts,of_weights))
         before = columns.data_ptr(),table.tensor_of.data_ptr(),len(places),table.per,rows[0]
-        self.take(self.kernels.get('read_all', dtype), gs[places[0]], table.chunks, [rows[place] for place in places], before, (int(ws is not None),))
+        self.take(self.kernels.get('read_all', dtype), dtype, table.chunks, [rows[place] for place in places], before, (int(ws is not None),))
 
     # --- octaves
 
@@ -224,7 +237,7 @@ class GpuBuffer(RowBuffer):
         self.octaves.reach(row+1)
         counts = self.octaves.acc.data_ptr()+row*COLUMNS*8
         samples = (n-start+step-1)//step
-        launch((samples+SIZES['octaves']-1)//SIZES['octaves'], g.data_ptr(), n, start, step, counts, COLUMNS, (self.one if scale is None else scale).data_ptr())
+        launch((samples+SIZES['octaves']-1)//SIZES['octaves'], g.data_ptr(), n, start, step, counts, COLUMNS, self.factor_at(scale))
 
     def flags_of(self, n_modules): return Flags(self.kernels, self.device, n_modules)
 
@@ -243,7 +256,7 @@ class GpuBuffer(RowBuffer):
 
     def end_run(self):
         if self.waiting or self.reduced: super().end_run()
-        if self.full_records or len(self.unmerged)>DESCRIPTIONS//2 or self.record_bytes>len(self.records)//2: self.merge()
+        if self.full_records or len(self.unmerged)>DESCRIPTIONS//2 or self.record_bytes>self.records_size//2: self.merge()
 
     def reduce(self):
         super().reduce()
@@ -375,5 +388,5 @@ def _extend(kernels, dtypes, with_octaves):
 
 def device_buffer(device, *args):
     "A buffer for gradients that are not on the CPU"
-    kernels = _kernels.get(device)
+    kernels = _kernels.get(device) if are_wanted() else None
     return RowBuffer(device, *args) if kernels is None else GpuBuffer(device, *args, kernels=kernels)

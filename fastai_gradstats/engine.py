@@ -199,7 +199,20 @@ class Engine(Ledger):
     def prepare(self, device, dtypes):
         "Before training: whatever takes time on a device on which gradients of these dtypes will come. Returns why it has no kernels, where it lost them"
         kernels = prepare_kernels(device, dtypes, with_octaves=bool(self.hist))
+        self._renew(device, kernels)
         return None if kernels is None else kernels.error
+
+    @locked
+    def _renew(self, device, kernels):
+        "A buffer that would have other kernels if it were made now, and holds nothing, is made again"
+        old = self.buffers.get(device)
+        if old is None or old.keys or old.kernels is kernels or self.by_rows: return
+        del self.buffers[device]
+        self.buffer(device).fetched = old.fetched   # positions go on
+
+    def lost_kernels(self)->list: # of (device, error)
+        "Where kernels failed, and why: gradients there are read without"
+        return [(device,b.kernels.error) for device,b in self.buffers.items() if b.kernels is not None and b.kernels.error is not None]
 
     @locked
     def put(self, key, g,

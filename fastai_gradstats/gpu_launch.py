@@ -93,12 +93,21 @@ class CompiledKernels(Kernels):
             compiled = compile_for(self.target, self.module, name, constants)
             run = compiled.run   # loads it, too
         stream = partial(torch._C._cuda_getCurrentRawStream, self.index)
-        return direct_launch(run, compiled.function, compiled.packed_metadata, stream, tuple(constants.values()))
+        launch = direct_launch(run, compiled.function, compiled.packed_metadata, stream, tuple(constants.values()))
+        return launch if torch.cuda.device_count()==1 else launch_on(self.index, launch)
 
 def direct_launch(run, function, metadata, stream, constants):
     "A function that launches a compiled kernel: no look at the arguments, no hooks"
     def launch(programs, *arguments): run(programs, 1, 1, stream(), function, metadata, None, None, None, *arguments, *constants)
     return launch
+
+def launch_on(index, launch):
+    "The same on one of several GPUs: a hook of autograd has that of its gradient, and the thread that trains perhaps another"
+    current = torch._C._cuda_getDevice
+    def launch_there(programs, *arguments):
+        if current()==index: return launch(programs, *arguments)
+        with torch.cuda.device(index): launch(programs, *arguments)
+    return launch_there
 
 # %% ../nbs/01g_gpu_launch.ipynb #414fd496
 class InterpretedKernels(Kernels):

@@ -267,17 +267,23 @@ def _bounds(chunk, per, head, n):
     return tl.multiple_of(start, STEP),lo,hi
 
 @triton.jit
+def _begin(description, records, n, head, per, times, row, threshold, scale, DT: tl.constexpr):
+    "Of a tensor that comes alone: it is described; the limit"
+    T: tl.constexpr = tl.float64 if DT==tl.float64 else tl.float32
+    holds: tl.constexpr = DOUBLE if DT==tl.float64 else 0
+    factor = tl.load(_pointer(scale, tl.float32))
+    if tl.program_id(0)==0: _describe(_pointer(description, tl.int64), records, n, head, per, times, row, factor, holds)
+    return tl.load(_pointer(threshold, T))*factor.to(T)
+
+@triton.jit
 def read_one(at: tl.int64, head: tl.int64, n: tl.int64, per: tl.int64, times: tl.int64, row: tl.int64, records: tl.int64, description: tl.int64,
              threshold: tl.int64, scale: tl.int64, DT: tl.constexpr):
     "A tensor: `n` elements that begin `head` elements behind address `at`. It stands for `times` such (`expand`)"
     T: tl.constexpr = tl.float64 if DT==tl.float64 else tl.float32
     LANES: tl.constexpr = WARPS*4096//DT.primitive_bitwidth
     chunk = tl.program_id(0)
-    factor = tl.load(_pointer(scale, tl.float32))
-    holds: tl.constexpr = DOUBLE if DT==tl.float64 else 0
-    if chunk==0: _describe(_pointer(description, tl.int64), records, n, head, per, times, row, factor, holds)
+    limit = _begin(description, records, n, head, per, times, row, threshold, scale, DT)
     start,lo,hi = _bounds(chunk, per, head, n)
-    limit = tl.load(_pointer(threshold, T))*factor.to(T)
     _read(_aligned(at, DT)+start, lo, hi, _pointer(records, T)+chunk*RECORD, limit, None, LANES, T)
 
 @triton.jit
@@ -288,11 +294,8 @@ def read_strided(at: tl.int64, n: tl.int64, per: tl.int64, times: tl.int64, row:
     LANES: tl.constexpr = WARPS*4096//DT.primitive_bitwidth
     D: tl.constexpr = tl.int16 if DT==tl.bfloat16 else DT
     chunk = tl.program_id(0)
-    factor = tl.load(_pointer(scale, tl.float32))
-    holds: tl.constexpr = DOUBLE if DT==tl.float64 else 0
-    if chunk==0: _describe(_pointer(description, tl.int64), records, n, n*0, per, times, row, factor, holds)
+    limit = _begin(description, records, n, n*0, per, times, row, threshold, scale, DT)
     start,lo,hi = _bounds(chunk, per, n*0, n)
-    limit = tl.load(_pointer(threshold, T))*factor.to(T)
     holes = (start, n1, n2, n3, s0, s1, s2, s3)
     _read(_pointer(at, D), lo, hi, _pointer(records, T)+chunk*RECORD, limit, holes, LANES, T)
 

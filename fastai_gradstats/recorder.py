@@ -850,6 +850,7 @@ class Reader(Says):
     def end(self, complete=False):
         if self.batch is None: return
         super().end(complete)
+        for device,error in self.engine.lost_kernels(): self.note_lost_kernels(device, error)
         self.note_facts(lazy=True)
 
     def watch_optimizers(self):

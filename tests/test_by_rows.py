@@ -12,23 +12,12 @@ from fastai_gradstats.layouts import on_device
 from fastai_gradstats.stats import DOT,MAX,SCALE,SUM,SUM_SQ,W_SQ,finish
 from helpers.oracles import compare_row
 from helpers.project import ROOT
+from helpers.training import host
 sys.path.insert(0, str(ROOT))
 from benchmarks import counts,traffic
 from benchmarks.peers import both
 
-host = torch.device('cpu')
-
 # --- what it costs
-
-def test_traffic():
-    "At most ten times the bytes of one reading of everything; beside a witness and a copy of each of 41 outputs a constant number of launches"
-    found = traffic.gpu_traffic({name:case for name,case in traffic.cases.items() if 'resnet18' in name}).iloc[0]
-    assert 1<found['ratio']<=10 and 82<found['launches']<=185
-
-def test_minimum():
-    "Of a linear layer with 3 inputs and 2 outputs and a batch of 5: outputs, weights, bias, and gradients of all"
-    case = (lambda: nn.Linear(3, 2)),(lambda: (torch.randn(5,3), torch.randint(2, (5,))))
-    assert traffic.once(*case)==2*4*(5*2+3*2+2)
 
 class Uploads(traffic.Bytes):
     "Counts also copies from the host"

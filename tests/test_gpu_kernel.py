@@ -9,8 +9,11 @@ from fastai_gradstats.by_gpu_kernel import SWITCH,device_buffer,has_address,prep
 from fastai_gradstats.by_rows import RowBuffer
 from fastai_gradstats.gpu_launch import DTYPES
 from fastai_gradstats.stats import finish,measure
-from helpers.gpu import CountedKernels,gpu_buffer,in_place_of_cpu,interpreted,patched_once
+from helpers.gpu import gpu_buffer,in_place_of_cpu,interpreted,patched_once
+from helpers.project import ROOT
 from helpers.training import fit
+sys.path.insert(0, str(ROOT))
+from benchmarks.traffic import CountedKernels
 
 @pytest.fixture(scope='module')
 def kernels():
@@ -94,7 +97,6 @@ def test_first_nonfinite():
 def test_launches_of_a_step():
     "One for an output and one more for its forward check, one for all parameters, one to find what broke; records are merged later"
     counted = CountedKernels()
-    counted.prepare(DTYPES)
     with in_place_of_cpu(counted):
         learn = run_of()
     names = [name for name,*_ in counted.launches]

@@ -1,4 +1,4 @@
-"A GPU that is not there: its kernels run by Triton's interpreter, and launches counted"
+"A GPU that is not there: its kernels run by Triton's interpreter"
 import contextlib
 from dataclasses import replace
 from unittest import mock
@@ -6,7 +6,7 @@ import torch
 from triton.runtime import interpreter
 from fastai_gradstats import by_gpu_kernel,engine
 from fastai_gradstats.by_gpu_kernel import GpuBuffer
-from fastai_gradstats.gpu_launch import DTYPES,InterpretedKernels,Kernels
+from fastai_gradstats.gpu_launch import DTYPES,InterpretedKernels
 
 the_cpu = torch.device('cpu')
 
@@ -41,13 +41,3 @@ def in_place_of_cpu(kernels=None):
     "Engines read what is on the CPU by the kernels of a GPU"
     kernels = kernels or interpreted()
     with mock.patch.object(engine, 'host_buffer', lambda device, *args: GpuBuffer(device, *args, kernels=kernels)), patched_once(): yield kernels
-
-class CountedKernels(Kernels):
-    "Launches nothing, and notes what would be launched"
-    def __init__(self, device=the_cpu):
-        super().__init__(device, None)
-        self.launches = []
-    def constants(self, name, dtype): return dict(name=name)
-    def build(self, name, constants):
-        def launch(programs, *arguments): self.launches.append((name,programs,arguments))
-        return launch

@@ -7,6 +7,8 @@ from torch import nn
 from fastai_gradstats import GradNormCallback,GradStatsCallback
 from helpers.callbacks import TrainOnly
 
+host = torch.device('cpu')
+
 def fit(learn, n=1, **kwargs):
     "`fit` in silence; returns the learner"
     with learn.no_bar(), learn.no_logging(): learn.fit(n, **kwargs)
