@@ -67,7 +67,11 @@ def _stored(table, o):
 def _copied(facts):
     "A copy of facts, in which lists are shared as they were"
     lists = {id(f['params']):[type(p)(p) for p in f['params']] for f in facts}
-    return [{**f, 'params':lists[id(f['params'])]} for f in facts]
+    orders = {id(f['backward']):list(f['backward']) for f in facts if 'backward' in f}
+    def copied(f):
+        res = {**f, 'params':lists[id(f['params'])]}
+        return {**res, 'backward':orders[id(f['backward'])]} if 'backward' in f else res
+    return [copied(f) for f in facts]
 
 # %% ../nbs/03_record.ipynb #48841647
 class NotRecorded(ValueError):
@@ -127,7 +131,9 @@ class GradRecord:
     def add_facts(self, new:dict):
         "What is known of a fit that begins"
         with stores.lock:
-            if self._facts and self._facts[-1]['params']==new['params']: new = {**new, 'params':self._facts[-1]['params']}
+            if self._facts:   # lists that did not change are shared
+                last = self._facts[-1]
+                new = {**new, **{k:last[k] for k in ('params','backward') if k in new and last.get(k)==new[k]}}
             self._facts.append(new)
 
     def facts_since(self, n):
@@ -188,7 +194,7 @@ def breaks(self:GradRecord)->list:
 
 @patch(as_prop=True)
 def facts(self:GradRecord)->list:
-    "Per fit what rows cannot say: the watched parameters as (name, requires_grad, dimensions), is fp16 in use, and with a scaler?"
+    "Per fit what rows cannot say: the watched parameters as (name, requires_grad, dimensions), is fp16 in use, and with a scaler, the coarsest dtype, modules in the order of backward"
     return self.facts_since(0)
 
 # %% ../nbs/03_record.ipynb #cde7a19a
