@@ -9,12 +9,12 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/differ.html.md"""
 # %% auto #0
 __all__ = ['GradDiff', 'grad_diff']
 
-# %% ../nbs/06a_differ.ipynb #2d0da9be
+# %% ../nbs/06a_differ.ipynb #0847f223
 from collections import namedtuple
 from dataclasses import dataclass
 from textwrap import fill
 import numpy as np, pandas as pd
-from .record import as_record
+from .record import NotComparable,as_record
 
 # %% ../nbs/06a_differ.ipynb #b40a1faa
 tensor_key = ['step','kind','name','call','out']
@@ -111,6 +111,7 @@ def place_of(name, kind, places)->int:
 roundoff = dict(bfloat16=2.**-8, float16=2.**-11, tf32=2.**-11, float32=2.**-24, float64=2.**-24)   # statistics are float32
 safety = 2.   # over the largest that was seen is 2.5 and more
 near = 3      # modules on both sides that count as neighbours
+drift = .02   # of a norm, per step after the first
 
 def neighbours(norm, parent, place)->np.ndarray:
     "The largest norm of a tensor of the same parent, at most `near` modules away"
@@ -126,7 +127,7 @@ def explained(norm, numel, around, place, n_modules, unit, age=0):
     "How far two norms may lie apart, `age` steps after both began with the same weights"
     path = np.sqrt(n_modules+place+1)
     few = 1+4/np.sqrt(np.fmax(np.nan_to_num(numel, nan=64), 1))
-    return safety*unit*path*(1+age)*(norm*few+around)
+    return safety*unit*path*(1+age)*(norm*few+around) + drift*age*norm
 
 # %% ../nbs/06a_differ.ipynb #6ab6a28b
 @np.errstate(all='ignore')
@@ -163,11 +164,11 @@ class Comparison:
         self.precision,self.is_known = self._precision(precision)
         self.places = module_places(self.sides)
         common = np.intersect1d(*(side.step_numbers() for side in self.sides))
-        if not len(common): raise ValueError("grad_diff: the two records have no step in common" + _what_there_is(self.sides))
+        if not len(common): raise NotComparable("grad_diff: the two records have no step in common" + _what_there_is(self.sides))
         self.steps = _some(common)
         about,a,b = _pairs(self.sides, self.steps, self.places)
         if not (a['norm'].notna()&b['norm'].notna()).any():
-            raise ValueError("grad_diff: the two records have no tensor in common, by name" + _what_there_is(self.sides))
+            raise NotComparable("grad_diff: the two records have no tensor in common, by name" + _what_there_is(self.sides))
         self.table = self._table(about, a, b)
 
     def _precision(self, given):
@@ -194,17 +195,21 @@ class Comparison:
         table['explained'] = table['explained'].where(norm>0, 0.)
         table['sign'] = _signs(a, b, table['explained'])
         table['weights'] = abs(a['weight_norm']-b['weight_norm'])/np.fmax(a['weight_norm'], b['weight_norm'])
-        table['weights_explained'] = self._of_weights(table, age)
+        table['weights_explained'] = self._of_weights(table, about, a, age)
         table['updates'] = b['update_norm']/a['update_norm']
         table['verdict'] = self._verdicts(table, a, b)
         return table
 
-    def _of_weights(self, table, age):
-        "How far norms of weights may lie apart: float32's rounding, that of stored weights, and a share of each gradient's"
-        unit = roundoff[self.precision]
-        start = safety*(unit/np.sqrt(np.fmax(table['numel'].fillna(64), 1)) + 8*roundoff['float32'])
-        is_noise = table['explained']>=.5   # the optimizer may step in any direction
-        return np.where(is_noise&(age>0), np.inf, start+.1*table['explained']*age)
+    def _of_weights(self, table, about, a, age):
+        "How far norms of weights may lie apart: float32's rounding, that of stored weights, and a share of how far they moved since the first step"
+        numel = np.fmax(table['numel'].fillna(64), 1)
+        start = safety*(roundoff[self.precision]/np.sqrt(numel) + 8*roundoff['float32'])
+        first = pd.Series(a['weight_norm'].to_numpy(), about['name'])[(age==0).to_numpy()&(about['kind']=='param').to_numpy()].groupby(level=0).first()
+        moved = abs(a['weight_norm']/about['name'].map(first)-1).clip(upper=1)
+        before = (table['explained']-drift*age).clip(lower=0)   # of the gradients that moved them first
+        is_noise = before>=.5   # the optimizer may have stepped in any direction
+        of_one = 4/numel        # Adam may turn an element around that is 0 but for rounding
+        return np.where(is_noise&(age>0), np.inf, start+(age>0)*(.1*before*age + moved*(of_one+drift*(age-1))))
 
     def _verdicts(self, table, a, b):
         "Of each row: 'same', 'parts', or why that cannot be said"
@@ -247,8 +252,8 @@ def _what_there_is(sides):
         return f"{letter}: {which}, tensors {', '.join(side.names[:3])} ..."
     return '. ' + '; '.join(map(one, 'ab', sides))
 
-# %% ../nbs/06a_differ.ipynb #16d5629d
-judged = 15   # steps after the first
+# %% ../nbs/06a_differ.ipynb #dc55400a
+judged = 7    # steps after the first
 _different = ['parts','only in a','only in b','not finite in a','not finite in b']
 
 Parting = namedtuple('Parting', 'step what row')   # `what`: 'weights', 'gradients' or 'updates'; `row` of the table
@@ -261,7 +266,7 @@ def first_parting(table, steps):
         if len(weights): return Parting(int(step), 'weights', weights.index[0])
         gradients = rows[rows['verdict'].isin(_different)]
         if len(gradients): return Parting(int(step), 'gradients', gradients.index[0])
-        updates = rows[(abs(rows['updates']-1)>rows['explained']+1e-5)&(rows['explained']<.5)]
+        updates = rows[(abs(rows['updates']-1)>rows['explained']+1e-5+4/rows['numel'].fillna(64))&(rows['explained']<.5)]
         if len(updates): return Parting(int(step), 'updates', updates.index[0])
 
 # %% ../nbs/06a_differ.ipynb #4d8bec3b
@@ -302,6 +307,7 @@ class GradDiff:
     factor:float          # b over a in all that parts; None where it is no factor
     step:int              # the first step that differs; None
     what:str              # 'weights', 'gradients' or 'updates': of that step; None
+    jump:str              # where forward passes may differ: the module at which the ratio of output gradients changes most; None
     table:pd.DataFrame    # a row per tensor of the first step that both have, or of the step where they part
     all_steps:pd.DataFrame   # the same of all steps that were looked at
     evidence:list         # sentences
@@ -385,6 +391,7 @@ class _Words:
             return f"{name} is not finite in {self.a if verdict.endswith('a') else self.b} at step {self.step}"
         n,of = len(self.parted),int((after['verdict'].isin(_different+['same'])).sum())
         how_many = f'in all {n} tensors from there on' if n==of and n>1 else f'in {n} of {of} tensors from there on' if n>1 else 'and nowhere else'
+        if self.is_loss_factor() and n<of: how_many = f'in {n} of {of} tensors (of the others the sign cannot be seen)'
         if is_start and n==of and n>1: how_many = f'in all {n} tensors'
         factor,per_module = self.factor
         if factor is not None and (n>1 or not is_start):
@@ -394,7 +401,6 @@ class _Words:
 
     def why(self, factor, is_start, n, of):
         batches = [side.batches([self.step]).iloc[0] for side in self.c.sides]
-        if is_start and n<of: return 'a factor in what feeds these'
         if not is_start: return f"a factor in backward at {_label(self.row)}, such as a scale, a hook or a use that is counted again" if n>1 or of==1 else 'a hook on it'
         if all(np.isfinite(batches)) and batches[0]!=batches[1] and abs(factor/(batches[1]/batches[0])-1)<.01:
             which,count = (self.b,batches[1]) if batches[1]>batches[0] else (self.a,batches[0])
@@ -402,8 +408,16 @@ class _Words:
         return 'a factor in the loss or in accumulation'
 
     def why_not(self, is_start):
+        outputs = self.rows[self.rows['kind']=='output']
+        if len(outputs) and not outputs['verdict'].isin(_different).any():
+            return 'gradients of outputs agree, so that these are changed where a parameter gets its own: a penalty on weights in the loss, or a hook'
         if is_start: return 'the loss, or what the network computes'
         return f"what backward passes on at {_label(self.row)} or right after it in forward"
+
+    def is_loss_factor(self):
+        "Has the loss the same factor?"
+        value = self.factor.value
+        return bool(value and self.losses and self.losses[0] and abs(self.losses[1]/self.losses[0]/value-1)<.01)
 
     def of_loss(self):
         if self.parting.what!='gradients' or self.losses is None: return
@@ -411,18 +425,20 @@ class _Words:
         tolerance = 8*safety*roundoff[self.c.precision]*np.sqrt(len(self.c.places)+1)
         same = abs(a-b)<=tolerance*max(abs(a), abs(b))
         if same: yield f"losses agree ({a:.6g}): the forward passes are the same, the difference is in backward"
-        elif self.factor.value is not None and abs(b/a/self.factor.value-1)<.01: yield f"the loss too: {a:.6g} and {b:.6g}"
+        elif self.is_loss_factor(): yield f"the loss too: {a:.6g} and {b:.6g}"
         else:
             yield f"losses differ already ({a:.6g} and {b:.6g}): what is computed in forward, or the loss, is not the same"
             jump = self.jump()
-            if jump is not None: yield f"the ratio changes most at {jump}: look there first"
+            if jump is not None: yield f"from one module to the next the ratio changes most at {jump}: look there first"
 
     def jump(self):
         "The tensor at which the ratio changes most, in the order of backward"
+        if self.parting is None or self.parting.what!='gradients': return None
         rows = self.parted[(self.parted['verdict']=='parts')&(self.parted['kind']=='output')]
         if len(rows)<3 or self.factor.value is not None: return None
-        steps = np.log(rows['ratio']).diff().abs()
-        return _label(rows.loc[steps.idxmax()]) if steps.max()>.02 else None
+        steps = np.log(rows['ratio']).abs().diff()   # away from 1, and not back to it
+        is_clear = steps.max()>max(.02, 5*rows['difference'].iloc[0])   # else the loss itself may be another
+        return str(rows.loc[steps.idxmax(),'name']) if is_clear else None
 
     def of_first(self):
         if self.parting.what!='gradients' or not self.row['verdict']=='parts': return
@@ -499,5 +515,5 @@ def grad_diff(a, # whatever `as_record` takes: a Learner, callbacks, recorder, r
     columns = ['kind','name','call','out','step','place','numel','norm_a','norm_b','ratio','difference','explained','weights','updates','verdict']
     all_steps = comparison.table[columns].rename(columns=dict(place='depth'))
     table = all_steps[all_steps['step']==step].reset_index(drop=True)
-    return GradDiff(None if parting is None else str(words.row['name']), words.factor.value, parting and parting.step, parting and parting.what,
+    return GradDiff(None if parting is None else str(words.row['name']), words.factor.value, parting and parting.step, parting and parting.what, words.jump(),
                     table, all_steps, list(words.lines()), names)

@@ -77,6 +77,9 @@ def _copied(facts):
 class NotRecorded(ValueError):
     "The record was asked for what it can never have. The message says what records it"
 
+class NotComparable(ValueError):
+    "Two records have no step, or no tensor, in common"
+
 _recorded_by = dict(tensors=("statistics of tensors", "GradStatsCallback()"), steps=("steps", "GradNormCallback()"),
                     params=("norms by parameter", "GradNormCallback()"), hist=("histograms", "GradStatsCallback(hist=True)"))
 
@@ -592,6 +595,13 @@ def _norms_sentence(steps):
     return res + (f'; {skipped.sum()} skipped' if skipped.any() else '') + '.'
 
 # %% ../nbs/03_record.ipynb #2cd97b24
+def _parting_sentence(part, phase):
+    "Of a comparison of two runs with the same tensors: where they part"
+    runs = {str(run) for t in ('tensors','params') if 'run' in part.frame(t) for run in part.frame(t)['run'].unique()}
+    if len(runs)!=2 or phase is None: return []
+    try: return [f'{part.grad_diff(phase=phase).sentence()}.']
+    except NotComparable: return []
+
 @patch
 def sentence(self:GradRecord,
              phase='fit', # 'fit', 'lr_find' or None for all
@@ -606,7 +616,7 @@ def sentence(self:GradRecord,
         of_kind = df[df['kind']==kind]
         if len(of_kind): res.append(_largest(of_kind, label, self.threshold))
     if len(part.frame('steps')): res.append(_norms_sentence(part.frame('steps')))
-    if res: return ' '.join(res)
+    if res: return ' '.join([*res, *_parting_sentence(part, phase)])
     if not (len(self.frame('tensors')) or len(self.frame('steps'))): return 'Nothing recorded yet.'
     return f"Nothing recorded in phase '{phase}'; other phases are left out unless asked for."
 
@@ -762,7 +772,7 @@ def load(cls:GradRecord,
 
 # %% ../nbs/03_record.ipynb #c947184c
 _plots = ('plot_grad_log10','plot_grad_heatmap','plot_grad_hist','plot_grad_norm','plot_grad_flow','plot_grad_lr')
-views = dict.fromkeys(_plots, 'plot') | dict(diagnose='diagnosis', glance='report')
+views = dict.fromkeys(_plots, 'plot') | dict(diagnose='diagnosis', grad_diff='differ', glance='report')
 
 def _view(self, name):
     "A view; and an error inside a property is that error, and no missing attribute"

@@ -1,8 +1,9 @@
-"Where two runs part: mutants of twin nets against autograd's own gradients; twins that differ by rounding only raise no alarm."
-import copy
+"`grad_diff`: mutants of twin nets against autograd's own gradients; twins that differ by rounding only raise no alarm."
+import time
+import numpy as np
 import pandas as pd, pytest, torch, torch.nn.functional as F
 from torch import nn
-from fastai_gradstats import GradRecord, compare, grad_diff
+from fastai_gradstats import GradRecord, GradRecorder, compare, grad_diff
 from helpers.twins import call_loss, fused_adam, train_twin, twins
 
 # --- one place that is changed
@@ -50,7 +51,7 @@ def evaluates(path):
 def loss_times(factor): return lambda out, y: factor*F.cross_entropy(out, y)
 def smoothed(out, y): return F.cross_entropy(out, y, label_smoothing=.1)
 def summed(out, y): return F.cross_entropy(out, y, reduction='sum')
-def weighted(out, y): return F.cross_entropy(out, y, weight=torch.linspace(.5,1.5,10))
+def weighted(out, y): return F.cross_entropy(out, y, weight=torch.linspace(.5,1.5,10, dtype=out.dtype))
 def decayed(out, y, model): return F.cross_entropy(out, y)+.01*sum(p.square().sum() for p in model.parameters())
 decayed.of_model = True
 
@@ -143,3 +144,138 @@ def found_and_expected(kind, name, kw, factor, seed=0):
     found = grad_diff(a, b)
     plain,faulty = whole_gradients(name, seed),whole_gradients(name, seed, **{k:v for k,v in kw.items()})
     return found,first_by_autograd(plain[0], faulty[0], plain[1], faulty[1])
+
+def label(o): return '-'.join([o[0].replace(' ', '_'), o[1]])
+
+def is_right(found, expected, factor):
+    if found.first not in expected: return False
+    return factor is None or found.factor is not None and abs(found.factor/factor-1)<.01
+
+few_mutants = [next(m for m in mutants if m[0]==kind) for kind in dict.fromkeys(m[0] for m in mutants)]
+
+def mutants_found(some, seed=0):
+    wrong = []
+    for kind,name,kw,factor in some:
+        found,expected = found_and_expected(kind, name, kw, factor, seed)
+        if not is_right(found, expected, factor): wrong.append(f'{kind} {name}: expected {expected} {factor}, found {found.first} {found.factor}')
+    return wrong
+
+def test_one_mutant_of_each_kind():
+    "The first tensor is the first by autograd, and the factor is right"
+    assert len(few_mutants)>=15 and mutants_found(few_mutants)==[]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', [0,1])
+def test_all_mutants(seed):
+    assert len(mutants)>=40
+    wrong = mutants_found(mutants, seed)
+    assert len(wrong)<=.05*len(mutants), '\n'.join(wrong)
+
+@pytest.mark.parametrize('name,change,module', [('transformer',setting('blocks.0.attn', scale=1/8),'blocks.0'), ('cnn',setting('blocks.1', scale=1.),'blocks.1'),
+                                                ('transformer',setting('blocks.1.attn', mask_value=-1.),'blocks.1')], ids='scale residual mask'.split())
+def test_forward_is_searched(name, change, module):
+    "Where forward differs all gradients do; the ratio jumps at the place"
+    found = grad_diff(train_twin(name, steps=1), train_twin(name, steps=1, change=change))
+    assert found.jump and found.jump.startswith(module), found and 'losses differ already' in str(found)
+
+# --- rounding only
+
+def per_tensor_adam(params, **kw): return torch.optim.AdamW(params, foreach=False, **kw)
+def fused_attention(model):
+    for block in model.blocks: block.attn.fused = True
+def channels_last(model): model.to(memory_format=torch.channels_last)
+
+roundings = dict(bf16=dict(half=True), order=dict(shuffle=True), fused=dict(opt=fused_adam), by_tensor=dict(opt=per_tensor_adam), threads=dict(threads=2),
+                 split=dict(parts=4), halves=dict(parts=2), double=dict(double=True), attention=dict(change=fused_attention), layout=dict(change=channels_last))
+left_out = {('split','cnn'), ('halves','cnn'), ('bf16','lstm')}   # BatchNorm sees another batch; oneDNN has no such LSTM
+
+def rounding_cases():
+    for how in roundings:
+        for name in twins:
+            if (how,name) in left_out: continue
+            if how=='attention' and name!='transformer' or how=='layout' and not name.endswith('cnn'): continue
+            yield how,name
+
+def alarms(cases, seeds, **kw):
+    found = []
+    for seed in seeds:
+        plain = {name:train_twin(name, seed, **kw) for name in twins}
+        for how,name in cases:
+            diff = grad_diff(plain[name], train_twin(name, seed, **kw, **roundings[how]))
+            if not diff.same: found.append(f'{how} {name} {seed}: {diff}')
+    return found
+
+few_roundings = [('bf16','cnn'), ('bf16','tabular'), ('bf16','transformer'), ('order','lstm'), ('fused','transformer'), ('threads','cnn'), ('split','plain_cnn'),
+                 ('split','transformer'), ('double','tabular'), ('attention','transformer'), ('layout','cnn')]
+
+def test_rounding_is_no_alarm(): assert alarms(few_roundings, [0], steps=3)==[]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kw', [dict(steps=4), dict(steps=10, lr=1e-2), dict(steps=10, lr=.1, opt=torch.optim.SGD)], ids='adam adam-1e-2 sgd'.split())
+def test_no_rounding_is_an_alarm(kw):
+    cases = [(how,name) for how,name in rounding_cases() if not ('opt' in kw and 'opt' in roundings[how])]
+    assert alarms(cases, [1,5], **kw)==[]
+
+# --- other steps than the first
+
+class KeepsGradients(torch.optim.AdamW):
+    "zero_grad was forgotten"
+    def zero_grad(self, set_to_none=True): pass
+
+def test_gradients_that_are_not_cleared():
+    "The first step agrees, with it the weights; the second has the sum of two gradients"
+    found = grad_diff(train_twin('lstm'), train_twin('lstm', opt=KeepsGradients))
+    assert (found.step, found.what)==(1, 'gradients') and found.first in ('head.weight','head.bias')
+
+@pytest.mark.parametrize('kw', [dict(opt=lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=.5)), dict(lr=2e-3)], ids='decay lr'.split())
+@pytest.mark.parametrize('update_every', [None,1])
+def test_optimizers_differ(kw, update_every):
+    found = grad_diff(train_twin('transformer', update_every=update_every), train_twin('transformer', update_every=update_every, **kw))
+    assert (found.what, found.step)==(('weights',1) if update_every is None else ('updates',0))
+    assert 'the optimizers differ' in found.sentence()
+
+# --- what is given
+
+def test_kinds_of_records(tmp_path):
+    "A recorder, a record, a folder, frames and norms alone; and a comparison of two runs"
+    a,b = train_twin('tabular'),train_twin('tabular', loss=loss_times(2))
+    a.save(tmp_path/'a')
+    assert grad_diff(tmp_path/'a', b).factor==pytest.approx(2, rel=1e-5)
+    of_frames = grad_diff(a.tensors, b.tensors)
+    assert of_frames.first=='head' and 'precision of a run was not recorded' in str(of_frames)
+    norms = [GradRecord(steps=r.steps, params=r.by()) for r in (a,b)]
+    assert grad_diff(*norms).factor==pytest.approx(2, rel=1e-5) and grad_diff(*norms).first.startswith('head.')
+    both = compare({'plain':a, 'doubled':b})
+    assert 'doubled is 2 times plain from (loss) on' in grad_diff(both).sentence() and 'doubled is 2 times plain' in both.sentence()
+    with pytest.raises(ValueError, match='two records'): grad_diff(a)
+    with pytest.raises(ValueError, match='no tensor in common'): grad_diff(a.select(kind='output'), train_twin('lstm').select(kind='output', name='rnn1'))
+
+def test_other_seed_is_said(): assert grad_diff(train_twin('lstm'), train_twin('lstm', seed=1)).what=='weights'
+
+def test_order_of_execution():
+    "The order of backward is recorded, and not that of definition: torch's layer names its norms last"
+    def train(change=None):
+        torch.manual_seed(0)
+        model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0., batch_first=True)
+        if change: change(model)
+        opt = torch.optim.SGD(model.parameters(), lr=.1)
+        with GradRecorder(model, opt) as rec:
+            model(torch.randn(4,5,16)).pow(3).mean().backward()
+            opt.step()
+        return rec.record
+    assert train().facts[0]['backward']==['norm2','linear2','linear1','norm1','self_attn']
+    found = grad_diff(train(), train(times_in_backward('linear1', 2)))
+    assert found.first in ('linear1.weight','linear1.bias')
+
+def test_many_rows_in_seconds():
+    "300 tensors, 10,000 iterations, which is what is kept of more: rows of other steps are not touched"
+    n,tensors = 10_000,300
+    names = pd.Categorical.from_codes(np.tile(np.arange(tensors, dtype=np.int16), n), [f'block.{i}.weight' for i in range(tensors)])
+    step = np.repeat(np.arange(n, dtype=np.int32), tensors)
+    frame = pd.DataFrame(dict(fit=np.int32(0), phase=pd.Categorical.from_codes(np.zeros(len(step), np.int8), ['fit','lr_find']), epoch=np.int32(0), iteration=step, step=step,
+        kind=pd.Categorical.from_codes(np.ones(len(step), np.int8), ['output','param']), name=names, out=np.int32(0), call=np.int32(0), numel=np.int64(100), max_abs=np.float32(.1),
+        mean_abs=np.float32(.1), norm=np.float32(1), mean=np.float32(.01), std=np.float32(.1), zeros=np.int64(0), nonfinite=np.int64(0), above=np.int64(0), skipped=False), copy=False)
+    rec = GradRecord(frame)
+    start = time.process_time()
+    assert grad_diff(rec, rec).same
+    assert time.process_time()-start<5
