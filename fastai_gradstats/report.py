@@ -19,10 +19,11 @@ import numpy as np, pandas as pd
 from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
 from .diagnosis import diagnose,runs
+from .differ import grad_diff
 from .grid import (boundaries,boundary_name,cells,check_fit,check_which,image,image_columns,kinds_there,
                                    matching,no_tensors,places,printed,tensors,words)
-from .plot import draw_heatmap,plot_grad_flow,plot_grad_norm
-from .record import GradRecord,NotRecorded,as_record
+from .plot import draw_heatmap,plot_grad_diff,plot_grad_flow,plot_grad_norm
+from .record import GradRecord,NotComparable,NotRecorded,as_record
 
 # %% ../nbs/07_report.ipynb #6c4580ef
 columns,most = 800,700_000   # columns, and values in all: 2.8 MB
@@ -352,7 +353,7 @@ sort_js = r"""document.querySelectorAll('.sort th').forEach((head, i) => head.on
 # %% ../nbs/07_report.ipynb #85d9d7ed
 page = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title><style>{css}</style>
 <h1>{title}</h1>{sentence}
-<h2>Findings</h2>{findings}
+<h2>Findings</h2>{findings}{parting}
 <h2>Largest |gradient| of each tensor, outputs before parameters</h2>{heatmap}
 <h2>Gradient norm per step</h2><div class=scroll>{norm}</div>
 <h2>Gradient flow, last iteration</h2><div class=scroll>{flow}</div>
@@ -365,6 +366,14 @@ def _tensors_html(rec, phase, fit):
     "The table of tensors, or the reason why there is none"
     if not kinds_there(rec.frame('tensors'), 'both', phase, fit): return _none_html(no_tensors(rec, 'both', phase, fit))
     return _table(_tensor_table(rec, phase, fit), 'sort')
+
+def _parting_html(rec, phase, fit):
+    "Of a comparison of two runs: where they part"
+    if len(runs(rec))!=2 or phase is None: return ''
+    try: diff = grad_diff(rec, phase=phase, fit=fit)
+    except NotComparable as e: return f'<h2>Where the two part</h2>{_none_html(str(e))}'
+    lines = ''.join(f'<p>{escape(printed(line))}' for line in diff.evidence)
+    return f'<h2>Where the two part</h2>{lines}<div class=scroll>{_svg(plot_grad_diff, diff, 4.2)}</div>'
 
 def _check(rec, phase, fit):
     "Raises where the phase or a fit is not one of those there are"
@@ -386,6 +395,7 @@ def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradReco
                        css=css,
                        sentence=_sentences(rec, phase, fit, ' class=lead'),
                        findings=_findings_html(diagnose(rec, phase, fit)),
+                       parting=_parting_html(rec, phase, fit),
                        heatmap=_heat_html(rec, 'max_abs', phase, fit),
                        norm=_svg(plot_grad_norm, rec, 3.2, phase=phase, fit=fit),
                        flow=_svg(plot_grad_flow, rec, 4.2, phase=phase, fit=fit),

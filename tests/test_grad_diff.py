@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pandas as pd, pytest, torch, torch.nn.functional as F
 from torch import nn
-from fastai_gradstats import GradRecord, GradRecorder, compare, grad_diff
+from fastai_gradstats import GradRecord, GradRecorder, compare, grad_diff, save_report
 from helpers.twins import call_loss, fused_adam, train_twin, twins
 
 # --- one place that is changed
@@ -249,6 +249,13 @@ def test_kinds_of_records(tmp_path):
     assert 'doubled is 2 times plain from (loss) on' in grad_diff(both).sentence() and 'doubled is 2 times plain' in both.sentence()
     with pytest.raises(ValueError, match='two records'): grad_diff(a)
     with pytest.raises(ValueError, match='no tensor in common'): grad_diff(a.select(kind='output'), train_twin('lstm').select(kind='output', name='rnn1'))
+
+def test_report(tmp_path):
+    "A comparison's page says where its two runs part, and draws it"
+    page = save_report(compare({'plain':train_twin('tabular'), 'doubled':train_twin('tabular', loss=loss_times(2))}), tmp_path/'page.html').read_text(encoding='utf-8')
+    assert 'doubled is 2 times plain from (loss) on' in page and 'Where the two part' in page and 'plot_grad_diff' in page
+    none = save_report(compare({'a':train_twin('tabular'), 'b':train_twin('cnn')}), tmp_path/'none.html').read_text(encoding='utf-8')
+    assert 'no tensor in common' in none or 'a and b' in none
 
 def test_other_seed_is_said(): assert grad_diff(train_twin('lstm'), train_twin('lstm', seed=1)).what=='weights'
 
