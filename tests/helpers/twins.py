@@ -30,7 +30,7 @@ class TwinCNN(nn.Module):
         for block in self.blocks: x = block(x)
         return self.head(x.flatten(1))
 
-class Attention(nn.Module):
+class TwinAttention(nn.Module):
     def __init__(self, d, heads):
         super().__init__()
         self.heads,self.scale = heads,(d//heads)**-.5
@@ -49,7 +49,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, d, heads):
         super().__init__()
-        self.norm1,self.attn,self.norm2 = nn.LayerNorm(d),Attention(d,heads),nn.LayerNorm(d)
+        self.norm1,self.attn,self.norm2 = nn.LayerNorm(d),TwinAttention(d,heads),nn.LayerNorm(d)
         self.up,self.down = nn.Linear(d,2*d),nn.Linear(2*d,d)
         self.act,self.scale = F.gelu,1.
     def forward(self, x, padding):
@@ -103,9 +103,9 @@ def _tokens(g, n):
     return x
 def _columns(g, n): return torch.cat([torch.randint(20, (n,2), generator=g).float(), torch.randn(n,6, generator=g)], 1)
 
-Twin = namedtuple('Twin', 'make data')
-twins = dict(cnn=Twin(TwinCNN, _pictures), plain_cnn=Twin(lambda: TwinCNN(False), _pictures), lstm=Twin(TwinLSTM, _tokens),
-             transformer=Twin(TwinTransformer, _tokens), tabular=Twin(TwinTabular, _columns))
+TwinNet = namedtuple('TwinNet', 'make data')
+twins = dict(cnn=TwinNet(TwinCNN, _pictures), plain_cnn=TwinNet(lambda: TwinCNN(False), _pictures), lstm=TwinNet(TwinLSTM, _tokens),
+             transformer=TwinNet(TwinTransformer, _tokens), tabular=TwinNet(TwinTabular, _columns))
 
 # --- a training
 
