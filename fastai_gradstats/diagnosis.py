@@ -117,7 +117,8 @@ class Run:
         self.params = self._of_kind('param')
         seen = fits_in(self.tensors)|fits_in(self.steps)
         facts = [{**f, 'phase':phase_name(f['phase'])} for f in self.rec.facts]
-        self.facts = [f for f in facts if (f['phase'], f['fit']) in seen]
+        of_fits = {(f['phase'], f['fit']):f for f in sorted(facts, key=lambda f: len(f['params']))}   # both callbacks may know a fit: that one which names more
+        self.facts = [f for place,f in sorted(of_fits.items()) if place in seen]
 
     def _of_kind(self, kind):
         columns = ['fit','phase','iteration','name','numel','max_abs','norm','zeros','nonfinite']   # the others are not copied
@@ -321,8 +322,8 @@ def dead_units(r,
               ):
     biases = named(_late(r.params), lambda name: name.rpartition('.')[2]=='bias')
     takes_part = biases['zeros']<biases['numel']
-    ever = takes_part.groupby(biases['name'], observed=True).transform('any')
-    biases = biases[takes_part|~ever]   # an expert without tokens, a head of another task: not in that batch
+    share = takes_part.groupby(biases['name'], observed=True).transform('sum')/max(biases['iteration'].nunique(), 1)
+    biases = biases[(share==0)|(share>.9)]   # an expert with few tokens, a head of another task: `part_time`
     silent = by_tensor(biases['zeros']/biases['numel'], biases).median()
     silent = silent[silent>dead]
     if not len(silent): return
@@ -625,7 +626,7 @@ def needless_bias(r):
     typical = _typical(r)
     weights = typical[~typical['is_bias']].groupby('module')['norm'].max()
     biases = typical[typical['is_bias']]
-    ratio = biases['norm']/biases['module'].map(weights)
+    ratio = biases['norm'].astype(float)/biases['module'].map(weights).astype(float)
     free = ratio[(ratio<_unit(r)/10)&(biases['norm']>0)]
     if len(free): yield Finding('note', str(free.index[0]), '', f'{_counted(len(free), "bias").replace("biass", "biases")} with a gradient of 0 but for rounding: {first_names(free.index)}')
 
@@ -639,13 +640,15 @@ def starved(r,
            ):
     if r.steps.shape[0]<10: return
     typical = _typical(r)
+    some_steps = {name for name,its,there in _presence(r) if len(there)<.75*len(its) and len(there)}
+    typical = typical[~typical.index.isin(some_steps)]
     is_matrix = np.array([r.dims.get(name, 2)>1 for name in typical.index], bool)
     typical = typical[~typical['is_bias'].to_numpy(bool)&is_matrix]
     rms = (typical['norm']/np.sqrt(typical['numel'].fillna(1))).to_numpy()
     found = []
     for i,name in enumerate(typical.index):
         before,after = rms[max(i-3, 0):i],rms[i+1:i+4]
-        if len(before) and len(after) and 0<rms[i]<starve*min(np.median(before), np.median(after)): found.append(i)
+        if len(before) and len(after) and rms[i]<starve*min(np.median(before), np.median(after)): found.append(i)
     if not found: return
     i = min(found, key=rms.__getitem__)
     around = np.median(np.r_[rms[max(i-3, 0):i], rms[i+1:i+4]])
@@ -700,7 +703,7 @@ def _place(phase, fit):
     return res if fit is None else f'{res}, fit {fit}' if res else f' in fit {fit}'
 
 # What follows from another finding is none of its own
-follows_from = dict(loss_rose=['non_finite'], spike=['non_finite'], lone_spike=['non_finite','spike'], starved=['depth','dead_units','non_finite'],
+follows_from = dict(loss_rose=['non_finite'], spike=['non_finite'], lone_spike=['non_finite','spike'], starved=['depth','non_finite'],
                     loss_still=['no_gradient','zero_norm','non_finite','dead_units'], part_time=['dead_units'])
 
 def _trained(rec, phase, fit):
