@@ -10,7 +10,7 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/report.html.md"""
 __all__ = ['save_report']
 
 # %% ../nbs/07_report.ipynb #129e49d9
-import base64,json,re,sys
+import base64,json,os,re,sys
 from collections import namedtuple
 from html import escape
 from io import BytesIO,StringIO
@@ -432,14 +432,20 @@ def glance(rec):
     return html
 
 # %% ../nbs/07_report.ipynb #c904d619
-def _tell(run, html, phase, fit, skip):
-    "Print what a folder holds, and write its page where one is asked for"
+OK,FOUND,NOTHING = 0,1,2   # exit statuses of `--check`
+
+def _tell(run, html, phase, fit, skip)->int: # exit status of a check
+    "Print what a folder holds, and write its page where one is asked for; the last line is the verdict"
     rec = GradRecord.load(run, 'skip' if skip else 'raise')
     _check(rec, phase, fit)
     print(rec.summary(phase=phase, fit=fit))
-    for _,row in _severe(diagnose(rec, phase, fit)).iterrows():
+    found = diagnose(rec, phase, fit)
+    for _,row in _severe(found).iterrows():
         print(f"\n{row['severity']}: {_finding(row)}\n  {row['meaning']}; try: {row['try']}")
     if html: print(f'\n{save_report(rec, html, phase, fit=fit)}')
+    print(f'\n{found.verdict}', flush=True)
+    if not found.attrs['checked']: return NOTHING
+    return OK if found.ok else FOUND
 
 # %% ../nbs/07_report.ipynb #d83994ee
 @call_parse
@@ -447,8 +453,16 @@ def main(run:str, # Folder that a callback with `folder=` or `save` wrote
          html:str=None, # Write the report to this file
          phase:str='fit', # fit or lr_find
          fit:int=None, # Number of a fit, counted from 0
-         skip:store_true=False # Leave out parts that cannot be read
+         skip:store_true=False, # Leave out parts that cannot be read
+         check:store_true=False # Exit with 0 where nothing wrong was found, 1 with findings, 2 where nothing could be judged
         ):
-    "Print a summary of a run's gradients and what `diagnose` found; write an HTML report"
-    try: _tell(run, html, phase, fit, skip)
-    except (ValueError,OSError,ImportError) as e: sys.exit(f'{e}')
+    "Print a summary of a run's gradients and what `diagnose` found, the verdict last; write an HTML report"
+    try: status = _tell(run, html, phase, fit, skip)
+    except BrokenPipeError:   # whoever reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (ValueError,OSError,ImportError) as e:
+        if not check: sys.exit(f'{e}')
+        print(e, file=sys.stderr)
+        sys.exit(NOTHING)
+    if check: sys.exit(status)

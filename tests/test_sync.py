@@ -100,7 +100,7 @@ IMPORT_TABLE = dict(
     demo      = 'fastai torch torchvision sklearn fastcore numpy pandas matplotlib '
                 '.stats .engine .capture .files .stores .record .stream .recorder .callback .grid .differ .plot .diagnosis .report .probe')
 IMPORT_TABLE['all'] = ' '.join(f'.{m}' for m in IMPORT_TABLE)
-IMPORT_TABLE['__main__'] = IMPORT_TABLE['demo'] + ' .demo'
+IMPORT_TABLE['__main__'] = 'fastcore .report .demo'
 IMPORT_TABLE['__init__'] = IMPORT_TABLE['_modidx'] = ''
 
 MODULES = sorted(p.stem for p in (ROOT/PKG).glob('*.py'))

@@ -49,7 +49,7 @@ def convs(norm=lambda c: nn.Identity(), act=nn.ReLU, pool=False):
     def block(i, o): return [nn.Conv2d(i, o, 3, 1 if pool else 2, 1), norm(o), act(), *([nn.MaxPool2d(2)] if pool else [])]
     return lambda: nn.Sequential(*block(1,16), *block(16,32), nn.Flatten(), nn.Linear(128,10))
 
-class Rows(nn.Module):
+class DigitSequence(nn.Module):
     "Rows of a digit as a sequence"
     def __init__(self, body, d=32):
         super().__init__()
@@ -130,9 +130,9 @@ class AutoEncoder(nn.Module):
         self.enc,self.dec = nn.Sequential(nn.Linear(64,32), nn.GELU(), nn.Linear(32,16)),nn.Sequential(nn.Linear(16,32), nn.GELU(), nn.Linear(32,64))
     def forward(self, x): return self.dec(self.enc(x.flatten(1)))-x.flatten(1)
 
-def halves(y): return (y%2).float()[:,None]
+def odd_or_even(y): return (y%2).float()[:,None]
 def one_hot(y): return F.one_hot(y, 10).float()
-def warm_up(i, model, opt): opt.param_groups[0]['lr'] = .1*min(1, i/20)
+def lr_warms_up(i, model, opt): opt.param_groups[0]['lr'] = .1*min(1, i/20)
 def unfreeze_later(i, model, opt):
     if i==33: model[1].requires_grad_(True)
 def frozen_body():
@@ -143,21 +143,21 @@ def frozen_body():
 def tail(n): return lambda: nn.Sequential(*flat_mlp()()[:-1], nn.Linear(64,n))
 def smooth(out, y): return F.cross_entropy(out, y, label_smoothing=.1)
 
-adam = dict(opt=torch.optim.Adam, lr=3e-3)
+usual_adam = dict(opt=torch.optim.Adam, lr=3e-3)
 healthy = dict(
-    mlp=(flat_mlp(), {}), mlp_low=(flat_mlp(), dict(lr=.02)), mlp_adam=(flat_mlp(), adam), mlp_rms=(flat_mlp(), dict(opt=torch.optim.RMSprop, lr=1e-3)),
-    mlp_momentum=(flat_mlp(), dict(lr=.02, momentum=.9)), mlp_tanh=(flat_mlp(nn.Tanh), {}), mlp_deep=(flat_mlp(nn.GELU, depth=5), adam), mlp_dropout=(flat_mlp(dropout=.3), adam),
-    mlp_batchnorm=(flat_mlp(norm=nn.BatchNorm1d), {}), mlp_layernorm=(flat_mlp(norm=nn.LayerNorm), adam), small_batches=(flat_mlp(), dict(lr=.02, bs=4, epochs=1)),
-    convs=(convs(), {}), convs_batchnorm=(convs(nn.BatchNorm2d), {}), convs_batchnorm_adam=(convs(nn.BatchNorm2d), adam), convs_groupnorm=(convs(lambda c: nn.GroupNorm(4,c)), adam),
-    convs_pooled=(convs(pool=True), adam), convs_silu=(convs(act=nn.SiLU), adam),
-    lstm=(lambda: Rows(lambda d: nn.LSTM(d,d,batch_first=True)), dict(opt=torch.optim.Adam, lr=.01)), gru=(lambda: Rows(lambda d: nn.GRU(d,d,batch_first=True)), dict(opt=torch.optim.Adam, lr=.01)),
-    transformer=(lambda: Rows(lambda d: nn.TransformerEncoder(nn.TransformerEncoderLayer(d,4,64,dropout=.1,batch_first=True), 2)), dict(opt=torch.optim.AdamW, lr=1e-3)),
-    own_attention=(lambda: Rows(OwnBlocks), dict(opt=torch.optim.AdamW, lr=1e-3)), rezero=(ReZero, adam), lora=(lora, dict(opt=torch.optim.Adam, lr=.01)),
-    experts=(Experts, adam), two_tasks=(TwoTasks, adam), autoencoder=(AutoEncoder, dict(**adam, loss=lambda out, y: out.square().mean())),
-    regression=(tail(1), dict(lr=.01, loss=F.mse_loss, target=lambda y: y.float()[:,None])), binary=(tail(1), dict(loss=F.binary_cross_entropy_with_logits, target=halves)),
+    mlp=(flat_mlp(), {}), mlp_low=(flat_mlp(), dict(lr=.02)), mlp_adam=(flat_mlp(), usual_adam), mlp_rms=(flat_mlp(), dict(opt=torch.optim.RMSprop, lr=1e-3)),
+    mlp_momentum=(flat_mlp(), dict(lr=.02, momentum=.9)), mlp_tanh=(flat_mlp(nn.Tanh), {}), mlp_deep=(flat_mlp(nn.GELU, depth=5), usual_adam), mlp_dropout=(flat_mlp(dropout=.3), usual_adam),
+    mlp_batchnorm=(flat_mlp(norm=nn.BatchNorm1d), {}), mlp_layernorm=(flat_mlp(norm=nn.LayerNorm), usual_adam), small_batches=(flat_mlp(), dict(lr=.02, bs=4, epochs=1)),
+    convs=(convs(), {}), convs_batchnorm=(convs(nn.BatchNorm2d), {}), convs_batchnorm_adam=(convs(nn.BatchNorm2d), usual_adam), convs_groupnorm=(convs(lambda c: nn.GroupNorm(4,c)), usual_adam),
+    convs_pooled=(convs(pool=True), usual_adam), convs_silu=(convs(act=nn.SiLU), usual_adam),
+    lstm=(lambda: DigitSequence(lambda d: nn.LSTM(d,d,batch_first=True)), dict(opt=torch.optim.Adam, lr=.01)), gru=(lambda: DigitSequence(lambda d: nn.GRU(d,d,batch_first=True)), dict(opt=torch.optim.Adam, lr=.01)),
+    transformer=(lambda: DigitSequence(lambda d: nn.TransformerEncoder(nn.TransformerEncoderLayer(d,4,64,dropout=.1,batch_first=True), 2)), dict(opt=torch.optim.AdamW, lr=1e-3)),
+    own_attention=(lambda: DigitSequence(OwnBlocks), dict(opt=torch.optim.AdamW, lr=1e-3)), rezero=(ReZero, usual_adam), lora=(lora, dict(opt=torch.optim.Adam, lr=.01)),
+    experts=(Experts, usual_adam), two_tasks=(TwoTasks, usual_adam), autoencoder=(AutoEncoder, dict(**usual_adam, loss=lambda out, y: out.square().mean())),
+    regression=(tail(1), dict(lr=.01, loss=F.mse_loss, target=lambda y: y.float()[:,None])), binary=(tail(1), dict(loss=F.binary_cross_entropy_with_logits, target=odd_or_even)),
     multi_label=(flat_mlp(nn.GELU), dict(opt=torch.optim.Adam, lr=1e-3, loss=F.binary_cross_entropy_with_logits, target=one_hot)), smoothed=(flat_mlp(), dict(loss=smooth)),
     bf16=(flat_mlp(), dict(half=True)), bf16_convs=(convs(nn.BatchNorm2d), dict(half=True)), accumulated=(flat_mlp(), dict(parts=4)), clipped=(flat_mlp(), dict(clip=.5)),
-    frozen_body=(frozen_body, {}), warm_up=(flat_mlp(), dict(each_step=warm_up)), decayed=(flat_mlp(), dict(opt=torch.optim.AdamW, lr=3e-3, weight_decay=.1)),
+    frozen_body=(frozen_body, {}), warm_up=(flat_mlp(), dict(each_step=lr_warms_up)), decayed=(flat_mlp(), dict(opt=torch.optim.AdamW, lr=3e-3, weight_decay=.1)),
     longer=(flat_mlp(), dict(epochs=8)))
 few_healthy = 'mlp convs_batchnorm lstm own_attention lora experts two_tasks regression bf16_convs frozen_body'.split()
 
@@ -202,7 +202,7 @@ def test_gan_is_not_frozen():
 
 # --- the sicknesses of a new user, and others
 
-def weights_of(std):
+def convs_of_std(std):
     def make():
         model = convs()()
         for p in model.parameters():
@@ -210,25 +210,25 @@ def weights_of(std):
         return model
     return make
 
-def only(found, rule):
+def the_warning(found, rule):
     rows = found[(found['rule']==rule)&found['severity'].isin(['error','warning'])]
     assert len(rows)==1, str(found)
     return rows.iloc[0]
 
 @pytest.mark.parametrize('std', [10.,1.])
 def test_large_init(std):
-    found = diagnose(train_digits(weights_of(std), torch.optim.Adam, 1e-3))
-    assert only(found, 'first_loss')['evidence'].endswith('a guess of equal chances for 10 classes has 2.3') and not found.ok
+    found = diagnose(train_digits(convs_of_std(std), torch.optim.Adam, 1e-3))
+    assert the_warning(found, 'first_loss')['evidence'].endswith('a guess of equal chances for 10 classes has 2.3') and not found.ok
 
 @pytest.mark.parametrize('update_every', [None,5])
 def test_low_lr(update_every):
     "Also where updates were not measured, as in README"
     found = diagnose(train_digits(convs(), torch.optim.Adam, 1e-7, update_every=update_every))
-    assert 'updates are too small, at lr 1e-07' in only(found, 'loss_still')['evidence'] and not found.ok
+    assert 'updates are too small, at lr 1e-07' in the_warning(found, 'loss_still')['evidence'] and not found.ok
 
 def test_clipped_away():
     found = diagnose(train_digits(convs(), clip=.001))
-    assert 'clipping leaves' in only(found, 'loss_still')['evidence'] and 'max_norm' in only(found, 'loss_still')['try'] and not found.ok
+    assert 'clipping leaves' in the_warning(found, 'loss_still')['evidence'] and 'max_norm' in the_warning(found, 'loss_still')['try'] and not found.ok
 
 def test_nothing_left():
     "Never ok: gradients are cleared before the step"
@@ -246,12 +246,12 @@ def test_nothing_left():
             opt.zero_grad()
             opt.step()
     found = diagnose(rec)
-    assert not found.ok and only(found, 'no_gradient')['tensor']=='(all)' and len(severe(found))==1, str(found)
+    assert not found.ok and the_warning(found, 'no_gradient')['tensor']=='(all)' and len(severe(found))==1, str(found)
 
 def test_starved_router():
     "Behind a product with something tiny"
     found = diagnose(train_digits(lambda: Tiny(1e-8), torch.optim.Adam, 1e-3))
-    assert only(found, 'starved')['tensor']=='router.weight' and not found.ok
+    assert the_warning(found, 'starved')['tensor']=='router.weight' and not found.ok
 
 def test_lone_spike():
     "One batch a thousandfold; Adam's step is bounded, so that the loss stays calm"
@@ -264,7 +264,7 @@ def test_lone_spike():
         model[-1].register_forward_hook(lambda m, i, o: o.register_hook(hook) and None)
         return model
     found = diagnose(train_digits(make, torch.optim.Adam, 1e-3))
-    assert only(found, 'lone_spike')['iterations']=='40', str(found)
+    assert the_warning(found, 'lone_spike')['iterations']=='40', str(found)
 
 def test_nan_target():
     "The advice names the target; that the loss rose is no finding of its own"
@@ -273,13 +273,13 @@ def test_nan_target():
         y[700] = math.nan
         return y
     found = diagnose(train_digits(flat_mlp(), loss=F.binary_cross_entropy_with_logits, target=target))
-    assert 'target' in only(found, 'non_finite')['try'] and list(severe(found)['rule'])==['non_finite'], str(found)
+    assert 'target' in the_warning(found, 'non_finite')['try'] and list(severe(found)['rule'])==['non_finite'], str(found)
 
 def test_detached():
     class Cut(nn.Module):
         def forward(self, x): return x.detach()
     found = diagnose(train_digits(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,64), nn.ReLU(), Cut(), nn.Linear(64,10))))
-    row = only(found, 'unused')
+    row = the_warning(found, 'unused')
     assert row['tensor']=='1.weight' and 'detach' in row['try'] and 'reentrant' in row['try']
 
 def test_names_of_all():
@@ -288,7 +288,7 @@ def test_names_of_all():
         model = flat_mlp(depth=6)()
         for i in (1,3,5,7,9): model[i].bias.data.fill_(-50)
         return model
-    evidence = only(diagnose(train_digits(make)), 'dead_units')['evidence']
+    evidence = the_warning(diagnose(train_digits(make)), 'dead_units')['evidence']
     assert 'of its units output 0 on the whole batch (dead)' in evidence and 'so 1.bias, 3.bias, 5.bias and' in evidence
 
 # --- the verdict
@@ -312,7 +312,7 @@ def test_regression_is_not_judged():
 
 def test_biases_of_no_use():
     "Before BatchNorm, and keys of attention: a note that names bias=False"
-    for make,want in ((convs(nn.BatchNorm2d),'0.bias'), (lambda: Rows(OwnBlocks),'body.blocks.0.attn.k.bias')):
+    for make,want in ((convs(nn.BatchNorm2d),'0.bias'), (lambda: DigitSequence(OwnBlocks),'body.blocks.0.attn.k.bias')):
         found = diagnose(train_digits(make, torch.optim.AdamW, 1e-3, epochs=1))
         row = found[found['rule']=='needless_bias'].iloc[0]
         assert (row['severity'], row['tensor'])==('note', want) and 'bias=False' in row['try'], str(found)
