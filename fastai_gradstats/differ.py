@@ -94,7 +94,7 @@ def _inside(name, module): return module=='(model)' or name==module or name.star
 
 def module_places(sides)->dict: # module -> place
     "Of modules in the order of backward"
-    recorded = next((f['backward'] for side in sides for f in side.facts if f.get('backward')), None)
+    recorded = max((f.get('backward', []) for side in sides for f in side.facts), key=len, default=[])   # one run may know of more
     if recorded: return {str(name):place for place,name in enumerate(recorded)}
     outputs = [set(map(str, side.tensors.loc[side.tensors['kind']=='output','name'].unique())) for side in sides]
     modules = [name if any(name in o for o in outputs) else module_of(name) for side in sides for name in side.names]
@@ -449,7 +449,7 @@ class _Words:
 
     def of_depth(self):
         gone = [v for v in self.parted['verdict'] if v.startswith('only')]
-        if gone and self.row['verdict']=='parts': yield f"{_count(len(gone), 'tensor')} with a gradient in one of them only"
+        if len(gone)>1 or gone and self.row['verdict']=='parts': yield f"{_count(len(gone), 'tensor')} with a gradient in one of them only"
 
     def of_steps(self):
         if self.parting.what!='gradients' or self.factor.value is None: return
