@@ -729,7 +729,7 @@ def _apply(r, thresholds, place=''):
     return pd.DataFrame(rows, columns='rule severity tensor iterations evidence meaning try source'.split()),checked
 
 # %% ../nbs/06_diagnosis.ipynb #f0a00001
-shares = 'skip','dead','flush','cos'   # thresholds that are a share
+shares = 'skip','dead','flush','cos','moved','starve','part'   # thresholds that are a share
 whole = 'window','batch'               # thresholds that are a number of things
 
 def _is_number(value, *kinds): return isinstance(value, kinds) and not isinstance(value, bool)
