@@ -630,6 +630,15 @@ def needless_bias(r):
     free = ratio[(ratio<_unit(r)/10)&(biases['norm']>0)]
     if len(free): yield Finding('note', str(free.index[0]), '', f'{_counted(len(free), "bias").replace("biass", "biases")} with a gradient of 0 but for rounding: {first_names(free.index)}')
 
+# %% ../nbs/06_diagnosis.ipynb #444f9877
+def _presence(r):
+    "Per fit and parameter: in which of the fit's steps it had a gradient that is not all 0"
+    rows = taken(r.by_param.assign(skipped=False)) if len(r.by_param) else r.params
+    for (_,_),of in rows.groupby(['phase','fit'], observed=True, sort=False):
+        its = np.unique(of['iteration'])
+        there = of[of['norm']!=0]
+        for name,iterations in there.groupby('name', observed=True, sort=False)['iteration']: yield str(name),its,np.unique(iterations)
+
 # %% ../nbs/06_diagnosis.ipynb #b34a8a48
 @rule('params|by_param',
       meaning='this weight gets almost nothing, and its neighbours learn: what lies between it and the loss is saturated',
@@ -656,15 +665,7 @@ def starved(r,
     more = f'; so {first_names(others)}' if others else ''
     yield Finding('warning', typical.index[i], '', f'typical element {rms[i]:.1e}, of the weights around it {around:.1e}{more}')
 
-# %% ../nbs/06_diagnosis.ipynb #b6951033
-def _presence(r):
-    "Per fit and parameter: in which of the fit's steps it had a gradient that is not all 0"
-    rows = taken(r.by_param.assign(skipped=False)) if len(r.by_param) else r.params
-    for (_,_),of in rows.groupby(['phase','fit'], observed=True, sort=False):
-        its = np.unique(of['iteration'])
-        there = of[of['norm']!=0]
-        for name,iterations in there.groupby('name', observed=True, sort=False)['iteration']: yield str(name),its,np.unique(iterations)
-
+# %% ../nbs/06_diagnosis.ipynb #09383b68
 @rule('params|by_param',
       meaning='these take part in some steps only',
       do='nothing, if that is meant: experts, heads of several tasks, networks that take turns, a layer that is unfrozen later',

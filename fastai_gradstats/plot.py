@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation,MaxNLocator
 from .grid import (Cells,absolute,at_iteration,boundaries,boundary_name,cells,check_fit,check_stat,check_which,image,
-                                   iterations,kinds_there,matching,need_norms,need_octaves,need_tensors,no_norms,no_tensors,
+                                   iterations,kinds_there,matching,most_decades,need_norms,need_octaves,need_tensors,no_norms,no_tensors,
                                    norm_steps,octaves,per_iteration,places,points,printed,run_name,shortened,tensor_label,
                                    tensors,words,
                                    worst)
@@ -327,12 +327,13 @@ def _column_ticks(ax, mark, where, first, last):
 ColourRange = namedtuple('ColourRange', 'low high cut')   # `cut`: are there smaller ones, which have the lowest colour?
 
 def _colour_range(z):
-    "From the first percentile, where the smallest is half a decade below it, to the largest"
+    "From the first percentile, where the smallest is half a decade below it, to the largest; at most `most_decades` below that"
     z = z.compressed()
     if not len(z): return ColourRange(-1, 0, False)
     percentile,low,high = np.percentile(z, 1),z.min(),z.max()
-    cut = low<percentile-.5
-    if cut: low = percentile
+    if low<percentile-.5: low = percentile
+    low = max(low, high-most_decades)
+    cut = z.min()<low
     if high-low<.1: low,high = low-.5,high+.5
     return ColourRange(low, high, cut)
 

@@ -20,7 +20,7 @@ from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
 from .diagnosis import diagnose,runs
 from .differ import grad_diff
-from .grid import (boundaries,boundary_name,cells,check_fit,check_which,image,image_columns,kinds_there,
+from .grid import (most_decades,boundaries,boundary_name,cells,check_fit,check_which,image,image_columns,kinds_there,
                                    matching,no_tensors,places,printed,tensors,words)
 from .plot import draw_heatmap,plot_grad_diff,plot_grad_flow,plot_grad_norm
 from .record import GradRecord,NotComparable,NotRecorded,as_record
@@ -74,7 +74,8 @@ def _colour_range(img):
     "log10 of the smallest and largest value that have a colour of their own"
     logs = np.log10(img[img>0], dtype=np.float64)
     if not len(logs): return -1.,0.
-    low,high = float(np.percentile(logs, 1)),float(logs.max())
+    high = float(logs.max())
+    low = max(float(np.percentile(logs, 1)), high-most_decades)
     return low,max(high, low+.1)
 
 def _heat_data(heat):
@@ -217,9 +218,8 @@ def _table(df, cls=''):
 def _findings_html(found):
     "Findings, and what was not checked"
     unchecked = found['severity']=='not checked'
-    if not unchecked.all(): res = _table(found[~unchecked], 'findings')
-    elif found.attrs['checked']: res = '<p>No findings in what was recorded.'
-    else: res = '<p>No findings: nothing was recorded that a rule looks at.'
+    res = f'<p><b>{escape(found.verdict)}</b>'
+    if not unchecked.all(): res += _table(found[~unchecked], 'findings')
     if not unchecked.any(): return res
     rows = found.loc[unchecked, [c for c in ('rule','severity','run','evidence') if c in found]]
     what = 'rows' if 'run' in found else 'rules'
@@ -352,7 +352,7 @@ sort_js = r"""document.querySelectorAll('.sort th').forEach((head, i) => head.on
 
 # %% ../nbs/07_report.ipynb #85d9d7ed
 page = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title><style>{css}</style>
-<h1>{title}</h1>{sentence}
+<h1>{title}</h1>{about}{sentence}
 <h2>Findings</h2>{findings}{parting}
 <h2>Largest |gradient| of each tensor, outputs before parameters</h2>{heatmap}
 <h2>Gradient norm per step</h2><div class=scroll>{norm}</div>
@@ -366,6 +366,33 @@ def _tensors_html(rec, phase, fit):
     "The table of tensors, or the reason why there is none"
     if not kinds_there(rec.frame('tensors'), 'both', phase, fit): return _none_html(no_tensors(rec, 'both', phase, fit))
     return _table(_tensor_table(rec, phase, fit), 'sort')
+
+def _ends_of(values):
+    "One number where it is the same at both ends, else both"
+    first,last = (f'{v:.3g}' for v in (values.iloc[0], values.iloc[-1]))
+    return first if first==last else f'{first} to {last}'
+
+def _about(part)->str:
+    "Which run it was: steps, batch, lr, loss, parameters, precision"
+    steps,facts = part.frame('steps'),[f for f in part.facts if f['params']]
+    words = []
+    if len(steps):
+        words += [f"{len(steps):,} steps in {steps[['fit','epoch']].drop_duplicates().shape[0]} epochs", f"batch {steps['bs'].median():.0f}"]
+        words += [f"{name} {_ends_of(steps[name])}" for name in ('lr','loss') if steps[name].notna().any()]
+    if facts:
+        asks = [asks for _,asks,_ in facts[-1]['params']]
+        words.append(f'{sum(asks)} of {len(asks)} parameters trained')
+        if 'precision' in facts[-1]: words.append(facts[-1]['precision'])
+    return ', '.join(words)
+
+def _about_html(rec, phase, fit):
+    "A line for each run, and what wrote the page"
+    res = ''
+    for run in runs(rec):
+        about = _about(rec.select(phase=phase, fit=fit, run=run))
+        name = '' if run is None else f'<b>{escape(printed(run))}</b>: '
+        if about: res += f'<p class=key>{name}{escape(about)}'
+    return res
 
 def _parting_html(rec, phase, fit):
     "Of a comparison of two runs: where they part"
@@ -393,6 +420,7 @@ def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradReco
     _check(rec, phase, fit)
     html = page.format(title=escape(printed(title)),
                        css=css,
+                       about=_about_html(rec, phase, fit),
                        sentence=_sentences(rec, phase, fit, ' class=lead'),
                        findings=_findings_html(diagnose(rec, phase, fit)),
                        parting=_parting_html(rec, phase, fit),

@@ -3,7 +3,7 @@ import base64,json,re,shutil,subprocess,sys,time,warnings
 from functools import partial
 import numpy as np,pandas as pd,pytest
 from matplotlib import pyplot as plt
-from fastai_gradstats import GradRecord,compare,plot_grad_flow,plot_grad_heatmap,plot_grad_log10,plot_grad_norm,save_report
+from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,compare,diagnose,digits_learner,plot_grad_flow,plot_grad_heatmap,plot_grad_log10,plot_grad_norm,save_report
 from fastai_gradstats.report import main
 from helpers.project import ROOT,run_command,visit_page
 
@@ -90,6 +90,14 @@ def test_command(tmp_path):
     report_record(spike=(2,40)).save(tmp_path/'run', format='csv')
     out = run_command(sys.executable, '-m', 'fastai_gradstats.report', tmp_path/'run', '--html', tmp_path/'a.html', cwd=ROOT)
     assert 'Largest output gradient 7 at iteration 40' in out and (tmp_path/'a.html').stat().st_size>10_000
+
+def test_run_is_identified(tmp_path):
+    "Steps, batch, learning rate, loss, parameters and precision stand under the title, and the verdict over the findings"
+    learn = digits_learner(cbs=[GradStatsCallback(), GradNormCallback()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
+    page = save_report(learn, tmp_path/'page.html').read_text(encoding='utf-8')
+    assert re.search(r'22 steps in 1 epochs, batch 64, lr .*, loss .* to .*, \d+ of \d+ parameters trained, float32', page), page[:3000]
+    assert f'<b>{diagnose(learn).verdict}</b>' in page
 
 def run_check(folder, *more):
     "What `fastai-gradstats check` prints last, and its exit status"
