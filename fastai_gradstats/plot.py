@@ -633,7 +633,8 @@ def plot_grad_diff(a, # whatever `grad_diff` takes, or its answer
     gone = table['verdict'].str.startswith(('only','not finite'))
     at_edge = dict(transform=ax.get_xaxis_transform(), clip_on=False)
     if gone.any(): ax.plot(table.index[gone], np.full(gone.sum(), .97), 'v', ms=7, color=red, label='in one of them only, or not finite', gid='gone', **at_edge)
-    ax.set(yscale='log', xlim=(-.5, len(table)-.5))
+    shown = [1, *table.loc[np.isfinite(table['ratio'])&(table['ratio']>0), 'ratio']]
+    ax.set(yscale='log', xlim=(-.5, len(table)-.5), ylim=(min(shown)/2, max(shown)*2))
     ax.set_ylabel(f"norm, {printed(diff.names[1])} / {printed(diff.names[0])}", **as_text)
     labels = [tensor_label(*o) for o in zip(table['name'], table['call'], table['out'])]
     _name_ticks(ax, pd.DataFrame(dict(kind='output', label=labels)), 'x')
