@@ -12,6 +12,7 @@ Modules:
 - `fastai_gradstats.consumers`: Records say what they want of a training, and take their share of what was read
 - `fastai_gradstats.demo`: Gradients of a real network training on real data, in two minutes on a CPU
 - `fastai_gradstats.diagnosis`: Rules over a record, a table of findings
+- `fastai_gradstats.differ`: Two records of what should be the same training: the first tensor that differs by more than rounding
 - `fastai_gradstats.engine`: The same numbers for many tensors at once, without a sync
 - `fastai_gradstats.files`: Records on disk: complete parts, written once
 - `fastai_gradstats.forward`: Which module's output was the first that is not finite
@@ -42,11 +43,12 @@ _home = {n:m for m,ns in dict(
     stats    = 'decade measure statistics',
     engine   = 'Engine',
     capture  = 'OutputHooks clean_name grad_modules grad_params param_grads',
-    record   = 'Clip GradRecord NonFinite NotRecorded as_record compare',
+    record   = 'Clip GradRecord NonFinite NotComparable NotRecorded as_record compare',
     recorder = 'GradRecorder',
     callback = 'GradNormCallback GradStatsCallback',
     loops    = 'GradLightningCallback GradTrainerCallback',
-    plot     = 'plot_grad_flow plot_grad_heatmap plot_grad_hist plot_grad_log10 plot_grad_lr plot_grad_norm plot_ray',
+    plot     = 'plot_grad_diff plot_grad_flow plot_grad_heatmap plot_grad_hist plot_grad_log10 plot_grad_lr plot_grad_norm plot_ray',
+    differ   = 'GradDiff grad_diff',
     diagnosis = 'Findings diagnose',
     report   = 'save_report',
     probe    = 'grad_along_ray per_sample_norms',

@@ -4,6 +4,7 @@ from fastai_gradstats.record import GradRecord, compare
 from fastai_gradstats.recorder import GradRecorder
 from fastai_gradstats.callback import GradNormCallback, GradStatsCallback
 from fastai_gradstats.plot import *
+from fastai_gradstats.differ import grad_diff
 from fastai_gradstats.diagnosis import diagnose
 from fastai_gradstats.report import save_report
 from fastai_gradstats.probe import *

@@ -35,6 +35,20 @@ def _not_checked(missed):
     names = [f"{row['rule']} ({row['run']})" if 'run' in row else row['rule'] for row in missed]
     return 'not checked: ' + ', '.join(dict.fromkeys(names))
 
+def _counted(n, word): return f'{n} {word}' if n==1 else f'{n} {word}s'
+
+def verdict(findings)->str:
+    "What was checked, and a plain word"
+    checked,rules = findings.attrs.get('checked', 0),findings.attrs.get('rules', 0)
+    head = f'{checked} of {rules} checks'
+    if not checked: return f'{head}: nothing was recorded that a rule looks at, so nothing can be said'
+    count = {severity:int((findings['severity']==severity).sum()) for severity in ('error','warning','note')}
+    found = [_counted(n, severity) for severity,n in count.items() if n]
+    if count['error'] or count['warning']: head += f": {', '.join(found)}"
+    else: head += ', nothing wrong found' + (f", {found[0]}" if found else '')
+    trained = findings.attrs.get('trained')
+    return head + (f'; {trained[0]} of {trained[1]} parameters trained' if trained else '')
+
 # %% ../nbs/06_diagnosis.ipynb #c2a9e4d8
 def _nothing(findings):
     "Why there is no finding"
@@ -42,11 +56,13 @@ def _nothing(findings):
     return 'no findings among these rows' if findings.attrs.get('found') else 'no findings'
 
 def _text(findings):
-    "A paragraph for each finding, and last what was not checked"
+    "The verdict, where these are all findings; a paragraph for each, and last what was not checked"
     rows = findings.to_dict('records')
     missed = [row for row in rows if row['severity']=='not checked']
     paragraphs = [_paragraph(row) for row in rows if row['severity']!='not checked']
-    if not paragraphs: paragraphs = [_nothing(findings)]
+    is_whole = findings.attrs.get('rows')==len(findings)
+    if is_whole: paragraphs.insert(0, verdict(findings))
+    elif not paragraphs: paragraphs = [_nothing(findings)]
     if missed: paragraphs.append(_not_checked(missed))
     return '\n'.join(paragraphs)
 
@@ -57,10 +73,14 @@ class Findings(pd.DataFrame):
     def _constructor(self): return _findings
     @property
     def ok(self)->bool:
-        "No finding above 'note' in these rows, and at least one rule had something to look at"
+        "No rule fired above 'note' in these rows, and at least one had something to look at. It is no proof of health: `verdict` says how much was checked"
         if 'severity' not in self: raise ValueError("ok: without the column 'severity' it is not known")
         bad = self['severity'].isin(['error','warning'])
         return not bad.any() and self.attrs.get('checked', 0)>0
+    @property
+    def verdict(self)->str:
+        "One line: how many rules had something to look at, and what they found"
+        return verdict(self)
     def __repr__(self): return _text(self) if {*told}<={*self} else super().__repr__()
 
 def _findings(*args, **kwargs):
@@ -97,7 +117,8 @@ class Run:
         self.params = self._of_kind('param')
         seen = fits_in(self.tensors)|fits_in(self.steps)
         facts = [{**f, 'phase':phase_name(f['phase'])} for f in self.rec.facts]
-        self.facts = [f for f in facts if (f['phase'], f['fit']) in seen]
+        of_fits = {(f['phase'], f['fit']):f for f in sorted(facts, key=lambda f: len(f['params']))}   # both callbacks may know a fit: that one which names more
+        self.facts = [f for place,f in sorted(of_fits.items()) if place in seen]
 
     def _of_kind(self, kind):
         columns = ['fit','phase','iteration','name','numel','max_abs','norm','zeros','nonfinite']   # the others are not copied
@@ -145,6 +166,7 @@ recorded_by = dict(
     steps    = 'GradNormCallback()',
     by_param = 'GradNormCallback()',
     updates  = 'GradNormCallback(update_every=n)')
+recorded_by['params|by_param'] = "GradStatsCallback(kind='both') or GradNormCallback()"
 recorded_by['tensors|steps'] = 'GradStatsCallback() or GradNormCallback()'
 recorded_by['steps|asked'] = "GradNormCallback() or GradStatsCallback(kind='both')"
 
@@ -160,6 +182,15 @@ def named(df, matches):
     names = df['name'].cat
     ok = [bool(matches(str(name))) for name in names.categories]
     return df[np.array(ok+[False])[names.codes]]
+
+def first_names(names, n=3):
+    "The first of them, and how many more there are"
+    names = list(map(str, names))
+    return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
+
+def param_norms(r):
+    "Norms per parameter, of whoever recorded them"
+    return r.by_param if len(r.by_param) else r.params
 
 def by_tensor(values, df):
     "Values of the rows of `df`, grouped by tensor"
@@ -189,6 +220,8 @@ def _broken(r, step):
 
 def _what_to_try(broke):
     "Where the place says more than the rule's own advice"
+    if broke.after=='(loss)' and broke.where=='backward':
+        return 'look for a NaN or inf in the target, and in the loss for a log or division by 0: outputs are finite, and what the loss passes back is not'
     if broke.where=='after backward': return 'look at the batches and records of the other ranks, and at callbacks and hooks that act after backward'
     if broke.after!='(input)': return ''
     return f'look for a NaN or inf in the batch (the data) and in the weights of {broke.before}: both give this place'
@@ -288,14 +321,18 @@ def dead_units(r,
                batch=8 # in smaller batches a silent unit is no sign
               ):
     biases = named(_late(r.params), lambda name: name.rpartition('.')[2]=='bias')
+    takes_part = biases['zeros']<biases['numel']
+    share = takes_part.groupby(biases['name'], observed=True).transform('sum')/max(biases['iteration'].nunique(), 1)
+    biases = biases[(share==0)|(share>.9)]   # an expert with few tokens, a head of another task: `part_time`
     silent = by_tensor(biases['zeros']/biases['numel'], biases).median()
     silent = silent[silent>dead]
     if not len(silent): return
     name = _nearest_loss(r, silent.index)   # behind a dead layer all is 0
     its = biases.loc[(biases['name']==name)&(biases['zeros']>0), 'iteration']
     small = len(r.steps) and r.steps['bs'].median()<batch
-    evidence = f'{silent[name]:.0%} of its units silent'
-    if len(silent)>1: evidence += f'; {len(silent)-1} more tensors'
+    evidence = f'{silent[name]:.0%} of its units output 0 on the whole batch (dead)'
+    others = [o for o in silent.index if o!=name]
+    if others: evidence += f'; so {first_names(others)}'
     if small: evidence += f'; batches smaller than {batch}'
     yield Finding('note' if small else 'warning', name, span(its), evidence)
 
@@ -335,15 +372,14 @@ def no_gradient(r):
 # %% ../nbs/06_diagnosis.ipynb #3e45b7cf
 @rule('facts params',
       meaning='these parameters ask for a gradient and no loss depends on them',
-      do='use them in forward, or take them out',
+      do='use them in forward, or take them out; if they are used, a detach(), no_grad() or .data cuts them off, or a reentrant checkpoint whose input needs no gradient',
       source='docs.pytorch.org: find_unused_parameters')
 def unused(r):
     for fit in r.facts:
         got = set(of_fit(r.params, fit)['name'].unique())
         idle = [name for name,asks,_ in fit['params'] if asks and name not in got]
         if not got or not idle: continue
-        more = f' and {len(idle)-5} more' if len(idle)>5 else ''
-        yield Finding('warning', idle[0], '', f"no gradient in fit {fit['fit']}: {', '.join(idle[:5])}{more}")
+        yield Finding('warning', idle[0], '', f"no gradient in fit {fit['fit']}: {first_names(idle, 5)}")
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60010
 @rule('facts',
@@ -353,10 +389,11 @@ def unused(r):
 def frozen(r):
     for fit in r.facts:
         params = fit['params']
-        off = [name for name,asks,_ in params if not asks]
+        got = set(map(str, of_fit(param_norms(r), fit)['name'].unique())) if len(param_norms(r)) else set()
+        off = [name for name,asks,_ in params if not asks and name not in got]   # some take turns, as in a GAN
         if not off: continue
         first = next((i for i,(_,asks,dims) in enumerate(params) if asks and dims>1), len(params))   # the first weight that is trained
-        behind = [name for name,asks,_ in params[first+1:] if not asks]
+        behind = [name for name,_,_ in params[first+1:] if name in off]
         mistake = behind and len(off)<len(params)/2
         evidence = f"{len(off)} of {len(params)} parameters frozen in fit {fit['fit']}"
         if behind: evidence += f', {len(behind)} of them behind {params[first][0]}, which is trained'
@@ -437,12 +474,14 @@ def update_ratio(r,
                  high=.1 # a warning above this
                 ):
     updates = r.updates
-    rows = named(updates[updates['weight_norm']>0], lambda name: 'bias' not in name)
+    grown = by_tensor(updates['weight_norm'], updates).transform('max')
+    rows = named(updates[(updates['weight_norm']>0)&(updates['weight_norm']>=.5*grown)], lambda name: 'bias' not in name)   # one that began at 0 has no ratio yet
     ratio = by_tensor(rows['update_norm']/rows['weight_norm'], rows).median()
     def say(severity, name, n):
         evidence = f'median |update|/|weight| {ratio[name]:.1e}; {n} of {len(ratio)} tensors'
         return Finding(severity, str(name), span(rows['iteration']), evidence)
     large,small = ratio>high,ratio<low
+    small &= ratio>0   # without a gradient nothing moves, and other rules say why
     if large.any(): yield say('warning', ratio.idxmax(), large.sum())
     if small.any(): yield say('warning' if small.all() else 'note', ratio.idxmin(), small.sum())
 
@@ -457,7 +496,7 @@ def scale_invariant(r,
     rows = r.rec.radial(phase=None)
     angle = by_tensor(rows['radial'].abs(), rows).median()
     free = angle[angle<cos]
-    if len(free): yield Finding('note', str(free.index[0]), '', f'weight and gradient at right angles in {len(free)} tensors')
+    if len(free): yield Finding('note', str(free.index[0]), '', f'{_counted(len(free), "weight")} scale-invariant (followed by a normalisation); nothing to fix: {first_names(free.index)}')
 
 # %% ../nbs/06_diagnosis.ipynb #fa01738c
 @rule('steps',
@@ -470,6 +509,181 @@ def clipping(r):
     excess = (clipped['norm']/clipped['clipped_norm']).median()
     evidence = f'{len(clipped)/len(r.steps):.0%} of steps clipped; norm / max_norm {excess:.2g} (median of those)'
     yield Finding('note', '(all)', span(clipped['iteration']), evidence)
+
+# %% ../nbs/06_diagnosis.ipynb #2162492a
+def _classes(r):
+    "How many classes the loss has, and the output that says so; None where it is no mean cross-entropy"
+    begun = r.steps.iloc[0]
+    rows = of_fit(r.tensors, begun)
+    rows = rows[(rows['kind']=='output')&(rows['step']==begun['step'])&(rows['nonfinite']==0)]
+    if not len(rows) or not begun['bs']>0: return None
+    order = next((f['backward'] for f in r.facts if f.get('backward')), None) or [rows['name'].iloc[-1]]
+    last = rows[rows['name']==order[0]]
+    if not len(last): return None
+    classes = last['numel'].sum()/begun['bs']
+    adds_to_0 = (abs(last['mean'])<=.01*last['mean_abs']).all()
+    if classes<2 or classes!=int(classes) or not adds_to_0 or last['max_abs'].max()>1.01/last['numel'].min()*classes: return None
+    return int(classes),str(last['name'].iloc[0])
+
+@rule('steps outputs',
+      meaning='the network is sure of wrong answers before it has learned anything: its first weights are too large',
+      do='He or Xavier initialisation, smaller weights in the last layer, normalised inputs',
+      source='Karpathy 2019, A Recipe for Training Neural Networks')
+def first_loss(r,
+               chance=3. # times the loss of a guess of equal chances; healthy: at most 1.5
+              ):
+    if r.steps['step'].iloc[0]>0 or not np.isfinite(r.steps['loss'].iloc[0]): return
+    known = _classes(r)
+    if known is None:
+        yield Finding('not checked', '', '', 'not judged: by the gradient of the last output the loss is no mean cross-entropy, of which a guess is known')
+        return
+    classes,name = known
+    loss = r.steps['loss'].iloc[0]
+    evidence = f'first loss {loss:.3g}, a guess of equal chances for {classes} classes has {np.log(classes):.3g}'
+    if loss>chance*np.log(classes)+1: yield Finding('warning', name, str(r.steps['iteration'].iloc[0]), evidence)
+
+# %% ../nbs/06_diagnosis.ipynb #78ed2dae
+def _ends(values):
+    "Median of the first and of the last tenth, five at least, and how much values scatter there"
+    n = max(len(values)//10, 5)
+    first,last = values[:n],values[-n:]
+    scatter = np.median(np.r_[abs(first-np.median(first)), abs(last-np.median(last))])
+    return np.median(first),np.median(last),3*scatter/np.sqrt(n)
+
+def _moved(r):
+    "Per parameter: by which share its norm changed from the first to the last step of a fit, the largest of all fits"
+    rows = r.by_param[r.by_param['weight_norm']>0]
+    ends = rows.groupby(['phase','fit','name'], observed=True, sort=False)['weight_norm'].agg(['first','last'])
+    return abs(ends['last']/ends['first']-1).groupby('name', observed=True).max()
+
+def _why_still(r):
+    steps = taken(r.steps)
+    clip = steps['clip_coef'].median()
+    if clip<.1: return f"clipping leaves {clip:.2g} of the gradient (median), at lr {steps['lr'].median():.2g}",'a larger max_norm (suggest_clip()), or a larger learning rate'
+    frozen_now = [name for f in r.facts for name,asks,_ in f['params'] if not asks]
+    n = len(r.dims)
+    if n and len(set(frozen_now))>=n/2: return f"{len(set(frozen_now))} of {n} parameters are frozen",'unfreeze, or a larger learning rate for what is trained'
+    return f"updates are too small, at lr {steps['lr'].median():.2g}",'a larger learning rate; lr_find() suggests one'
+
+@rule('steps by_param',
+      meaning='nothing is learned',
+      do='a larger learning rate',
+      source='Goodfellow et al. 2016, Deep Learning, 11.4')
+def loss_still(r,
+               moved=3e-4 # share by which norms of weights changed, median over tensors; healthy: 1e-3 and more
+              ):
+    loss = taken(r.steps)['loss'].to_numpy(float)
+    if len(loss)<20 or not np.isfinite(loss).all(): return
+    start,end,scatter = _ends(loss)
+    if abs(end-start)>max(.02*abs(start), scatter): return
+    change = _moved(r).median()
+    if not change<moved: return
+    why,do = _why_still(r)
+    yield Finding('warning', '', span(r.steps['iteration']), f'loss {start:.3g} at the start, {end:.3g} at the end, and norms of weights changed by {change:.1e}: {why}', do)
+
+# %% ../nbs/06_diagnosis.ipynb #c7886382
+@rule('steps',
+      meaning='one batch has a gradient out of scale, and the loss does not show it',
+      do='look at that batch; clip',
+      source='Chowdhery et al. 2022, PaLM, 5.1')
+def lone_spike(r,
+               lone=100., # times the median norm of the 50 steps before
+              ):
+    steps = taken(r.steps)
+    usual = _before(steps['norm'], 50).median().shift()
+    after = steps['norm'][::-1].rolling(3, min_periods=1).median()[::-1].shift(-1)   # of the three steps that follow
+    hit = steps[(steps['norm']>lone*usual)&(after<10*usual)&(usual>0)]
+    if not len(hit): return
+    first = hit.iloc[0]
+    clipped = (hit['clip_coef']<.1).all()
+    evidence = f"norm {first['norm']:.3g}, {first['norm']/usual[hit.index[0]]:.0f} times the median of the steps before, and calm again after it" + ('; it was clipped' if clipped else '')
+    yield Finding('note' if clipped else 'warning', loudest(r, first), span(hit['iteration']), evidence)
+
+# %% ../nbs/06_diagnosis.ipynb #1f5d815d
+def _typical(r):
+    "Of each parameter, in network order, the median norm of the last quarter of its steps, its module and kind"
+    rows = _late(param_norms(r))
+    rows = rows[np.isfinite(rows['norm'])]
+    norm = by_tensor(rows['norm'], rows).median()
+    numel = by_tensor(r.params['numel'], r.params).max() if len(r.params) else pd.Series(dtype=float)
+    order = list(r.dims) or list(map(str, rows['name'].cat.categories))
+    norm.index = norm.index.astype(str)
+    numel.index = numel.index.astype(str)
+    norm = norm.reindex([name for name in order if name in norm.index])
+    return pd.DataFrame(dict(norm=norm, numel=numel.reindex(norm.index), module=[name.rpartition('.')[0] for name in norm.index],
+                             is_bias=np.array(['bias' in name.rpartition('.')[2] for name in norm.index], bool)), index=norm.index)
+
+def _unit(r):
+    "How well a number of this run is known, by its precision"
+    coarse = any(f['half'] or f.get('precision') in ('bfloat16','float16','tf32') for f in r.facts)
+    return 1e-2 if coarse else 1e-5
+
+@rule('params|by_param',
+      meaning='the optimizer moves these biases at random, since their gradient is 0 but for rounding: a normalisation follows, or they are keys of attention',
+      do='nothing; or bias=False there, which saves them',
+      source='Ioffe and Szegedy 2015, 3.2')
+def needless_bias(r):
+    typical = _typical(r)
+    weights = typical[~typical['is_bias']].groupby('module')['norm'].max()
+    biases = typical[typical['is_bias']]
+    ratio = biases['norm'].astype(float)/biases['module'].map(weights).astype(float)
+    free = ratio[(ratio<_unit(r)/10)&(biases['norm']>0)]
+    if len(free): yield Finding('note', str(free.index[0]), '', f'{_counted(len(free), "bias").replace("biass", "biases")} with a gradient of 0 but for rounding: {first_names(free.index)}')
+
+# %% ../nbs/06_diagnosis.ipynb #444f9877
+def _presence(r):
+    "Per fit and parameter: in which of the fit's steps it had a gradient that is not all 0"
+    rows = taken(r.by_param.assign(skipped=False)) if len(r.by_param) else r.params
+    for (_,_),of in rows.groupby(['phase','fit'], observed=True, sort=False):
+        its = np.unique(of['iteration'])
+        there = of[of['norm']!=0]
+        for name,iterations in there.groupby('name', observed=True, sort=False)['iteration']: yield str(name),its,np.unique(iterations)
+
+# %% ../nbs/06_diagnosis.ipynb #b34a8a48
+@rule('params|by_param',
+      meaning='this weight gets almost nothing, and its neighbours learn: what lies between it and the loss is saturated',
+      do='look at what follows it: a softmax or sigmoid that is sure, a product with something tiny; a temperature, an auxiliary loss',
+      source='Shazeer et al. 2017, 4')
+def starved(r,
+            starve=1e-4 # of the typical element of the weights on both sides; healthy: 1e-2 and more
+           ):
+    if r.steps.shape[0]<10: return
+    typical = _typical(r)
+    some_steps = {name for name,its,there in _presence(r) if len(there)<.75*len(its) and len(there)}
+    typical = typical[~typical.index.isin(some_steps)]
+    is_matrix = np.array([r.dims.get(name, 2)>1 for name in typical.index], bool)
+    typical = typical[~typical['is_bias'].to_numpy(bool)&is_matrix]
+    rms = (typical['norm']/np.sqrt(typical['numel'].fillna(1))).to_numpy()
+    found = []
+    for i,name in enumerate(typical.index):
+        before,after = rms[max(i-3, 0):i],rms[i+1:i+4]
+        if len(before) and len(after) and rms[i]<starve*min(np.median(before), np.median(after)): found.append(i)
+    if not found: return
+    i = min(found, key=rms.__getitem__)
+    around = np.median(np.r_[rms[max(i-3, 0):i], rms[i+1:i+4]])
+    others = [typical.index[j] for j in found if j!=i]
+    more = f'; so {first_names(others)}' if others else ''
+    yield Finding('warning', typical.index[i], '', f'typical element {rms[i]:.1e}, of the weights around it {around:.1e}{more}')
+
+# %% ../nbs/06_diagnosis.ipynb #09383b68
+@rule('params|by_param',
+      meaning='these take part in some steps only',
+      do='nothing, if that is meant: experts, heads of several tasks, networks that take turns, a layer that is unfrozen later',
+      source='docs.pytorch.org: find_unused_parameters')
+def part_time(r,
+              part=.75 # share of steps
+             ):
+    some = []
+    for name,its,there in _presence(r):
+        if len(its)<10 or not len(there)<=part*len(its): continue
+        at = np.searchsorted(its, there)
+        if at[-1]-at[0]+1==len(at): when = f'from iteration {there[0]} on' if at[-1]==len(its)-1 else f'up to iteration {there[-1]}' if at[0]==0 else f'from iteration {there[0]} to {there[-1]}'
+        else: when = f'in {len(there)} of {len(its)} steps'
+        some.append((name, when))
+    if not some: return
+    name,when = some[0]
+    others = [n for n,_ in some[1:]]
+    yield Finding('note', name, '', f'has a gradient {when}' + (f'; others in a part of the steps: {first_names(others)}' if others else ''))
 
 # %% ../nbs/06_diagnosis.ipynb #b6e00001
 def runs(rec):
@@ -489,21 +703,34 @@ def _place(phase, fit):
     res = '' if phase=='fit' else ' in any phase' if phase is None else f' in phase {phase!r}'
     return res if fit is None else f'{res}, fit {fit}' if res else f' in fit {fit}'
 
+# What follows from another finding is none of its own
+follows_from = dict(loss_rose=['non_finite'], spike=['non_finite'], lone_spike=['non_finite','spike'], starved=['depth','non_finite'],
+                    loss_still=['no_gradient','zero_norm','non_finite','dead_units'], part_time=['dead_units'])
+
+def _trained(rec, phase, fit):
+    "How many parameters asked for a gradient in the last fit, and of how many; None where nobody knows"
+    facts = [f for f in rec.select(phase=phase, fit=fit).facts if f['params']]
+    if not facts: return None
+    params = facts[-1]['params']
+    return sum(1 for _,asks,_ in params if asks),len(params)
+
 def _apply(r, thresholds, place=''):
     "What each rule says of one run, and how many rules had something to look at"
-    rows,checked = [],0
+    rows,checked,fired = [],0,set()
     for f in rules:
         need = _missing(f, r)
         if need: found = [Finding('not checked', '', '', f'not recorded{place}: {recorded_by[need]} records it')]
         else:
-            checked += 1
             mine = {name:value for name,value in thresholds.items() if name in inspect.signature(f).parameters}
             found = [Finding(*o) for o in f(r, **mine)]
+            checked += not any(o.severity=='not checked' for o in found)   # it may not know how to judge
+        if any(fired.intersection(follows_from.get(f.__name__, ()))): found = [o for o in found if o.severity=='not checked']
+        if any(o.severity in ('error','warning') for o in found): fired.add(f.__name__)
         rows += [(f.__name__, o.severity, o.tensor, o.iterations, o.evidence, f.meaning, o.do or f.do, f.source) for o in found]
     return pd.DataFrame(rows, columns='rule severity tensor iterations evidence meaning try source'.split()),checked
 
 # %% ../nbs/06_diagnosis.ipynb #f0a00001
-shares = 'skip','dead','flush','cos'   # thresholds that are a share
+shares = 'skip','dead','flush','cos','moved','starve','part'   # thresholds that are a share
 whole = 'window','batch'               # thresholds that are a number of things
 
 def _is_number(value, *kinds): return isinstance(value, kinds) and not isinstance(value, bool)
@@ -547,5 +774,5 @@ def diagnose(o, # a Learner, callback, list of callbacks, `GradRecord`, frame or
     res = pd.concat(tables, ignore_index=True)
     rank = res['severity'].map(['error','warning','note','not checked'].index)
     res = Findings(res.iloc[np.argsort(rank, kind='stable')].reset_index(drop=True))
-    res.attrs = dict(checked=min(counts), found=int((res['severity']!='not checked').sum()))
+    res.attrs = dict(checked=min(counts), rules=len(rules), rows=len(res), found=int((res['severity']!='not checked').sum()), trained=_trained(rec, phase, fit))
     return res

@@ -313,6 +313,8 @@ def one_kind(kind):
     "A kind that rows are picked by; None where both are meant"
     return kind if kind in kinds else None
 
+most_decades = 5   # that have colours of their own, below the largest: a tensor that gets nothing leaves the rest to be told apart
+
 def image(cells, width, height):
     "(tensors, columns) of largest values, at most `height` by `width`: -1 where there was no row, NaN where not finite"
     value,row,table,its = cells

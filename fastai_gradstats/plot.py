@@ -8,7 +8,7 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/plot.html.md"""
 
 # %% auto #0
 __all__ = ['plot_grad_log10', 'plot_grad_heatmap', 'plot_grad_norm', 'plot_grad_flow', 'plot_grad_lr', 'plot_grad_hist',
-           'plot_ray']
+           'plot_grad_diff', 'plot_ray']
 
 # %% ../nbs/05_plot.ipynb #4170a2f8
 from collections import namedtuple
@@ -19,9 +19,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation,MaxNLocator
 from .grid import (Cells,absolute,at_iteration,boundaries,boundary_name,cells,check_fit,check_stat,check_which,image,
-                                   iterations,kinds_there,matching,need_norms,need_octaves,need_tensors,no_norms,no_tensors,
-                                   norm_steps,octaves,per_iteration,places,points,printed,run_name,shortened,tensors,words,
+                                   iterations,kinds_there,matching,most_decades,need_norms,need_octaves,need_tensors,no_norms,no_tensors,
+                                   norm_steps,octaves,per_iteration,places,points,printed,run_name,shortened,tensor_label,
+                                   tensors,words,
                                    worst)
+from .differ import GradDiff,grad_diff
 from .record import as_record
 from .stores import kinds
 
@@ -325,12 +327,13 @@ def _column_ticks(ax, mark, where, first, last):
 ColourRange = namedtuple('ColourRange', 'low high cut')   # `cut`: are there smaller ones, which have the lowest colour?
 
 def _colour_range(z):
-    "From the first percentile, where the smallest is half a decade below it, to the largest"
+    "From the first percentile, where the smallest is half a decade below it, to the largest; at most `most_decades` below that"
     z = z.compressed()
     if not len(z): return ColourRange(-1, 0, False)
     percentile,low,high = np.percentile(z, 1),z.min(),z.max()
-    cut = low<percentile-.5
-    if cut: low = percentile
+    if low<percentile-.5: low = percentile
+    low = max(low, high-most_decades)
+    cut = z.min()<low
     if high-low<.1: low,high = low-.5,high+.5
     return ColourRange(low, high, cut)
 
@@ -599,6 +602,47 @@ def plot_grad_hist(o, # whatever `as_record` takes, recorded with `hist=True`
     _title(ax, name)
     _x_axis(ax, [its], point='column')
     _legend(ax, handles)
+    return ax
+
+# %% ../nbs/05_plot.ipynb #eeb26535
+def _diff_points(ax, all_steps, tensors):
+    "The ratio of each tensor at some steps, the first one darkest"
+    steps = all_steps['step'].unique()[:8]
+    for i,step in enumerate(steps[::-1]):
+        rows = all_steps[all_steps['step']==step].merge(tensors, on=['kind','name','call','out'])
+        shade = .15+.85*(i+1)/len(steps)
+        for kind in kinds:
+            of_kind = rows[(rows['kind']==kind)&(rows['ratio']>0)]
+            if not len(of_kind): continue
+            label = words[kind] if i==len(steps)-1 else None
+            ax.plot(of_kind['x'], of_kind['ratio'], 'o' if kind=='output' else 's', ms=4, color=colours[kind], alpha=shade, mew=0, label=label, gid=f'step {step}')
+
+# %% ../nbs/05_plot.ipynb #76bfe2b6
+def plot_grad_diff(a, # whatever `grad_diff` takes, or its answer
+                   b=None, # the other run
+                   ax=None, figsize=None):
+    "Ratio of the gradients of two runs, tensor by tensor in the order of backward, at the first steps; the band is what rounding explains"
+    diff = a if isinstance(a, GradDiff) else grad_diff(a, b)
+    ax = _axes(ax, figsize, 4)
+    table = diff.table.reset_index(drop=True)
+    tensors = table[['kind','name','call','out']].assign(x=table.index)
+    limit = np.clip(table['explained'], 0, .99)
+    ax.fill_between(table.index, 1-limit, 1+limit, color=grey, alpha=.3, step='mid', lw=0, label='rounding')
+    ax.axhline(1, color=grey, lw=1, ls='--', zorder=1)
+    _diff_points(ax, diff.all_steps, tensors)
+    gone = table['verdict'].str.startswith(('only','not finite'))
+    at_edge = dict(transform=ax.get_xaxis_transform(), clip_on=False)
+    if gone.any(): ax.plot(table.index[gone], np.full(gone.sum(), .97), 'v', ms=7, color=red, label='in one of them only, or not finite', gid='gone', **at_edge)
+    shown = [1, *table.loc[np.isfinite(table['ratio'])&(table['ratio']>0), 'ratio']]
+    ax.set(yscale='log', xlim=(-.5, len(table)-.5), ylim=(min(shown)/2, max(shown)*2))
+    ax.set_ylabel(f"norm, {printed(diff.names[1])} / {printed(diff.names[0])}", **as_text)
+    labels = [tensor_label(*o) for o in zip(table['name'], table['call'], table['out'])]
+    _name_ticks(ax, pd.DataFrame(dict(kind='output', label=labels)), 'x')
+    if diff.first is not None:
+        place = int(table.index[table['name']==diff.first][0])
+        ax.axvline(place-.5, color=red, lw=1, gid='first')
+        ax.set_title(f'parts at {printed(diff.first)}, step {diff.step}', loc='left', fontsize=9, **as_text)
+    _legend(ax)
     return ax
 
 # %% ../nbs/05_plot.ipynb #537c1ad3

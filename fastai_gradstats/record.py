@@ -67,11 +67,18 @@ def _stored(table, o):
 def _copied(facts):
     "A copy of facts, in which lists are shared as they were"
     lists = {id(f['params']):[type(p)(p) for p in f['params']] for f in facts}
-    return [{**f, 'params':lists[id(f['params'])]} for f in facts]
+    orders = {id(f['backward']):list(f['backward']) for f in facts if 'backward' in f}
+    def copied(f):
+        res = {**f, 'params':lists[id(f['params'])]}
+        return {**res, 'backward':orders[id(f['backward'])]} if 'backward' in f else res
+    return [copied(f) for f in facts]
 
 # %% ../nbs/03_record.ipynb #48841647
 class NotRecorded(ValueError):
     "The record was asked for what it can never have. The message says what records it"
+
+class NotComparable(ValueError):
+    "Two records have no step, or no tensor, in common"
 
 _recorded_by = dict(tensors=("statistics of tensors", "GradStatsCallback()"), steps=("steps", "GradNormCallback()"),
                     params=("norms by parameter", "GradNormCallback()"), hist=("histograms", "GradStatsCallback(hist=True)"))
@@ -127,7 +134,9 @@ class GradRecord:
     def add_facts(self, new:dict):
         "What is known of a fit that begins"
         with stores.lock:
-            if self._facts and self._facts[-1]['params']==new['params']: new = {**new, 'params':self._facts[-1]['params']}
+            if self._facts:   # lists that did not change are shared
+                last = self._facts[-1]
+                new = {**new, **{k:last[k] for k in ('params','backward') if k in new and last.get(k)==new[k]}}
             self._facts.append(new)
 
     def facts_since(self, n):
@@ -188,7 +197,7 @@ def breaks(self:GradRecord)->list:
 
 @patch(as_prop=True)
 def facts(self:GradRecord)->list:
-    "Per fit what rows cannot say: the watched parameters as (name, requires_grad, dimensions), is fp16 in use, and with a scaler?"
+    "Per fit what rows cannot say: the watched parameters as (name, requires_grad, dimensions), is fp16 in use, and with a scaler, the coarsest dtype, modules in the order of backward"
     return self.facts_since(0)
 
 # %% ../nbs/03_record.ipynb #cde7a19a
@@ -586,6 +595,13 @@ def _norms_sentence(steps):
     return res + (f'; {skipped.sum()} skipped' if skipped.any() else '') + '.'
 
 # %% ../nbs/03_record.ipynb #2cd97b24
+def _parting_sentence(part, phase):
+    "Of a comparison of two runs with the same tensors: where they part"
+    runs = {str(run) for t in ('tensors','params') if 'run' in part.frame(t) for run in part.frame(t)['run'].unique()}
+    if len(runs)!=2 or phase is None: return []
+    try: return [f'{part.grad_diff(phase=phase).sentence()}.']
+    except NotComparable: return []
+
 @patch
 def sentence(self:GradRecord,
              phase='fit', # 'fit', 'lr_find' or None for all
@@ -600,7 +616,7 @@ def sentence(self:GradRecord,
         of_kind = df[df['kind']==kind]
         if len(of_kind): res.append(_largest(of_kind, label, self.threshold))
     if len(part.frame('steps')): res.append(_norms_sentence(part.frame('steps')))
-    if res: return ' '.join(res)
+    if res: return ' '.join([*res, *_parting_sentence(part, phase)])
     if not (len(self.frame('tensors')) or len(self.frame('steps'))): return 'Nothing recorded yet.'
     return f"Nothing recorded in phase '{phase}'; other phases are left out unless asked for."
 
@@ -756,7 +772,7 @@ def load(cls:GradRecord,
 
 # %% ../nbs/03_record.ipynb #c947184c
 _plots = ('plot_grad_log10','plot_grad_heatmap','plot_grad_hist','plot_grad_norm','plot_grad_flow','plot_grad_lr')
-views = dict.fromkeys(_plots, 'plot') | dict(diagnose='diagnosis', glance='report')
+views = dict.fromkeys(_plots, 'plot') | dict(diagnose='diagnosis', grad_diff='differ', glance='report')
 
 def _view(self, name):
     "A view; and an error inside a property is that error, and no missing attribute"

@@ -253,6 +253,15 @@ def rank()->int:
     dist = torch.distributed
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
+def coarsest(dtypes, on_cuda # is it computed on a GPU of NVIDIA's?
+            )->str: # 'bfloat16', 'float16', 'tf32', 'float32' or 'float64'
+    "The dtype with the fewest bits that numbers go through"
+    for dtype in (torch.bfloat16,torch.float16):
+        if dtype in dtypes: return str(dtype).rpartition('.')[2]
+    if dtypes and dtypes<={torch.float64,torch.complex128}: return 'float64'
+    uses_tf32 = on_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
+    return 'tf32' if uses_tf32 else 'float32'
+
 def last_lr(opt)->float:
     "The learning rate of the last group; NaN where it is none that can be read without waiting for a device"
     groups = getattr(opt, 'hypers', None) or getattr(opt, 'param_groups', None) or [{}]
@@ -516,6 +525,8 @@ class ReadsOutputs(Measures):
     check = None   # of forward
     scale = None   # AMP's, in this backward
     all_compiled = False   # code from before the last hooks is around
+    grad_dtypes = frozenset()   # of the outputs' gradients so far
+    backward_order = ()         # names of modules, as their gradients came
     make_hooks = OutputHooks
 
     def hook_outputs(self):
@@ -533,10 +544,14 @@ class ReadsOutputs(Measures):
     def receivers(self):
         "What a hook calls with a gradient, and where one of a module failed"
         names,number,numbers = self.names,self.keys,{}
+        self.grad_dtypes,self.backward_order = set(),{}
         engine_put = self.engine.put
         def received(i, call, out, g):
             k = numbers.get((i,call,out))
-            if k is None: k = numbers[i,call,out] = number(Role.OUTPUT, i, names[i], out, call)
+            if k is None:
+                k = numbers[i,call,out] = number(Role.OUTPUT, i, names[i], out, call)
+                self.grad_dtypes.add(g.dtype)
+                self.backward_order[names[i]] = True
             engine_put(k, g, self.scale(g.device) if self.scale else None)
         def dropped(i):
             "Nothing of module `i` stays of this iteration: some of its rows are missing"
@@ -739,8 +754,8 @@ class Reader(Says):
         self.prepare_engine()
         self.watched = list(self.loop.model.parameters())
         for consumer in self.consumers: self.start_consumer(consumer)
-        self.note_facts()
         self.hook_outputs()
+        if not self.hooks: self.note_facts()   # else after the first batch: its backward tells of the order and of dtypes
         self.live = True
 
     def choose(self):
@@ -825,7 +840,9 @@ class Reader(Says):
             counts = consumer.counts
             half = self.loop.uses_half() or any(p.dtype==torch.float16 for p in consumer.params.values())
             params = [(n, p.requires_grad, _dimensions(p)) for n,p in consumer.params.items()]
-            consumer.record.add_facts(dict(fit=counts.fit, phase=counts.phase, params=params, half=bool(half), scaled=self.loop.scale() is not None))
+            precision = coarsest(self.grad_dtypes | {p.dtype for p in consumer.params.values()}, any(p.is_cuda for p in consumer.params.values()))
+            consumer.record.add_facts(dict(fit=counts.fit, phase=counts.phase, params=params, half=bool(half), scaled=self.loop.scale() is not None,
+                                           precision=precision, backward=list(self.backward_order)))
             if consumer.stream is not None: consumer.stream.claim()
 
     # --- batches

@@ -10,7 +10,7 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/report.html.md"""
 __all__ = ['save_report']
 
 # %% ../nbs/07_report.ipynb #129e49d9
-import base64,json,re,sys
+import base64,json,os,re,sys
 from collections import namedtuple
 from html import escape
 from io import BytesIO,StringIO
@@ -19,10 +19,11 @@ import numpy as np, pandas as pd
 from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
 from .diagnosis import diagnose,runs
-from .grid import (boundaries,boundary_name,cells,check_fit,check_which,image,image_columns,kinds_there,
+from .differ import grad_diff
+from .grid import (most_decades,boundaries,boundary_name,cells,check_fit,check_which,image,image_columns,kinds_there,
                                    matching,no_tensors,places,printed,tensors,words)
-from .plot import draw_heatmap,plot_grad_flow,plot_grad_norm
-from .record import GradRecord,NotRecorded,as_record
+from .plot import draw_heatmap,plot_grad_diff,plot_grad_flow,plot_grad_norm
+from .record import GradRecord,NotComparable,NotRecorded,as_record
 
 # %% ../nbs/07_report.ipynb #6c4580ef
 columns,most = 800,700_000   # columns, and values in all: 2.8 MB
@@ -73,7 +74,8 @@ def _colour_range(img):
     "log10 of the smallest and largest value that have a colour of their own"
     logs = np.log10(img[img>0], dtype=np.float64)
     if not len(logs): return -1.,0.
-    low,high = float(np.percentile(logs, 1)),float(logs.max())
+    high = float(logs.max())
+    low = max(float(np.percentile(logs, 1)), high-most_decades)
     return low,max(high, low+.1)
 
 def _heat_data(heat):
@@ -216,9 +218,8 @@ def _table(df, cls=''):
 def _findings_html(found):
     "Findings, and what was not checked"
     unchecked = found['severity']=='not checked'
-    if not unchecked.all(): res = _table(found[~unchecked], 'findings')
-    elif found.attrs['checked']: res = '<p>No findings in what was recorded.'
-    else: res = '<p>No findings: nothing was recorded that a rule looks at.'
+    res = f'<p><b>{escape(found.verdict)}</b>'
+    if not unchecked.all(): res += _table(found[~unchecked], 'findings')
     if not unchecked.any(): return res
     rows = found.loc[unchecked, [c for c in ('rule','severity','run','evidence') if c in found]]
     what = 'rows' if 'run' in found else 'rules'
@@ -351,8 +352,8 @@ sort_js = r"""document.querySelectorAll('.sort th').forEach((head, i) => head.on
 
 # %% ../nbs/07_report.ipynb #85d9d7ed
 page = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title><style>{css}</style>
-<h1>{title}</h1>{sentence}
-<h2>Findings</h2>{findings}
+<h1>{title}</h1>{about}{sentence}
+<h2>Findings</h2>{findings}{parting}
 <h2>Largest |gradient| of each tensor, outputs before parameters</h2>{heatmap}
 <h2>Gradient norm per step</h2><div class=scroll>{norm}</div>
 <h2>Gradient flow, last iteration</h2><div class=scroll>{flow}</div>
@@ -365,6 +366,41 @@ def _tensors_html(rec, phase, fit):
     "The table of tensors, or the reason why there is none"
     if not kinds_there(rec.frame('tensors'), 'both', phase, fit): return _none_html(no_tensors(rec, 'both', phase, fit))
     return _table(_tensor_table(rec, phase, fit), 'sort')
+
+def _ends_of(values):
+    "One number where it is the same at both ends, else both"
+    first,last = (f'{v:.3g}' for v in (values.iloc[0], values.iloc[-1]))
+    return first if first==last else f'{first} to {last}'
+
+def _about(part)->str:
+    "Which run it was: steps, batch, lr, loss, parameters, precision"
+    steps,facts = part.frame('steps'),[f for f in part.facts if f['params']]
+    words = []
+    if len(steps):
+        words += [f"{len(steps):,} steps in {steps[['fit','epoch']].drop_duplicates().shape[0]} epochs", f"batch {steps['bs'].median():.0f}"]
+        words += [f"{name} {_ends_of(steps[name])}" for name in ('lr','loss') if steps[name].notna().any()]
+    if facts:
+        asks = [asks for _,asks,_ in facts[-1]['params']]
+        words.append(f'{sum(asks)} of {len(asks)} parameters trained')
+        if 'precision' in facts[-1]: words.append(facts[-1]['precision'])
+    return ', '.join(words)
+
+def _about_html(rec, phase, fit):
+    "A line for each run, and what wrote the page"
+    res = ''
+    for run in runs(rec):
+        about = _about(rec.select(phase=phase, fit=fit, run=run))
+        name = '' if run is None else f'<b>{escape(printed(run))}</b>: '
+        if about: res += f'<p class=key>{name}{escape(about)}'
+    return res
+
+def _parting_html(rec, phase, fit):
+    "Of a comparison of two runs: where they part"
+    if len(runs(rec))!=2 or phase is None: return ''
+    try: diff = grad_diff(rec, phase=phase, fit=fit)
+    except NotComparable as e: return f'<h2>Where the two part</h2>{_none_html(str(e))}'
+    lines = ''.join(f'<p>{escape(printed(line))}' for line in diff.evidence)
+    return f'<h2>Where the two part</h2>{lines}<div class=scroll>{_svg(plot_grad_diff, diff, 4.2)}</div>'
 
 def _check(rec, phase, fit):
     "Raises where the phase or a fit is not one of those there are"
@@ -384,8 +420,10 @@ def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradReco
     _check(rec, phase, fit)
     html = page.format(title=escape(printed(title)),
                        css=css,
+                       about=_about_html(rec, phase, fit),
                        sentence=_sentences(rec, phase, fit, ' class=lead'),
                        findings=_findings_html(diagnose(rec, phase, fit)),
+                       parting=_parting_html(rec, phase, fit),
                        heatmap=_heat_html(rec, 'max_abs', phase, fit),
                        norm=_svg(plot_grad_norm, rec, 3.2, phase=phase, fit=fit),
                        flow=_svg(plot_grad_flow, rec, 4.2, phase=phase, fit=fit),
@@ -422,14 +460,20 @@ def glance(rec):
     return html
 
 # %% ../nbs/07_report.ipynb #c904d619
-def _tell(run, html, phase, fit, skip):
-    "Print what a folder holds, and write its page where one is asked for"
+OK,FOUND,NOTHING = 0,1,2   # exit statuses of `--check`
+
+def _tell(run, html, phase, fit, skip)->int: # exit status of a check
+    "Print what a folder holds, and write its page where one is asked for; the last line is the verdict"
     rec = GradRecord.load(run, 'skip' if skip else 'raise')
     _check(rec, phase, fit)
     print(rec.summary(phase=phase, fit=fit))
-    for _,row in _severe(diagnose(rec, phase, fit)).iterrows():
+    found = diagnose(rec, phase, fit)
+    for _,row in _severe(found).iterrows():
         print(f"\n{row['severity']}: {_finding(row)}\n  {row['meaning']}; try: {row['try']}")
     if html: print(f'\n{save_report(rec, html, phase, fit=fit)}')
+    print(f'\n{found.verdict}', flush=True)
+    if not found.attrs['checked']: return NOTHING
+    return OK if found.ok else FOUND
 
 # %% ../nbs/07_report.ipynb #d83994ee
 @call_parse
@@ -437,8 +481,16 @@ def main(run:str, # Folder that a callback with `folder=` or `save` wrote
          html:str=None, # Write the report to this file
          phase:str='fit', # fit or lr_find
          fit:int=None, # Number of a fit, counted from 0
-         skip:store_true=False # Leave out parts that cannot be read
+         skip:store_true=False, # Leave out parts that cannot be read
+         check:store_true=False # Exit with 0 where nothing wrong was found, 1 with findings, 2 where nothing could be judged
         ):
-    "Print a summary of a run's gradients and what `diagnose` found; write an HTML report"
-    try: _tell(run, html, phase, fit, skip)
-    except (ValueError,OSError,ImportError) as e: sys.exit(f'{e}')
+    "Print a summary of a run's gradients and what `diagnose` found, the verdict last; write an HTML report"
+    try: status = _tell(run, html, phase, fit, skip)
+    except BrokenPipeError:   # whoever reads has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (ValueError,OSError,ImportError) as e:
+        if not check: sys.exit(f'{e}')
+        print(e, file=sys.stderr)
+        sys.exit(NOTHING)
+    if check: sys.exit(status)

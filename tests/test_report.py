@@ -1,9 +1,9 @@
 "One page from a record: what is in it, how large it is, and that it works in a browser."
-import base64,json,re,shutil,sys,time,warnings
+import base64,json,re,shutil,subprocess,sys,time,warnings
 from functools import partial
 import numpy as np,pandas as pd,pytest
 from matplotlib import pyplot as plt
-from fastai_gradstats import GradRecord,compare,plot_grad_flow,plot_grad_heatmap,plot_grad_log10,plot_grad_norm,save_report
+from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,compare,diagnose,digits_learner,plot_grad_flow,plot_grad_heatmap,plot_grad_log10,plot_grad_norm,save_report
 from fastai_gradstats.report import main
 from helpers.project import ROOT,run_command,visit_page
 
@@ -90,6 +90,44 @@ def test_command(tmp_path):
     report_record(spike=(2,40)).save(tmp_path/'run', format='csv')
     out = run_command(sys.executable, '-m', 'fastai_gradstats.report', tmp_path/'run', '--html', tmp_path/'a.html', cwd=ROOT)
     assert 'Largest output gradient 7 at iteration 40' in out and (tmp_path/'a.html').stat().st_size>10_000
+
+def test_run_is_identified(tmp_path):
+    "Steps, batch, learning rate, loss, parameters and precision stand under the title, and the verdict over the findings"
+    learn = digits_learner(cbs=[GradStatsCallback(), GradNormCallback()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
+    page = save_report(learn, tmp_path/'page.html').read_text(encoding='utf-8')
+    assert re.search(r'22 steps in 1 epochs, batch 64, lr .*, loss .* to .*, \d+ of \d+ parameters trained, float32', page), page[:3000]
+    assert f'<b>{diagnose(learn).verdict}</b>' in page
+
+def run_check(folder, *more):
+    "What `fastai-gradstats check` prints last, and its exit status"
+    res = subprocess.run([sys.executable, '-m', 'fastai_gradstats', 'check', str(folder), *more], cwd=ROOT, capture_output=True, text=True)
+    return (res.stdout.splitlines() or [''])[-1],res.returncode,res.stderr
+
+def test_check(tmp_path):
+    "The last line is the verdict; 0 where nothing wrong was found, 1 with findings, 2 where nothing could be judged"
+    report_record().save(tmp_path/'well', format='csv')
+    report_record(bad=(1,50)).save(tmp_path/'sick', format='csv')
+    GradRecord().save(tmp_path/'empty', format='csv')
+    last,status,_ = run_check(tmp_path/'well')
+    assert 'checks, nothing wrong found' in last and status==0
+    last,status,_ = run_check(tmp_path/'sick')
+    assert 'checks: 1 error' in last and status==1
+    assert run_check(tmp_path/'empty')[1]==2
+    _,status,said = run_check(tmp_path/'none')
+    assert status==2 and 'no such folder' in said and 'Traceback' not in said
+
+def test_pipe_that_closes(tmp_path):
+    "As `| head` does"
+    report_record().save(tmp_path/'run', format='csv')
+    process = subprocess.Popen([sys.executable, '-m', 'fastai_gradstats', 'report', str(tmp_path/'run')], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.wait()==0 and process.stderr.read()==b''
+    process.stderr.close()
+
+def test_unknown_command():
+    res = subprocess.run([sys.executable, '-m', 'fastai_gradstats', 'run'], cwd=ROOT, capture_output=True, text=True)
+    assert res.returncode==1 and 'accepted are demo, report RUN and check RUN' in res.stderr
 
 def test_command_fails(tmp_path, capsys):
     "A sentence, no traceback; damage can be left out"

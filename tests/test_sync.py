@@ -93,14 +93,15 @@ IMPORT_TABLE = dict(
     callback  = 'fastai torch .consumers .record .recorder',
     loops     = 'transformers lightning pytorch_lightning .consumers .record .recorder',
     grid      = 'numpy pandas .stores .record',
-    plot      = 'numpy pandas matplotlib fastcore .stores .record .grid',
+    differ    = 'numpy pandas .stores .record',
+    plot      = 'numpy pandas matplotlib fastcore .stores .record .grid .differ',
     diagnosis = 'numpy pandas fastcore .stores .record',
-    report    = 'numpy pandas matplotlib fastcore .stores .record .grid .plot .diagnosis',
+    report    = 'numpy pandas matplotlib fastcore .stores .record .grid .plot .diagnosis .differ',
     probe     = 'torch numpy pandas fastcore .stats',
     demo      = 'fastai torch torchvision sklearn fastcore numpy pandas matplotlib '
-                '.stats .engine .capture .files .stores .record .stream .recorder .callback .grid .plot .diagnosis .report .probe')
+                '.stats .engine .capture .files .stores .record .stream .recorder .callback .grid .differ .plot .diagnosis .report .probe')
 IMPORT_TABLE['all'] = ' '.join(f'.{m}' for m in IMPORT_TABLE)
-IMPORT_TABLE['__main__'] = IMPORT_TABLE['demo'] + ' .demo'
+IMPORT_TABLE['__main__'] = 'fastcore .report .demo'
 IMPORT_TABLE['__init__'] = IMPORT_TABLE['_modidx'] = ''
 
 MODULES = sorted(p.stem for p in (ROOT/PKG).glob('*.py'))
@@ -133,10 +134,10 @@ def test_one_table_points_up():
     names = [(mod, o.args[0]) for mod in MODULES for o in ast.walk(parsed(mod)) if is_import_call(o)]
     assert [(mod, ast.unparse(n)) for mod,n in names if not isinstance(n, ast.Constant)]==[('__init__', "f'.{_home[name]}'"), ('record', "'.' + views[name]")]
     views = importlib.import_module(f'{PKG}.record').views
-    assert set(views.values())=={'plot','diagnosis','report'}
+    assert set(views.values())=={'plot','diagnosis','differ','report'}
     for name,mod in views.items(): assert callable(getattr(importlib.import_module(f'{PKG}.{mod}'), name))
 
-@pytest.mark.parametrize('mod', [m for m in ('files', 'stores', 'record', 'stream', 'grid', 'plot', 'diagnosis', 'report') if m in MODULES])
+@pytest.mark.parametrize('mod', [m for m in ('files', 'stores', 'record', 'stream', 'grid', 'differ', 'plot', 'diagnosis', 'report') if m in MODULES])
 def test_reads_without_torch(mod):
     "A record is read, drawn and diagnosed in a process that imports neither torch nor fastai."
     run_command(sys.executable, '-c', f"import sys, {PKG}.{mod}; bad={{'torch', 'fastai'}} & sys.modules.keys(); assert not bad, bad")
@@ -152,8 +153,8 @@ def test_public_names(mod):
 
 def test_star_import():
     "What a notebook needs, and nothing that it does not"
-    want = """GradStatsCallback GradNormCallback GradRecorder GradRecord compare diagnose save_report decade measure grad_along_ray per_sample_norms
-              plot_grad_log10 plot_grad_heatmap plot_grad_hist plot_grad_norm plot_grad_flow plot_grad_lr plot_ray
+    want = """GradStatsCallback GradNormCallback GradRecorder GradRecord compare diagnose grad_diff save_report decade measure grad_along_ray per_sample_norms
+              plot_grad_log10 plot_grad_heatmap plot_grad_hist plot_grad_norm plot_grad_flow plot_grad_lr plot_grad_diff plot_ray
               digits digits_learner convnet abs_10_power thread_answer"""
     every = importlib.import_module(f'{PKG}.all')
     assert {n for n in vars(every) if not n.startswith('_')}==set(want.split())

@@ -1,0 +1,319 @@
+"A verdict: sick runs of a new user are found with their cause, healthy ones of all kinds get nothing above a note, and what could not be judged is said."
+import math
+from contextlib import nullcontext
+import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from fastai_gradstats import GradRecord, GradRecorder, diagnose
+from helpers.records import calm_steps
+from helpers.twins import Block, TwinTransformer
+
+# --- a plain loop over digits
+
+def pixels():
+    d = load_digits()
+    g = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(d.target), generator=g)[:1408]
+    return torch.tensor(d.images/8-1, dtype=torch.float32)[order,None],torch.tensor(d.target)[order]
+
+def train_digits(make, opt=torch.optim.SGD, lr=.1, epochs=3, bs=64, loss=F.cross_entropy, target=lambda y: y, parts=1, clip=None, half=False, each_step=None, update_every=5, ready=None, **kw):
+    "The record of a training; `each_step(i, model, opt)` may act before a step's batch"
+    torch.manual_seed(0)
+    xs,ys = pixels()
+    ys = target(ys)
+    model = make()
+    params = [p for p in model.parameters() if p.requires_grad]
+    opt = opt(params, lr=lr, **kw)
+    with GradRecorder(model, opt, update_every=update_every) as rec:
+        for i in range(epochs*len(xs)//bs):
+            if each_step: each_step(i, model, opt)
+            rows = torch.arange(i*bs, (i+1)*bs)%len(xs)
+            for part in rows.chunk(parts):
+                with torch.autocast('cpu', torch.bfloat16) if half else nullcontext(): value = loss(model(xs[part]), ys[part])
+                rec.loss(value)
+                (value/parts).backward()
+            rec.read()
+            if clip: nn.utils.clip_grad_norm_(params, clip)
+            opt.step()
+            opt.zero_grad()
+    return rec.record
+
+def flat_mlp(act=nn.ReLU, norm=None, depth=2, n=64, dropout=0.):
+    def make():
+        layers = [nn.Flatten()]
+        for i in range(depth): layers += [nn.Linear(64 if i==0 else n, n), *([norm(n)] if norm else []), act(), *([nn.Dropout(dropout)] if dropout else [])]
+        return nn.Sequential(*layers, nn.Linear(n, 10))
+    return make
+
+def convs(norm=lambda c: nn.Identity(), act=nn.ReLU, pool=False):
+    def block(i, o): return [nn.Conv2d(i, o, 3, 1 if pool else 2, 1), norm(o), act(), *([nn.MaxPool2d(2)] if pool else [])]
+    return lambda: nn.Sequential(*block(1,16), *block(16,32), nn.Flatten(), nn.Linear(128,10))
+
+class DigitSequence(nn.Module):
+    "Rows of a digit as a sequence"
+    def __init__(self, body, d=32):
+        super().__init__()
+        self.inp,self.body,self.out = nn.Linear(8,d),body(d),nn.Linear(d,10)
+    def forward(self, x):
+        x = self.body(self.inp(x[:,0]))
+        return self.out((x[0] if isinstance(x, tuple) else x)[:,-1])
+
+class OwnBlocks(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(d,4) for _ in range(2))
+    def forward(self, x):
+        for block in self.blocks: x = block(x, torch.zeros(x.shape[:2], dtype=torch.bool))
+        return x
+
+class ReZero(nn.Module):
+    "Residual blocks behind gates that begin at 0"
+    def __init__(self, n=64, depth=4):
+        super().__init__()
+        self.inp,self.layers,self.out = nn.Linear(64,n),nn.ModuleList(nn.Linear(n,n) for _ in range(depth)),nn.Linear(n,10)
+        self.gates = nn.Parameter(torch.zeros(depth))
+    def forward(self, x):
+        x = self.inp(x.flatten(1))
+        for gate,layer in zip(self.gates, self.layers): x = x+gate*F.gelu(layer(x))
+        return self.out(x)
+
+class LoRALinear(nn.Module):
+    "A frozen layer and an update of low rank, of which one factor begins at 0"
+    def __init__(self, i, o, rank=4):
+        super().__init__()
+        self.base = nn.Linear(i,o).requires_grad_(False)
+        self.a,self.b = nn.Parameter(torch.randn(i,rank)/i**.5),nn.Parameter(torch.zeros(rank,o))
+    def forward(self, x): return self.base(x)+x@self.a@self.b
+def lora(): return nn.Sequential(nn.Flatten(), LoRALinear(64,64), nn.ReLU(), LoRALinear(64,64), nn.ReLU(), LoRALinear(64,10))
+
+class Experts(nn.Module):
+    "Each sample goes to the expert that the router prefers; rare ones get tokens in few batches"
+    def __init__(self, n=4, d=32, sure=1.):
+        super().__init__()
+        self.inp,self.router = nn.Linear(64,d),nn.Linear(d,n)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(d,d), nn.ReLU(), nn.Linear(d,d)) for _ in range(n))
+        self.mid,self.out = nn.Linear(d,d),nn.Linear(d,10)
+        self.sure = sure
+    def forward(self, x):
+        x = F.gelu(self.inp(x.flatten(1)))
+        p = (self.sure*self.router(x)).softmax(-1)
+        top,which = p.max(-1)
+        res = torch.zeros_like(x)
+        for i,expert in enumerate(self.experts):
+            rows = (which==i).nonzero()[:,0]
+            if len(rows): res = res.index_add(0, rows, expert(x[rows])*top[rows,None])
+        return self.out(F.gelu(self.mid(x+res)))
+
+class Tiny(nn.Module):
+    "What one layer says counts for nearly nothing"
+    def __init__(self, scale):
+        super().__init__()
+        self.inp,self.router,self.mid,self.out = nn.Linear(64,64),nn.Linear(64,64),nn.Linear(64,64),nn.Linear(64,10)
+        self.scale = scale
+    def forward(self, x):
+        x = F.gelu(self.inp(x.flatten(1)))
+        return self.out(F.gelu(self.mid(x+self.scale*self.router(x))))
+
+class TwoTasks(nn.Module):
+    "A head for each of two tasks, in turn"
+    def __init__(self):
+        super().__init__()
+        self.body,self.digit,self.parity = nn.Linear(64,64),nn.Linear(64,10),nn.Linear(64,10)
+        self.n = 0
+    def forward(self, x):
+        self.n += 1
+        return (self.digit if self.n%4 else self.parity)(F.relu(self.body(x.flatten(1))))
+
+class AutoEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enc,self.dec = nn.Sequential(nn.Linear(64,32), nn.GELU(), nn.Linear(32,16)),nn.Sequential(nn.Linear(16,32), nn.GELU(), nn.Linear(32,64))
+    def forward(self, x): return self.dec(self.enc(x.flatten(1)))-x.flatten(1)
+
+def odd_or_even(y): return (y%2).float()[:,None]
+def one_hot(y): return F.one_hot(y, 10).float()
+def lr_warms_up(i, model, opt): opt.param_groups[0]['lr'] = .1*min(1, i/20)
+def unfreeze_later(i, model, opt):
+    if i==33: model[1].requires_grad_(True)
+def frozen_body():
+    model = flat_mlp(depth=3)()
+    model[1].requires_grad_(False)
+    model[3].requires_grad_(False)
+    return model
+def tail(n): return lambda: nn.Sequential(*flat_mlp()()[:-1], nn.Linear(64,n))
+def smooth(out, y): return F.cross_entropy(out, y, label_smoothing=.1)
+
+usual_adam = dict(opt=torch.optim.Adam, lr=3e-3)
+healthy = dict(
+    mlp=(flat_mlp(), {}), mlp_low=(flat_mlp(), dict(lr=.02)), mlp_adam=(flat_mlp(), usual_adam), mlp_rms=(flat_mlp(), dict(opt=torch.optim.RMSprop, lr=1e-3)),
+    mlp_momentum=(flat_mlp(), dict(lr=.02, momentum=.9)), mlp_tanh=(flat_mlp(nn.Tanh), {}), mlp_deep=(flat_mlp(nn.GELU, depth=5), usual_adam), mlp_dropout=(flat_mlp(dropout=.3), usual_adam),
+    mlp_batchnorm=(flat_mlp(norm=nn.BatchNorm1d), {}), mlp_layernorm=(flat_mlp(norm=nn.LayerNorm), usual_adam), small_batches=(flat_mlp(), dict(lr=.02, bs=4, epochs=1)),
+    convs=(convs(), {}), convs_batchnorm=(convs(nn.BatchNorm2d), {}), convs_batchnorm_adam=(convs(nn.BatchNorm2d), usual_adam), convs_groupnorm=(convs(lambda c: nn.GroupNorm(4,c)), usual_adam),
+    convs_pooled=(convs(pool=True), usual_adam), convs_silu=(convs(act=nn.SiLU), usual_adam),
+    lstm=(lambda: DigitSequence(lambda d: nn.LSTM(d,d,batch_first=True)), dict(opt=torch.optim.Adam, lr=.01)), gru=(lambda: DigitSequence(lambda d: nn.GRU(d,d,batch_first=True)), dict(opt=torch.optim.Adam, lr=.01)),
+    transformer=(lambda: DigitSequence(lambda d: nn.TransformerEncoder(nn.TransformerEncoderLayer(d,4,64,dropout=.1,batch_first=True), 2)), dict(opt=torch.optim.AdamW, lr=1e-3)),
+    own_attention=(lambda: DigitSequence(OwnBlocks), dict(opt=torch.optim.AdamW, lr=1e-3)), rezero=(ReZero, usual_adam), lora=(lora, dict(opt=torch.optim.Adam, lr=.01)),
+    experts=(Experts, usual_adam), two_tasks=(TwoTasks, usual_adam), autoencoder=(AutoEncoder, dict(**usual_adam, loss=lambda out, y: out.square().mean())),
+    regression=(tail(1), dict(lr=.01, loss=F.mse_loss, target=lambda y: y.float()[:,None])), binary=(tail(1), dict(loss=F.binary_cross_entropy_with_logits, target=odd_or_even)),
+    multi_label=(flat_mlp(nn.GELU), dict(opt=torch.optim.Adam, lr=1e-3, loss=F.binary_cross_entropy_with_logits, target=one_hot)), smoothed=(flat_mlp(), dict(loss=smooth)),
+    bf16=(flat_mlp(), dict(half=True)), bf16_convs=(convs(nn.BatchNorm2d), dict(half=True)), accumulated=(flat_mlp(), dict(parts=4)), clipped=(flat_mlp(), dict(clip=.5)),
+    frozen_body=(frozen_body, {}), warm_up=(flat_mlp(), dict(each_step=lr_warms_up)), decayed=(flat_mlp(), dict(opt=torch.optim.AdamW, lr=3e-3, weight_decay=.1)),
+    longer=(flat_mlp(), dict(epochs=8)))
+few_healthy = 'mlp convs_batchnorm lstm own_attention lora experts two_tasks regression bf16_convs frozen_body'.split()
+
+def severe(found): return found[found['severity'].isin(['error','warning'])]
+
+def assert_healthy(name):
+    make,kw = healthy[name]
+    found = diagnose(train_digits(make, **kw))
+    assert not len(severe(found)), str(found)
+    assert found.verdict.split(' ')[0]!='0' and 'nothing wrong found' in str(found).splitlines()[0]
+
+@pytest.mark.parametrize('name', few_healthy)
+def test_healthy(name): assert_healthy(name)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [n for n in healthy if n not in few_healthy])
+def test_more_healthy(name):
+    assert len(healthy)>=30
+    assert_healthy(name)
+
+def test_gan_is_not_frozen():
+    "Two networks in one module that take turns, each frozen while the other learns"
+    torch.manual_seed(0)
+    nets = nn.ModuleDict(dict(g=nn.Sequential(nn.Linear(8,32), nn.ReLU(), nn.Linear(32,64)), d=nn.Sequential(nn.Linear(64,32), nn.LeakyReLU(.2), nn.Linear(32,1))))
+    opts = {n:torch.optim.Adam(nets[n].parameters(), lr=1e-3) for n in nets}
+    xs,_ = pixels()
+    with GradRecorder(nets, list(opts.values())) as rec:
+        for i in range(60):
+            which = 'd' if i%2 else 'g'
+            for n in nets: nets[n].requires_grad_(n==which)
+            fake = nets['g'](torch.randn(32,8))
+            logits = nets['d'](fake) if which=='g' else nets['d'](torch.cat([fake, xs[i*20:i*20+32].flatten(1)]))
+            y = torch.ones(32,1) if which=='g' else torch.cat([torch.zeros(32,1), torch.ones(32,1)])
+            loss = F.binary_cross_entropy_with_logits(logits, y)
+            rec.loss(loss)
+            loss.backward()
+            opts[which].step()
+            nets.zero_grad()
+    found = diagnose(rec)
+    assert not len(severe(found)) and 'frozen' not in set(found['rule'][found['severity']!='not checked']), str(found)
+    assert 'part_time' in set(found['rule'])
+
+# --- the sicknesses of a new user, and others
+
+def convs_of_std(std):
+    def make():
+        model = convs()()
+        for p in model.parameters():
+            if p.dim()>1: nn.init.normal_(p, 0, std)
+        return model
+    return make
+
+def the_warning(found, rule):
+    rows = found[(found['rule']==rule)&found['severity'].isin(['error','warning'])]
+    assert len(rows)==1, str(found)
+    return rows.iloc[0]
+
+@pytest.mark.parametrize('std', [10.,1.])
+def test_large_init(std):
+    found = diagnose(train_digits(convs_of_std(std), torch.optim.Adam, 1e-3))
+    assert the_warning(found, 'first_loss')['evidence'].endswith('a guess of equal chances for 10 classes has 2.3') and not found.ok
+
+@pytest.mark.parametrize('update_every', [None,5])
+def test_low_lr(update_every):
+    "Also where updates were not measured, as in README"
+    found = diagnose(train_digits(convs(), torch.optim.Adam, 1e-7, update_every=update_every))
+    assert 'updates are too small, at lr 1e-07' in the_warning(found, 'loss_still')['evidence'] and not found.ok
+
+def test_clipped_away():
+    found = diagnose(train_digits(convs(), clip=.001))
+    assert 'clipping leaves' in the_warning(found, 'loss_still')['evidence'] and 'max_norm' in the_warning(found, 'loss_still')['try'] and not found.ok
+
+def test_nothing_left():
+    "Never ok: gradients are cleared before the step"
+    class Clears(torch.optim.SGD):
+        def step(self, closure=None): return super().step(closure)
+    torch.manual_seed(0)
+    model = flat_mlp()()
+    opt = Clears(model.parameters(), lr=.1)
+    xs,ys = pixels()
+    with GradRecorder(model, opt) as rec:
+        for i in range(12):
+            loss = F.cross_entropy(model(xs[:64]), ys[:64])
+            rec.loss(loss)
+            loss.backward()
+            opt.zero_grad()
+            opt.step()
+    found = diagnose(rec)
+    assert not found.ok and the_warning(found, 'no_gradient')['tensor']=='(all)' and len(severe(found))==1, str(found)
+
+def test_starved_router():
+    "Behind a product with something tiny"
+    found = diagnose(train_digits(lambda: Tiny(1e-8), torch.optim.Adam, 1e-3))
+    assert the_warning(found, 'starved')['tensor']=='router.weight' and not found.ok
+
+def test_lone_spike():
+    "One batch a thousandfold; Adam's step is bounded, so that the loss stays calm"
+    def make():
+        model = flat_mlp()()
+        state = dict(n=0)
+        def hook(g):
+            state['n'] += 1
+            return g*1e3 if state['n']==41 else g
+        model[-1].register_forward_hook(lambda m, i, o: o.register_hook(hook) and None)
+        return model
+    found = diagnose(train_digits(make, torch.optim.Adam, 1e-3))
+    assert the_warning(found, 'lone_spike')['iterations']=='40', str(found)
+
+def test_nan_target():
+    "The advice names the target; that the loss rose is no finding of its own"
+    def target(y):
+        y = one_hot(y)
+        y[700] = math.nan
+        return y
+    found = diagnose(train_digits(flat_mlp(), loss=F.binary_cross_entropy_with_logits, target=target))
+    assert 'target' in the_warning(found, 'non_finite')['try'] and list(severe(found)['rule'])==['non_finite'], str(found)
+
+def test_detached():
+    class Cut(nn.Module):
+        def forward(self, x): return x.detach()
+    found = diagnose(train_digits(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,64), nn.ReLU(), Cut(), nn.Linear(64,10))))
+    row = the_warning(found, 'unused')
+    assert row['tensor']=='1.weight' and 'detach' in row['try'] and 'reentrant' in row['try']
+
+def test_names_of_all():
+    "Dead layers are named, up to three, and counted"
+    def make():
+        model = flat_mlp(depth=6)()
+        for i in (1,3,5,7,9): model[i].bias.data.fill_(-50)
+        return model
+    evidence = the_warning(diagnose(train_digits(make)), 'dead_units')['evidence']
+    assert 'of its units output 0 on the whole batch (dead)' in evidence and 'so 1.bias, 3.bias, 5.bias and' in evidence
+
+# --- the verdict
+
+def test_first_line():
+    found = diagnose(train_digits(flat_mlp()))
+    n = len({r for r in found.attrs and diagnose(GradRecord())['rule']})
+    assert str(found).splitlines()[0]==f'{n} of {n} checks, nothing wrong found; 6 of 6 parameters trained'
+
+def test_what_was_not_checked():
+    found = diagnose(GradRecord(steps=calm_steps(norm=0.)))
+    first = str(found).splitlines()[0]
+    assert first.startswith(f"{found.attrs['checked']} of {found.attrs['rules']} checks: 1 warning") and 'not checked: ' in str(found)
+    assert diagnose(GradRecord()).verdict.startswith('0 of ') and 'nothing can be said' in diagnose(GradRecord()).verdict
+
+def test_regression_is_not_judged():
+    "Of a loss that is no cross-entropy over classes no guess is known"
+    found = diagnose(train_digits(tail(1), lr=.01, loss=F.mse_loss, target=lambda y: y.float()[:,None], epochs=1))
+    row = found[found['rule']=='first_loss'].iloc[0]
+    assert row['severity']=='not checked' and 'no mean cross-entropy' in row['evidence']
+
+def test_biases_of_no_use():
+    "Before BatchNorm, and keys of attention: a note that names bias=False"
+    for make,want in ((convs(nn.BatchNorm2d),'0.bias'), (lambda: DigitSequence(OwnBlocks),'body.blocks.0.attn.k.bias')):
+        found = diagnose(train_digits(make, torch.optim.AdamW, 1e-3, epochs=1))
+        row = found[found['rule']=='needless_bias'].iloc[0]
+        assert (row['severity'], row['tensor'])==('note', want) and 'bias=False' in row['try'], str(found)
+    assert 'needless_bias' not in set(diagnose(train_digits(convs(), epochs=1))['rule'])
