@@ -390,11 +390,11 @@ def _warn_of(lost):
     if lost: warn(f"{lost}: can be neither copied nor put back, so what it gives after this probe may differ from a run without; `batch=` leaves the data set alone", stacklevel=5)
 
 @contextmanager
-def as_it_was(learn, model, batch, set_modes, but=()):
-    "Gives a function that begins anew from the state before the probe, in the modes of the probe; afterwards all is as it was, but for what can be reached through the objects `but` only"
+def as_it_was(learn, model, batch, set_modes, also=(), but=()):
+    "Gives a function that begins anew from the state before the probe, in the modes of the probe; afterwards all is as it was, with all that can be reached from `also`, and but for what is reached through `but` only"
     with _unwatched(model), _rng(model), _switches():
         resetters = [cb for cb in learn.cbs if type(cb).__name__=='ModelResetter']
-        state = _Kept([model, learn.loss_func, *resetters], but=but)
+        state = _Kept([model, learn.loss_func, *resetters, *also], but=but)
         data = _Kept([learn.dls.train] if batch is None else [], large, but=state.seen.values())
         _warn_of(state.lost+data.lost)
         def begin():
