@@ -146,6 +146,10 @@ class KeptBatch:
         kept.versions = [t._version for t in kept.tensors()]
         return kept
 
+    def note_loss_autocast(self, learn):
+        "The model was called; the loss comes next"
+        self.loss_autocast = autocast_state(devices_of(learn.model))
+
     def tensors(self)->list: return _tensors((self.xb,self.yb))
 
     @property
@@ -306,7 +310,7 @@ def _rows(o, n, rows):
     return map_tensors(some, o)
 
 # %% ../nbs/08a_rerun.ipynb #96a97dc3
-Samples = namedtuple('Samples', 'rows how notes')   # `rows`: frame of batch, place, norm, share; worst first
+Samples = namedtuple('Samples', 'rows how notes')   # `rows`: frame of batch, place, norm (NaN: not finite); worst first
 
 def _norm(grads)->float: return float(sum(g.detach().double().abs().square().sum().item() for g in grads if g is not None)**.5)
 
@@ -509,15 +513,7 @@ def not_reduced(loss_func, callbacks=()):
         finally: inner.reduction = was
     else: yield partial(loss_func, reduction='none')
 
-# %% ../nbs/08a_rerun.ipynb #06b131ad
-def _shares(norms):
-    "Of the sum of squares; of what is not finite equal shares"
-    norms = np.array(norms, float)
-    bad = ~np.isfinite(norms)
-    if bad.any(): return bad/bad.sum()
-    total = np.square(norms/max(norms.max(initial=0), 1e-300))
-    return total/max(total.sum(), 1e-300)
-
+# %% ../nbs/08a_rerun.ipynb #d97fb7a5
 def sample_norms(rerun:Rerun)->Samples:
     "How much of the step's gradient is each sample's, in the batches of the step"
     found,notes = [],[]
@@ -532,6 +528,5 @@ def sample_norms(rerun:Rerun)->Samples:
         notes += search.notes
     tables,how = zip(*found)
     rows = pd.concat(tables, ignore_index=True)
-    rows['share'] = _shares(rows['norm'])
-    order = np.lexsort([-rows['norm'].fillna(0).to_numpy(), -rows['share'].to_numpy()])
-    return Samples(rows.iloc[order].reset_index(drop=True), ', '.join(dict.fromkeys(how)), list(dict.fromkeys(notes)))
+    rows = rows.sort_values('norm', ascending=False, na_position='first', kind='stable').reset_index(drop=True)
+    return Samples(rows, ', '.join(dict.fromkeys(how)), list(dict.fromkeys(notes)))

@@ -96,6 +96,9 @@ IMPORT_TABLE = dict(
     diagnosis = 'numpy pandas fastcore .stores .record',
     report    = 'numpy pandas matplotlib fastcore .stores .record .grid .plot .diagnosis',
     probe     = 'torch numpy pandas fastcore .stats',
+    rerun     = 'torch numpy pandas .capture .probe',
+    incident  = 'torch numpy pandas safetensors .files .probe .rerun',
+    alert     = 'fastai torch numpy .callback .capture .consumers .incident .probe .record .rerun .stats',
     demo      = 'fastai torch torchvision sklearn fastcore numpy pandas matplotlib '
                 '.stats .engine .capture .files .stores .record .stream .recorder .callback .grid .plot .diagnosis .report .probe')
 IMPORT_TABLE['all'] = ' '.join(f'.{m}' for m in IMPORT_TABLE)
