@@ -42,7 +42,7 @@ class NormWatch:
                 ):
         self.factor = factor
         self.window = window
-        self.warmup = min(window, max(10, window//5))   # steps that are not judged
+        self.warmup = min(window, max(10, window//5))   # steps before median and spread mean something
         self.begin()
 
     def begin(self):
@@ -68,16 +68,16 @@ class NormWatch:
         if not math.isfinite(norm) or loss is not None and not math.isfinite(loss): return 'nonfinite'
         if norm<=0: return None   # it has no log, and moves nothing
         log = math.log(norm)
-        if len(self.logs)>=self.warmup:
-            above = log-self.median()
-            if self.is_far(log, above):
-                self.note_spike(log)
-                return 'spike'
-            self.above.append(above)
+        if self.is_far(log):
+            self.note_spike(log)
+            return 'spike'
+        if len(self.logs)>=self.warmup: self.above.append(log-self.median())
         self.add(log)
 
-    def is_far(self, log, above)->bool:
+    def is_far(self, log)->bool:
         limit = math.log(self.factor)
+        if len(self.logs)<self.warmup: return len(self.logs)>=self.recent and log-self.ordered[-1]>limit   # at first, far above all
+        above = log-self.median()
         if above<=limit: return False
         highest = max(islice(reversed(self.logs), self.recent))
         if log-highest<=math.log(self.factor/3) and above<=2*limit: return False

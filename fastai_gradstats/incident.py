@@ -47,7 +47,9 @@ def _number(v)->str:
     if not np.isfinite(v): return str(v)
     return f'{v:,.0f}' if 1000<=abs(v)<1e6 else f'{v:.3g}'
 
-def _percent(share)->str: return f'{100*share:.0f} %' if share<.995 or share==1 else f'{100*share:.1f} %'
+def _percent(share)->str:
+    if .995<=share<1: return f'{min(100*share, 99.9):.1f} %'
+    return f'{100*share:.0f} %'
 
 done = dict(warn="The step was taken.", skip="The step was skipped.", stop="The fit was stopped before the step.")
 done[None] = ""
@@ -67,13 +69,13 @@ def _where(o):
 
 def _who(o):
     if not len(o.samples): return ''
-    worst = o.samples.iloc[0]
-    in_batch = 'the batch' if o.batches<2 else f"batch {worst['batch']+1} of the step's {o.batches}"
-    item = '' if pd.isna(worst['item']) else f", item {worst['item']} of the training set,"
-    if np.isfinite(worst['norm']): return f"Sample {worst['place']} of {in_batch}{item} has {_percent(worst['share'])} of it."
+    place,item,norm,share,batch = (o.samples.at[0,c] for c in ('place','item','norm','share','batch'))
+    in_batch = 'the batch' if o.batches<2 else f'batch {batch+1} of {o.batches}'
+    who = f'Sample {place} of {in_batch}' + ('' if pd.isna(item) else f', item {item} of the training set,')
+    if np.isfinite(norm): return f'{who} has {_percent(share)} of it.'
     broken = int((~np.isfinite(o.samples['norm'])).sum())
     more = '' if broken<2 else f' (and {broken-1} more)'
-    return f"Sample {worst['place']} of {in_batch}{item}{more} makes it so."
+    return who + more + ' makes it so.'
 
 # %% ../nbs/08b_incident.ipynb #c7c57eae
 def need_safetensors(what):
