@@ -76,7 +76,7 @@ class NormWatch:
 
     def is_far(self, log)->bool:
         limit = math.log(self.factor)
-        if len(self.logs)<self.warmup: return len(self.logs)>=self.recent and log-self.ordered[-1]>limit   # at first, far above all
+        if len(self.logs)<self.warmup: return self.is_first_far(log, limit)
         above = log-self.median()
         if above<=limit: return False
         highest = max(islice(reversed(self.logs), self.recent))
@@ -86,6 +86,12 @@ class NormWatch:
         spread = 1.4826*distances[len(distances)//2]   # the standard deviation, where noise is normal
         furthest = nlargest(3, self.above)[-1] if len(self.above)>2 else 0
         return above>max(self.spreads*spread, self.tail*furthest)
+
+    def is_first_far(self, log, limit)->bool:
+        "Of the first steps: above all others by more than `factor`, and by more than they are apart"
+        if len(self.logs)<self.recent: return False
+        lowest,highest = self.ordered[0],self.ordered[-1]
+        return log-highest>max(limit, highest-lowest)
 
     def note_spike(self, log):
         self.spikes.append((self.n, log))
@@ -249,7 +255,7 @@ actions = 'warn','skip','stop'
 
 class AlertConsumer(Consumer):
     "Wants the norms of all parameters' gradients, in every process: each has to act alike"
-    norms = True
+    grad_norms = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -359,6 +359,7 @@ def _is_ours(hook): return str(getattr(hook, '__module__', '')).partition('.')[0
 def _unwatched(model):
     "Hooks of this package are off; all others run, since they may be part of the model (pruning, weight norm)"
     dicts = [vars(m).get(name) for m in model.modules() for name in ('_forward_hooks','_forward_pre_hooks')]
+    dicts.append(nn.modules.module._global_forward_hooks)   # one of ours may be of all modules
     held = [(hooks, list(hooks.items())) for hooks in dicts if hooks]
     for hooks,was in held:
         for key,hook in was:

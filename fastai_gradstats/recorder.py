@@ -395,7 +395,7 @@ class ReadsParams(Transaction):
         if not found: return
         if not self.param_keys: self.param_keys = self.new_param_keys()
         with_weights = any(c.weights for c in due)
-        with_norms = any(c.norms for c in due)
+        with_norms = any(c.grad_norms for c in due)
         full = self.places_wanted(due)
         whole = [o for o in found if o[0] in full] if full else []
         norms = [o for o in found if o[0] not in full] if full else found

@@ -172,7 +172,8 @@ def acting(learn)->list: # of (callback, its attributes)
     "Callbacks that act on predictions or loss"
     ours = __package__
     others = [cb for cb in learn.cbs if type(cb).__module__.partition('.')[0]!=ours]
-    return [(cb, dict(cb.__dict__)) for cb in others if any(_hears(cb, event) for event in acts_on_loss)]
+    has_loss = getattr(learn.loss_func, '__self__', None)   # MixUp's loss is its method
+    return [(cb, dict(cb.__dict__)) for cb in others if cb is has_loss or any(_hears(cb, event) for event in acts_on_loss)]
 
 @dataclass
 class StepKept:
@@ -183,6 +184,8 @@ class StepKept:
     acting:list = None     # callbacks and their attributes; None: those of the Learner
     loss_func:object = None
     scale:float = None     # AMP's
+    callbacks:list = ()    # names of those that act
+    loss_of:str = None     # the callback whose method the loss was
 
     @classmethod
     def of(cls, learn, batches):
@@ -191,7 +194,9 @@ class StepKept:
         scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else None   # this waits for the device
         modes = {name:m.training for name,m in model.named_modules()}
         params = [name for name,p in grad_params(model).items() if p.grad is not None and p.requires_grad]
-        return cls(batches, modes, params, acting(learn), learn.loss_func, scale)
+        found = acting(learn)
+        has_loss = [type(cb).__name__ for cb,_ in found if cb is getattr(learn.loss_func, '__self__', None)]
+        return cls(batches, modes, params, found, learn.loss_func, scale, [type(cb).__name__ for cb,_ in found], *has_loss)
 
     def __getstate__(self): return self.__dict__ | dict(acting=None, loss_func=None)   # they belong to a Learner
 
@@ -210,6 +215,14 @@ class Rerun:
         self.params = {name:p for name,p in grad_params(self.model).items() if name in set(step.params)}
         missing = [name for name in step.params if name not in self.params]
         if missing: raise ValueError(f"learn: its model has no parameter {missing[0]!r}; the Learner that was trained is accepted")
+        if step.acting is None: self.check_callbacks()
+
+    def check_callbacks(self):
+        "Of a step from a file"
+        if self.step.loss_of: raise ValueError(f"its loss was {self.step.loss_of}'s, whose random choices are not in the file: replay it in the process that trained")
+        there = {type(cb).__name__ for cb,_ in acting(self.learn)}
+        for name in self.step.callbacks:
+            if name not in there: raise ValueError(f"learn: {name} took part in this step; a Learner with that callback is accepted")
 
     @contextmanager
     def as_trained(self):
