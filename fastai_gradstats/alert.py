@@ -271,6 +271,7 @@ class AlertConsumer(Consumer):
     def wants_outputs(self, where): return False
     def wants_params(self, where): return where.phase==FIT
     def skip(self, where): pass
+    def open(self, rank): pass   # incidents are written as they come
 
     def take(self, readings, shares, say):
         steps = [i for i,(commit,share) in enumerate(zip(readings.commits, shares)) if commit.is_step and share.params]
@@ -457,6 +458,8 @@ class GradAlert(RecordCallback):
         incident.samples = sample_table(found.rows, items)
         incident.how = found.how
         incident.notes += [f"{note[0].upper()}{note[1:]}." for note in found.notes]
+        mixes = [type(cb).__name__ for cb in learn.cbs if 'yb1' in cb.__dict__]
+        if mixes: incident.notes.append(f"{mixes[0]} mixes each sample with another: the item is one of two.")
         if any(o is None for o in items): incident.notes.append("Which items of the training set these are is not known: the loader makes batches in a way of its own.")
 
     def _compare(self, incident, again):

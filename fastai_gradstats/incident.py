@@ -74,8 +74,7 @@ def _who(o):
     who = f'Sample {place} of {in_batch}' + ('' if pd.isna(item) else f', item {item} of the training set,')
     if np.isfinite(norm): return f'{who} has {_percent(share)} of it.'
     broken = int((~np.isfinite(o.samples['norm'])).sum())
-    more = '' if broken<2 else f' (and {broken-1} more)'
-    return who + more + ' makes it so.'
+    return f'{who} makes it so.' if broken<2 else f'{who} and {broken-1} more make it so.'
 
 # %% ../nbs/08b_incident.ipynb #c7c57eae
 def need_safetensors(what):
