@@ -9,8 +9,8 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/incident.html.md"""
 # %% auto #0
 __all__ = ['Incident']
 
-# %% ../nbs/08b_incident.ipynb #fc68d5ea
-import json, os, shutil
+# %% ../nbs/08b_incident.ipynb #5d76252e
+import json, os, shutil, sys
 from pathlib import Path
 import numpy as np, pandas as pd
 from .files import BLANK, check_seal, crc32, from_json, seal, to_json
@@ -121,11 +121,9 @@ def _dtype(name):
     return res
 
 def _typed(t, name):
-    "One of fastai's tensors, where fastai is there"
-    from importlib import import_module
-    if name not in tensor_types: return t
-    try: return t.as_subclass(getattr(import_module(tensor_types[name]), name))
-    except ImportError: return t
+    "One of fastai's tensors, in a process that uses fastai"
+    kind = getattr(sys.modules.get(tensor_types.get(name)), name, None)
+    return t if kind is None else t.as_subclass(kind)
 
 # %% ../nbs/08b_incident.ipynb #93756ce2
 FORMAT = 1   # of the files; another number is not read

@@ -5,7 +5,7 @@ from fastai.basics import *
 from fastai.callback.mixup import CutMix,MixUp
 from fastai.callback.training import GradientAccumulation,GradientClip
 from torch import nn
-from fastai_gradstats import alert,GradAlert,GradNormCallback,GradStatsCallback,diagnose
+from fastai_gradstats import alert,GradAlert,GradNormCallback,GradStatsCallback,diagnose,save_report
 from fastai_gradstats.alert import NormWatch
 from fastai_gradstats.engine import Engine
 from helpers.faulty import BS,N,bn_cnn,faulty_learner,nets
@@ -347,7 +347,10 @@ def test_a_finding_and_a_part_of_the_record(tmp_path):
     from fastai_gradstats.record import GradRecord,as_record
     as_record(learn).save(tmp_path/'r', format='csv')
     assert GradRecord.load(tmp_path/'r').incidents==learn.grad_alert.record.incidents
+    page = save_report(learn, tmp_path/'p.html').read_text()
+    assert 'Steps out of line' in page and 'item 130 of the training set' in page
     calm = fit(faulty_learner('mlp', cbs=[GradNormCallback(), GradAlert()]))
+    assert 'Steps out of line' not in save_report(calm, tmp_path/'p.html').read_text()
     assert not (diagnose(calm)['rule']=='incident').any()
     bare = fit(faulty_learner('mlp', cbs=[GradNormCallback()]))
     assert diagnose(bare).set_index('rule').loc['incident','severity']=='not checked'

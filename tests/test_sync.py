@@ -88,7 +88,7 @@ IMPORT_TABLE = dict(
     watch     = 'torch',
     forward   = 'torch .layouts',
     consumers = 'torch numpy fastcore .stats .histogram .capture .files .stores .record .stream',
-    recorder  = 'torch numpy .capture .consumers .engine .forward .record .stores .watch',
+    recorder  = 'torch numpy .stats .capture .consumers .engine .forward .record .stores .watch',
     callback  = 'fastai torch .consumers .record .recorder',
     loops     = 'transformers lightning pytorch_lightning .consumers .record .recorder',
     grid      = 'numpy pandas .stores .record',
@@ -154,7 +154,7 @@ def test_public_names(mod):
 
 def test_star_import():
     "What a notebook needs, and nothing that it does not"
-    want = """GradStatsCallback GradNormCallback GradRecorder GradRecord compare diagnose save_report decade measure grad_along_ray per_sample_norms
+    want = """GradStatsCallback GradNormCallback GradAlert Incident GradRecorder GradRecord compare diagnose save_report decade measure grad_along_ray per_sample_norms
               plot_grad_log10 plot_grad_heatmap plot_grad_hist plot_grad_norm plot_grad_flow plot_grad_lr plot_ray
               digits digits_learner convnet abs_10_power thread_answer"""
     every = importlib.import_module(f'{PKG}.all')
