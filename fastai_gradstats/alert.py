@@ -33,6 +33,7 @@ from .stats import SUM_SQ
 class NormWatch:
     "Says which steps are out of line, by their norms alone"
     spreads = 6.     # of the log norms in the window: a spike is further out,
+    tops = 3.3       # or, where it is less, so many times as far as the third highest,
     tail = 1.45      # and this times further than the third furthest of the last ten windows
     recent = 5       # steps that a spike must stand out from, by a third of `factor`
     level,within = 4,6   # so many spikes within so many steps are a new level
@@ -84,8 +85,10 @@ class NormWatch:
         median = self.median()
         distances = sorted(abs(o-median) for o in self.logs)
         spread = 1.4826*distances[len(distances)//2]   # the standard deviation, where noise is normal
+        far = self.spreads*spread
+        if len(self.logs)>=25: far = min(far, self.tops*(self.ordered[-3]-median))   # a long tail down says nothing of what is up
         furthest = nlargest(3, self.above)[-1] if len(self.above)>2 else 0
-        return above>max(self.spreads*spread, self.tail*furthest)
+        return above>max(far, self.tail*furthest)
 
     def is_first_far(self, log, limit)->bool:
         "Of the first steps: above all others by more than `factor`, and by more than they are apart"

@@ -461,7 +461,7 @@ class SampleSearch:
     # --- the batch without it
 
     def without(self):
-        "How the gradient differs where samples are taken out"
+        "How much smaller the gradient is where samples are taken out"
         rerun = self.rerun
         dropouts = [m for m in rerun.model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
         for m in dropouts: m.training = False   # other rows, other masks
@@ -482,9 +482,11 @@ class SampleSearch:
         return sorted(i for _,group in worst for i in group)
 
     def gone_without(self, whole, rows)->float:
+        "By how much the norm falls. What is left may turn another way, as BatchNorm sees another batch, and that is nobody's share"
         rest = torch.tensor([i for i in range(self.n) if i not in set(rows)])
         found = self.rerun.gradient([self.kept], rest)
-        return _difference(whole, found, self.factor_of_rest(len(rest)))
+        left = self.factor_of_rest(len(rest))*_norm(found.values())
+        return max(_norm(whole.values())-left, 0.)
 
     def factor_of_rest(self, n):
         if not hasattr(self, '_is_sum'): self._is_sum = self.factor(1)==1.

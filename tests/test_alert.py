@@ -2,6 +2,7 @@
 import os,signal,subprocess,sys,warnings
 import pytest
 from fastai.basics import *
+import fastai.callback.schedule
 from fastai.callback.mixup import CutMix,MixUp
 from fastai.callback.training import GradientAccumulation,GradientClip
 from torch import nn
@@ -73,7 +74,7 @@ def finds(kind, seed):
     "Were the sample and the tensor of the first incident right?"
     poison = (37*seed+11)%N
     learn = faulty_learner(kind, seed, cbs=[GradNormCallback(), GradAlert(action='skip')], poison=poison)
-    fit(learn, 2)
+    fit(learn, 3)
     assert learn.grad_alert.count
     o = learn.grad_alert.incidents[0]
     return o.samples['item'][0]==poison and o.samples['share'][0]>.5 and o.exact, o.tensors['name'][0]==largest_tensor(learn, o.iteration)
