@@ -9,14 +9,14 @@ from torch import nn
 from fastai_gradstats import alert,GradAlert,GradNormCallback,GradStatsCallback,diagnose,save_report
 from fastai_gradstats.alert import NormWatch
 from fastai_gradstats.engine import Engine
-from helpers.faulty import BS,N,bn_cnn,faulty_learner,nets
+from helpers.faulty import BS,N,bn_cnn,faulty_learner,faulty_nets
 from helpers.training import fit,warned
 
 def alarms(norms, **kwargs):
     watch = NormWatch(**kwargs)
     return [i for i,norm in enumerate(norms) if watch.judge(float(norm), 1.)]
 
-def weights_of(learn): return [p.detach().clone() for p in learn.model.parameters()]
+def copied_weights(learn): return [p.detach().clone() for p in learn.model.parameters()]
 def same(a, b): return all(torch.equal(x, y) for x,y in zip(a, b, strict=True))
 
 # --- the judge alone
@@ -80,13 +80,13 @@ def finds(kind, seed):
     return o.samples['item'][0]==poison and o.samples['share'][0]>.5 and o.exact, o.tensors['name'][0]==largest_tensor(learn, o.iteration)
 
 @pytest.mark.filterwarnings('ignore:GradAlert')
-@pytest.mark.parametrize('kind', nets)
+@pytest.mark.parametrize('kind', faulty_nets)
 def test_sample_and_tensor(kind):
     for seed in range(2): assert finds(kind, seed)==(True,True)
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:GradAlert')
-@pytest.mark.parametrize('kind', nets)
+@pytest.mark.parametrize('kind', faulty_nets)
 def test_sample_and_tensor_in_fifty_runs(kind):
     found = np.array([finds(kind, seed) for seed in range(50)])
     assert (found.mean(0)>=.95).all(), found.mean(0)
@@ -104,7 +104,7 @@ def test_the_sample_with_a_nan(kind):
     assert all(torch.isfinite(p).all() for p in learn.model.parameters())
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', nets)
+@pytest.mark.parametrize('kind', faulty_nets)
 @pytest.mark.parametrize('opt_func,lr', [(Adam,1e-3),(SGD,1e-3),(partial(OptimWrapper, opt=torch.optim.AdamW),3e-3)], ids=['adam','sgd','adamw'])
 def test_healthy_training_is_in_line(kind, opt_func, lr):
     for seed in range(4):
@@ -117,13 +117,13 @@ def test_healthy_training_is_in_line(kind, opt_func, lr):
 # --- nothing else changes
 
 @pytest.mark.filterwarnings('ignore:GradAlert')
-@pytest.mark.parametrize('kind', nets)
+@pytest.mark.parametrize('kind', faulty_nets)
 def test_a_watched_training_is_the_same(kind):
     "Bit for bit, without an incident and with one that only warns"
     for poison in (None, 130):
         def trained(*cbs):
             learn = fit(faulty_learner(kind, poison=poison, cbs=cbs), 2)
-            return learn,[*weights_of(learn), *learn.model.buffers(), torch.get_rng_state(), torch.tensor([random.random(), np.random.rand()])]
+            return learn,[*copied_weights(learn), *learn.model.buffers(), torch.get_rng_state(), torch.tensor([random.random(), np.random.rand()])]
         _,bare = trained()
         learn,watched = trained(GradAlert())
         assert same(bare, watched)
@@ -138,14 +138,14 @@ class LeavesOut(Callback):
         if self.n in self.steps: raise CancelStepException("by hand")
 
 @pytest.mark.filterwarnings('ignore:GradAlert')
-@pytest.mark.parametrize('kind', nets)
+@pytest.mark.parametrize('kind', faulty_nets)
 def test_a_skipped_step_is_a_step_left_out(kind):
     learn = fit(faulty_learner(kind, poison=130, cbs=[GradNormCallback(), GradStatsCallback(), GradAlert(action='skip')]), 2)
     steps = learn.grad_norm.steps
     skipped = steps.loc[steps['skipped'],'step'].tolist()
     assert skipped==[o.step for o in learn.grad_alert.incidents]!=[]
     by_hand = fit(faulty_learner(kind, poison=130, cbs=[LeavesOut(skipped)]), 2)
-    assert same(weights_of(learn), weights_of(by_hand))
+    assert same(copied_weights(learn), copied_weights(by_hand))
     assert steps.loc[steps['skipped'],'norm'].tolist()==pytest.approx([o.norm for o in learn.grad_alert.incidents])
     df = learn.grad_stats.df
     assert set(df.loc[df['skipped'],'step'])==set(skipped) and set(df.loc[df['skipped'],'kind'])=={'output','param'}
@@ -171,7 +171,7 @@ def test_gradients_are_read_once(monkeypatch):
             m.setattr(Engine, 'put_all', lambda self, keys, *args, **kw: (n.append(len(keys)), put_all(self, keys, *args, **kw))[1])
             fit(faulty_learner('mlp', cbs=cbs))
         return sum(n)
-    params = len([*nets['mlp']().parameters()])
+    params = len([*faulty_nets['mlp']().parameters()])
     assert reads(GradAlert())==reads(GradNormCallback())==reads(GradNormCallback(), GradAlert())==reads(GradStatsCallback(kind='param'), GradAlert())==params*N//BS
 
 def test_norms_beside_the_alert_are_the_same():

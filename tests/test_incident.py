@@ -7,7 +7,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.text.models.awdlstm import AWD_LSTM
 from torch import nn
 from fastai_gradstats import GradAlert,Incident
-from helpers.faulty import BS,N,SmallTransformer,faulty_learner,nets
+from helpers.faulty import BS,N,SmallTransformer,faulty_learner,faulty_nets
 from helpers.training import fit,warned
 
 pytestmark = pytest.mark.filterwarnings('ignore:GradAlert', 'ignore:GradStats')
@@ -48,7 +48,7 @@ def replays(learn, n=2):
     return learn
 
 @pytest.mark.parametrize('action', ['warn','skip'])
-@pytest.mark.parametrize('kind', nets)
+@pytest.mark.parametrize('kind', faulty_nets)
 def test_replay(kind, action): replays(faulty_learner(kind, poison=130, cbs=[GradAlert(action=action, samples=False)]))
 
 def test_replay_of_an_accumulated_step(): replays(faulty_learner('transformer', poison=130, bs=8, cbs=[GradientAccumulation(32), GradAlert()]), 3)

@@ -47,7 +47,7 @@ def data_of(kind, seed):
                   tabular=lambda: [torch.randint(7, (N,1), generator=g), normal(N,5)])[kind]()
     return list(zip(*inputs, normal(N))),far_target
 
-nets = dict(mlp=mlp, cnn=bn_cnn, lstm=SmallLSTM, transformer=SmallTransformer, tabular=SmallTabular)
+faulty_nets = dict(mlp=mlp, cnn=bn_cnn, lstm=SmallLSTM, transformer=SmallTransformer, tabular=SmallTabular)
 
 def faulty_learner(kind, seed=0, cbs=(), poison=None, opt_func=Adam, lr=1e-3, shuffle=True, bs=BS, **kwargs):
     "A Learner whose item number `poison` is out of line"
@@ -56,4 +56,4 @@ def faulty_learner(kind, seed=0, cbs=(), poison=None, opt_func=Adam, lr=1e-3, sh
     if poison is not None: items[poison] = spoil(items[poison])
     dls = DataLoaders(DataLoader(L(items), bs=bs, shuffle=shuffle, drop_last=True), DataLoader(L(items[:bs]), bs=bs))
     dls.n_inp = len(items[0])-1
-    return Learner(dls, nets[kind](), loss_func=_loss_of_regression, opt_func=opt_func, lr=lr, cbs=list(cbs), **kwargs)
+    return Learner(dls, faulty_nets[kind](), loss_func=_loss_of_regression, opt_func=opt_func, lr=lr, cbs=list(cbs), **kwargs)
