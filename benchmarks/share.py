@@ -43,7 +43,7 @@ class Clock:
             finally: self.since = thread_time()
         return untimed
 
-events = [Callback, callback._GradCallback, callback._Helper]   # ours have a `__call__` of their own
+events = [Callback, callback.RecordCallback, callback.Helper]   # ours have a `__call__` of their own
 part = {'TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','NoValid','WithoutNumba'}   # of the step itself
 
 # methods that are given a function to call later

@@ -2,6 +2,7 @@
 
 Modules:
 
+- `fastai_gradstats.alert`: A step out of line is caught before the optimizer takes it, and explained to the sample
 - `fastai_gradstats.buffer`: Rows of sums on one device
 - `fastai_gradstats.by_blocks`: Sums on a CPU without numba, and of double precision
 - `fastai_gradstats.by_gpu_kernel`: Sums of a gradient on a GPU from one read
@@ -19,6 +20,7 @@ Modules:
 - `fastai_gradstats.gpu_launch`: Compiles the GPU's kernels, and launches them at little cost
 - `fastai_gradstats.grid`: The numbers of a picture: which rows, in which order, in which cell
 - `fastai_gradstats.histogram`: Elements per octave, counted from the bits of a number
+- `fastai_gradstats.incident`: A step that was out of line: what it was, whose gradient it was, and the step itself to be run again
 - `fastai_gradstats.kernel`: Everything about a gradient in one read, on a CPU
 - `fastai_gradstats.kernel_gpu`: Everything about a gradient in one read, on a GPU
 - `fastai_gradstats.layouts`: The elements of a tensor, however they are stored
@@ -28,6 +30,7 @@ Modules:
 - `fastai_gradstats.record`: What was recorded, as `L`, DataFrame and file
 - `fastai_gradstats.recorder`: Reads the gradients of a training once, whoever wants them, and knows which of what it read counts
 - `fastai_gradstats.report`: A record in, one HTML page out
+- `fastai_gradstats.rerun`: A step of training run again, to the bit, and sample by sample
 - `fastai_gradstats.stats`: What is measured: one small function per statistic
 - `fastai_gradstats.stores`: What training adds to: rows in bulk, in memory that stays bounded
 - `fastai_gradstats.stream`: A record goes to files while training goes on
@@ -46,6 +49,8 @@ _home = {n:m for m,ns in dict(
     record   = 'Clip GradRecord NonFinite NotComparable NotRecorded as_record compare',
     recorder = 'GradRecorder',
     callback = 'GradNormCallback GradStatsCallback',
+    alert    = 'GradAlert NormWatch',
+    incident = 'Incident',
     loops    = 'GradLightningCallback GradTrainerCallback',
     plot     = 'plot_grad_diff plot_grad_flow plot_grad_heatmap plot_grad_hist plot_grad_log10 plot_grad_lr plot_grad_norm plot_ray',
     differ   = 'GradDiff grad_diff',

@@ -3,6 +3,8 @@ from fastai_gradstats.stats import decade, measure
 from fastai_gradstats.record import GradRecord, compare
 from fastai_gradstats.recorder import GradRecorder
 from fastai_gradstats.callback import GradNormCallback, GradStatsCallback
+from fastai_gradstats.alert import GradAlert
+from fastai_gradstats.incident import Incident
 from fastai_gradstats.plot import *
 from fastai_gradstats.differ import grad_diff
 from fastai_gradstats.diagnosis import diagnose

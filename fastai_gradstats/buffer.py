@@ -118,6 +118,11 @@ class Buffer:
         counts = self.octaves.host(first, last) if self.octaves else Octaves.none()
         return np.array(self.keys[first:last], np.int64),np.array(self.numel[first:last], np.int64),values,counts
 
+    def totals(self, start, end, columns):
+        "These columns, summed over the rows between two positions: numbers on the buffer's device"
+        self.reduce()
+        return self.acc[start-self.fetched:end-self.fetched,columns].sum(0)
+
     def forget(self, position):
         "The rows before this position are on the host: only those behind it stay"
         n = position-self.fetched

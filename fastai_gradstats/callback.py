@@ -40,7 +40,7 @@ def _batch_size(learn):
     return next((n for o in tensors+parts if (n := _samples(o)) is not None), 0)
 
 # %% ../nbs/04_callback.ipynb #de6309d4
-def _scaler(learn):
+def scaler_of(learn):
     "The gradient scaler in use, or None"
     scaler = learn.__dict__.get('scaler')   # not `learn.scaler`, which may be the model's
     if not isinstance(scaler, GradScaler) or not scaler.is_enabled(): return None
@@ -109,14 +109,14 @@ class LearnerLoop(Loop):
         return getattr(self.learn.opt, 'param_lists', []) if copies is None else copies.model_pgs
 
     def scale(self):
-        copies,scaler = _copies(self.learn),_scaler(self.learn)
+        copies,scaler = _copies(self.learn),scaler_of(self.learn)
         if copies is not None: return _times(copies.loss_scale)
         return None if scaler is None else scale_of(scaler)
 
     def is_scaled(self):
         learn = self.learn
         if _copies(learn) is not None: return True
-        scaler = _scaler(learn)
+        scaler = scaler_of(learn)
         owners = learn.opt,*getattr(learn.opt, '__dict__', {}).values(),*learn.cbs   # an optimizer inside; MixedPrecision
         return scaler is not None and not is_unscaled(scaler, learn.opt, owners)
 
@@ -197,7 +197,7 @@ def _guard_of(learn):
 # %% ../nbs/04_callback.ipynb #5eed5c56
 _inner = set('before_batch after_pred after_loss before_backward after_cancel_backward after_backward before_step after_cancel_step after_step after_cancel_batch after_batch'.split())   # fastai sends these in validation too
 
-class _Helper(_Ours, Callback):
+class Helper(_Ours, Callback):
     "A callback of ours that is exported as a plain one"
     run_valid = False
     def __init__(self, reader=None): self.reader = reader
@@ -207,7 +207,7 @@ class _Helper(_Ours, Callback):
         if f: self.reader.guarded(event, f)
     def __reduce_ex__(self, proto): return Callback,()
 
-class _Early(_Helper):
+class _Early(Helper):
     "Ahead of all others: what gradients are before anybody acts on them"
     order = -math.inf
     def after_backward(self):
@@ -232,7 +232,7 @@ class _LossHook:
         if reader.loop.own_backward and reader.batch is batch: reader.guarded('after_backward', reader.read_early)
 
 # %% ../nbs/04_callback.ipynb #334c510b
-class _GradEvents(_Helper):
+class _GradEvents(Helper):
     "Tells the reader of a Learner what happens"
     order = READ_AT
     inner = 0          # calls of `validate` or `get_preds` within a fit
@@ -307,12 +307,12 @@ class _GradEvents(_Helper):
     def after_cancel_batch(self): self.reader.cancel()
     def after_batch(self): self.reader.end(complete=True)
 
-def _events_of(learn):
+def events_of(learn):
     return next((c for c in learn.cbs if isinstance(c, _GradEvents)), None)
 
 def _join(learn, consumer):
     "A Learner's reader comes with the first callback of ours"
-    events = _events_of(learn)
+    events = events_of(learn)
     if events is None:
         events = _GradEvents(Reader(LearnerLoop(learn)))
         learn.add_cb(events)
@@ -320,7 +320,7 @@ def _join(learn, consumer):
 
 def _leave(learn, consumer):
     "It goes with the last"
-    events = _events_of(learn)
+    events = events_of(learn)
     if events is None or consumer not in events.reader.consumers: return
     events.reader.guarded('removal', lambda: events.reader.leave(consumer))
     if events.reader.consumers: return
@@ -329,7 +329,7 @@ def _leave(learn, consumer):
     learn.remove_cbs([c for c in learn.cbs if isinstance(c, (_Early,_GradEvents))])
 
 # %% ../nbs/04_callback.ipynb #cee5ad73
-class _GradCallback(_Ours, Callback):
+class RecordCallback(_Ours, Callback):
     "A record that belongs to a Learner"
     order = READ_AT
     run_valid = False
@@ -419,7 +419,7 @@ class _GradCallback(_Ours, Callback):
 
 # %% ../nbs/04_callback.ipynb #4161b7ff
 @delegate_to_record
-class GradStatsCallback(_GradCallback):
+class GradStatsCallback(RecordCallback):
     "Statistics of output gradients and of parameter gradients, per module and parameter, per iteration"
     def __init__(self,
                  kind:str='both', # 'output', 'param' or 'both'
@@ -441,7 +441,7 @@ class GradStatsCallback(_GradCallback):
         return StatsOptions(self.kind, self.modules, self.include, self.every, self.threshold, self.hist, self.keep, self.extra)
 
 # %% ../nbs/04_callback.ipynb #d5318894
-class _Shown(_Helper):
+class _Shown(Helper):
     "Names the column"
     order = Recorder.order+.5
     def before_fit(self):
@@ -450,7 +450,7 @@ class _Shown(_Helper):
 
 # %% ../nbs/04_callback.ipynb #19bc5d91
 @delegate_to_record
-class GradNormCallback(_GradCallback):
+class GradNormCallback(RecordCallback):
     "The gradient's L2 norm at each step, before and after clipping, with norms per parameter"
     order = READ_AT+.1   # the column of an epoch comes after what was read
     _shown = False
@@ -485,14 +485,14 @@ class GradNormCallback(_GradCallback):
         if self.show!=self._shown: self._consumer.reader.say(f"{type(self).__name__}: show stays {self._shown}: set it before the callback is added to a Learner", 'show')
 
     def before_epoch(self):
-        if not _events_of(self.learn).inner: self._consumer.epoch_start = None   # of an epoch that was interrupted
+        if not events_of(self.learn).inner: self._consumer.epoch_start = None   # of an epoch that was interrupted
 
     def before_train(self): self._consumer.epoch_start = len(self._consumer.steps)
 
     def after_epoch(self):
         "The mean norm of an epoch that trained joins what Recorder logs"
         consumer,recorder = self._consumer,self.learn.__dict__.get('recorder')
-        if _events_of(self.learn).inner: return   # of a `validate` within the epoch
+        if events_of(self.learn).inner: return   # of a `validate` within the epoch
         first_step,consumer.epoch_start = consumer.epoch_start,None
         if not self._shown or first_step is None or recorder is None: return
         consumer.flush()

@@ -243,6 +243,7 @@ class Consumer:
     "One record that wants rows of a training. Subclasses say which, and take them"
     tables = ()          # of files, that its record fills
     full = False         # does it want all sums of a parameter's gradient, or its norm only?
+    grad_norms = False   # the norms of parameters' gradients?
     weights = False      # the weights beside the gradients?
     by_rows = None       # True: the engine reads as it does on a GPU, on any device
 
@@ -421,7 +422,7 @@ DRIFTED = 3e-6   # relative
 class NormConsumer(Consumer):
     "Wants the norms of all parameters' gradients, and of their weights"
     tables = 'steps','params'
-    weights = True
+    grad_norms = weights = True
     epoch_start = None   # steps on record when an epoch began
     log = None           # `NormLog`
 

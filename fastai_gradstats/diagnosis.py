@@ -119,6 +119,8 @@ class Run:
         facts = [{**f, 'phase':phase_name(f['phase'])} for f in self.rec.facts]
         of_fits = {(f['phase'], f['fit']):f for f in sorted(facts, key=lambda f: len(f['params']))}   # both callbacks may know a fit: that one which names more
         self.facts = [f for place,f in sorted(of_fits.items()) if place in seen]
+        self.incidents = self.rec.incidents or []
+        self.watch = [] if self.rec.incidents is None else [True]   # did somebody watch for them?
 
     def _of_kind(self, kind):
         columns = ['fit','phase','iteration','name','numel','max_abs','norm','zeros','nonfinite']   # the others are not copied
@@ -165,7 +167,8 @@ recorded_by = dict(
     facts    = 'GradStatsCallback() during a fit (a frame does not hold it)',
     steps    = 'GradNormCallback()',
     by_param = 'GradNormCallback()',
-    updates  = 'GradNormCallback(update_every=n)')
+    updates  = 'GradNormCallback(update_every=n)',
+    watch    = 'GradAlert()')
 recorded_by['params|by_param'] = "GradStatsCallback(kind='both') or GradNormCallback()"
 recorded_by['tensors|steps'] = 'GradStatsCallback() or GradNormCallback()'
 recorded_by['steps|asked'] = "GradNormCallback() or GradStatsCallback(kind='both')"
@@ -444,6 +447,15 @@ def spike(r,
     yield Finding('warning', loudest(r, first), span(hit['iteration']), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60013
+@rule('watch',
+      meaning='a step was out of line, and was caught before the optimizer took it',
+      do='look at the sample: `learn.grad_alert.incidents[0].show(learn)`; leave it out, clip, or skip such steps',
+      source='GradAlert')
+def incident(r):
+    for o in r.incidents:
+        severity = 'error' if o['reason']=='nonfinite' and o['action']=='warn' else 'warning'
+        yield Finding(severity, o['tensor'], str(o['iteration']), o['text'])
+
 @rule('steps',
       meaning='training made the loss worse',
       do='lower the learning rate',

@@ -150,6 +150,24 @@ class Ledger:
         if not parts: parts = [nothing(len(commits), len(sums)+len(self.extra))]
         return Fetched([c.note for c in commits], *merged(parts))
 
+    # --- look at what is not committed yet
+
+    def _spans(self, start, end):
+        "Of each buffer that has rows between two savepoints: it, and the two positions"
+        for device,b in self.buffers.items():
+            first,last = start.get(device, 0),end.get(device, 0)
+            if last>first: yield b,first,last
+
+    @locked
+    def totals(self, start, end, columns)->list:
+        "Of each device: rows between two savepoints, and sums over these columns, still there"
+        return [(last-first, torch.as_tensor(b.totals(first, last, columns))) for b,first,last in self._spans(start, end)]
+
+    @locked
+    def peek(self, start, end)->list:
+        "Of each device: keys and sums of the rows between two savepoints, on the host. They stay where they are"
+        return [b.read(first, last)[::2] for b,first,last in self._spans(start, end)]
+
     def _read(self, device, b, ends):
         "Rows per commit, and of each row key, elements, sums and counts per octave"
         positions = [end.get(device, 0) for end in ends]

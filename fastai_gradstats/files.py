@@ -10,7 +10,7 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/files.html.md"""
 __all__ = []
 
 # %% ../nbs/02a_files.ipynb #b11b2a84
-import json, os, re, time, zlib
+import json, math, os, re, time, zlib
 from collections import namedtuple
 from io import BytesIO
 from pathlib import Path
@@ -189,6 +189,21 @@ def conform(df, table):
     series = {name:df[name] for name in names}
     new = {name:_conformed(table, name, old) for name,old in series.items()}
     return df.reset_index(drop=True).assign(**{name:col for name,col in new.items() if col is not series[name]})
+
+# %% ../nbs/02a_files.ipynb #a1e50002
+def to_json(o):
+    "`o` without numbers that JSON cannot hold"
+    if isinstance(o, dict): return {key:to_json(value) for key,value in o.items()}
+    if isinstance(o, (list,tuple)): return [to_json(value) for value in o]
+    if isinstance(o, float) and not math.isfinite(o): return dict(float=repr(o))
+    return o
+
+def from_json(o):
+    "What `to_json` was given, tuples as lists"
+    if isinstance(o, dict) and list(o)==['float']: return float(o['float'])
+    if isinstance(o, dict): return {key:from_json(value) for key,value in o.items()}
+    return [from_json(value) for value in o] if isinstance(o, list) else o
+
 
 # %% ../nbs/02a_files.ipynb #9d4f3ce8
 def need_parquet(what):

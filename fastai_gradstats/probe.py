@@ -359,6 +359,7 @@ def _is_ours(hook): return str(getattr(hook, '__module__', '')).partition('.')[0
 def _unwatched(model):
     "Hooks of this package are off; all others run, since they may be part of the model (pruning, weight norm)"
     dicts = [vars(m).get(name) for m in model.modules() for name in ('_forward_hooks','_forward_pre_hooks')]
+    dicts.append(nn.modules.module._global_forward_hooks)   # one of ours may be of all modules
     held = [(hooks, list(hooks.items())) for hooks in dicts if hooks]
     for hooks,was in held:
         for key,hook in was:
@@ -390,11 +391,11 @@ def _warn_of(lost):
     if lost: warn(f"{lost}: can be neither copied nor put back, so what it gives after this probe may differ from a run without; `batch=` leaves the data set alone", stacklevel=5)
 
 @contextmanager
-def _as_it_was(learn, model, batch, set_modes):
-    "Gives a function that begins anew from the state before the probe, in the modes of the probe; afterwards all is as it was"
+def as_it_was(learn, model, batch, set_modes, also=(), but=()):
+    "Gives a function that begins anew from the state before the probe, in the modes of the probe; afterwards all is as it was, with all that can be reached from `also`, and but for what is reached through `but` only"
     with _unwatched(model), _rng(model), _switches():
         resetters = [cb for cb in learn.cbs if type(cb).__name__=='ModelResetter']
-        state = _Kept([model, learn.loss_func, *resetters])
+        state = _Kept([model, learn.loss_func, *resetters, *also], but=but)
         data = _Kept([learn.dls.train] if batch is None else [], large, but=state.seen.values())
         _warn_of(state.lost+data.lost)
         def begin():
@@ -410,12 +411,12 @@ def _as_it_was(learn, model, batch, set_modes):
             data.put()
 
 # %% ../nbs/08_probe.ipynb #cbf9b661
-def _map(f, o):
+def map_tensors(f, o):
     "`f` of the tensors in nested tuples, lists and dicts"
     if isinstance(o, Tensor): return f(o)
-    if isinstance(o, dict): return {key:_map(f, value) for key,value in o.items()}
-    if hasattr(o, '_fields'): return type(o)(*(_map(f, part) for part in o))
-    if isinstance(o, (tuple,list)): return type(o)(_map(f, part) for part in o)
+    if isinstance(o, dict): return {key:map_tensors(f, value) for key,value in o.items()}
+    if hasattr(o, '_fields'): return type(o)(*(map_tensors(f, part) for part in o))
+    if isinstance(o, (tuple,list)): return type(o)(map_tensors(f, part) for part in o)
     return o
 
 def _device(model):
@@ -434,14 +435,14 @@ def _batches(learn, batch=None):
     "(inputs, targets), on the model's device, of `batch` or of the training data"
     device = _device(learn.model)
     for b in _alone(learn.dls.train) if batch is None else [batch]:
-        b = _map(lambda t: t.to(device), tuple(b))
+        b = map_tensors(lambda t: t.to(device), tuple(b))
         n_inp = getattr(learn.dls, 'n_inp', max(len(b)-1, 1))
         yield b[:n_inp],b[n_inp:]
 
 # %% ../nbs/08_probe.ipynb #01a670ce
 wrappers = ('OptimizedModule','DistributedDataParallel','DataParallel','AveragedModel')
 
-def _bare(learn):
+def bare_model(learn):
     "The Learner's model, out of compile, data-parallel and averaging wrappers"
     missing = [name for name in ('model','dls','loss_func') if not hasattr(learn, name)]
     if missing: raise TypeError(f"learn: a Learner is accepted, got {type(learn).__name__}, which has no {missing[0]}")
@@ -461,7 +462,7 @@ def _loss(learn, model, tensors, xb, yb):
     "The loss with `tensors` in place of the parameters and buffers of these names"
     cbs = {type(cb).__name__ for cb in learn.cbs}
     if 'ModelResetter' in cbs: model.reset()
-    xb,yb = (_map(torch.clone, part) for part in (xb,yb))   # a model may change its input in place
+    xb,yb = (map_tensors(torch.clone, part) for part in (xb,yb))   # a model may change its input in place
     pred = functional_call(model, tensors, xb)
     if 'RNNCallback' in cbs and isinstance(pred, (tuple,list)): pred = pred[0]
     return _scalar(learn.loss_func(pred, *yb))
@@ -561,10 +562,10 @@ def grad_along_ray(learn, # a Learner
                   )->pd.DataFrame: # `scale, loss, norm, max_abs, slope`, a row for each scale
     """Loss and gradient as the weights move out. `slope` is the local power of t with which the gradient's norm grows, d log norm / d log |t|.
     Model, loss and training loader are left as they were, in all that Python can reach from them. A generator function that is running cannot be put back: a warning names it"""
-    model,ts = _bare(learn),_scales(scales)
+    model,ts = bare_model(learn),_scales(scales)
     ws = _chosen(model, params)
     rows = []
-    with _as_it_was(learn, model, batch, nn.Module.train) as begin:
+    with as_it_was(learn, model, batch, nn.Module.train) as begin:
         with closing(_batches(learn, batch)) as batches: xb,yb = next(batches)
         def at(ws):
             begin()
@@ -584,10 +585,10 @@ def _vmapped(learn, model, ws, rest, xb, yb):
     "Gradients with a leading axis of samples, all at once"
     def plain(t): return t.as_subclass(Tensor)   # `vmap` does not know fastai's tensors
     def loss(ws, x, y):
-        x,y = (_map(lambda t: t[None], part) for part in (x,y))
+        x,y = (map_tensors(lambda t: t[None], part) for part in (x,y))
         return _loss(learn, model, {**rest, **ws}, x, y)
     of_samples = vmap(grad_and_value(loss), in_dims=(None,0,0), randomness='different')
-    grads,_ = of_samples(ws, _map(plain, xb), _map(plain, yb))
+    grads,_ = of_samples(ws, map_tensors(plain, xb), map_tensors(plain, yb))
     return list(grads.values())
 
 def _one_grad(learn, model, ws, rest, x, y):
@@ -606,7 +607,7 @@ def _looped(learn, model, ws, rest, xb, yb, begin):
     grads = []
     for i in range(_len(yb)):
         begin()
-        x,y = (_map(lambda t: t[i:i+1], part) for part in (xb,yb))
+        x,y = (map_tensors(lambda t: t[i:i+1], part) for part in (xb,yb))
         grads.append(_one_grad(learn, model, ws, rest, x, y))
     return [torch.stack(of_param) for of_param in zip(*grads)]
 
@@ -622,7 +623,7 @@ def _samples(learn, model, ws, n, batch, begin, mem=2**25):
         for xb,yb in batches:
             todo = min(_len(yb), n-seen)
             for i in range(0, todo, at_a_time):
-                part = [_map(lambda t: t[i:min(i+at_a_time, todo)], o) for o in (xb,yb)]
+                part = [map_tensors(lambda t: t[i:min(i+at_a_time, todo)], o) for o in (xb,yb)]
                 begin()
                 if not how.startswith('loop'):
                     try: grads = _vmapped(learn, model, ws, rest, *part)
@@ -664,11 +665,11 @@ def per_sample_norms(learn, # a Learner
                     )->pd.Series: # the norm of each sample's gradient; `.mean_norm` is the norm of their mean gradient, and `.how` says how they were computed
     "Gradient norm of single samples, by `torch.func.vmap`, or by a loop where the model does not allow it. The Learner is left as it was, as by `grad_along_ray`"
     if isinstance(n, bool) or not isinstance(n, (int,np.integer)) or n<1: raise ValueError(f"n: a whole number from 1 up is accepted, got {n!r}")
-    n,model = int(n),_bare(learn)
+    n,model = int(n),bare_model(learn)
     ws = _chosen(model, params)
     norms = []
     total = [0]*len(ws)
-    with _as_it_was(learn, model, batch, _alone_modes) as begin, closing(_samples(learn, model, ws, n, batch, begin)) as parts:
+    with as_it_was(learn, model, batch, _alone_modes) as begin, closing(_samples(learn, model, ws, n, batch, begin)) as parts:
         for how,grads in parts:
             norms += torch.stack([_squares(g) for g in grads]).sum(0).sqrt().tolist()
             total = [wide(g).sum(0)+t for g,t in zip(grads, total)]

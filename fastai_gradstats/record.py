@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from . import stores
 from .files import (BLANK, category, check_free, claim, conform, crc32, describe, empty, encode, is_category,
-                                    need_parquet, pick_facts, put_part, read_folder, schema)
+                                    need_parquet, pick_facts, put_part, read_folder, schema, from_json, to_json)
 from .stores import (Break, Rows, RunBreak, Steps, breaks_frame, columns, counts, floats, kinds, param_rows,
                                      phase_name, phases, step_columns, where)
 
@@ -94,7 +94,8 @@ class GradRecord:
                  breaks=(), # (fit, phase, iteration, after, before) where a forward pass met a NaN or inf
                  facts=None, # per fit what rows cannot say: a list of dicts, see `GradStatsCallback`
                  hist=None, # elements per octave: a frame; None: those in `rows`
-                 asked=() # 'output', 'param': what its callback was asked for, though there may be no rows of it
+                 asked=(), # 'output', 'param': what its callback was asked for, though there may be no rows of it
+                 incidents=None # of each step that was out of line a dict, see `GradAlert`; None: nobody watched for them
                 ):
         given = dict(tensors=rows, steps=steps, params=params, hist=hist)
         if rows is None and steps is None and params is None:
@@ -105,6 +106,7 @@ class GradRecord:
         self._facts = _copied(facts or [])
         self._kinds = None   # of the record that this one is a part of
         self._asked = tuple(asked)
+        self.incidents = incidents
 
     def lacks(self, table # 'tensors', 'steps', 'params' or 'hist'
              )->bool:
@@ -147,7 +149,8 @@ class GradRecord:
         "The record as it is now: what training adds later is not in it"
         with stores.lock:
             now = {table:o.still() if isinstance(o, (Rows,Steps)) else o for table,o in self.stores.items()}
-            return _of_stores(now, self.threshold, self._breaks, self._facts, self._kinds, self._asked)
+            incidents = None if self.incidents is None else [dict(o) for o in self.incidents]
+            return _of_stores(now, self.threshold, self._breaks, self._facts, self._kinds, self._asked, incidents)
 
     def __getstate__(self): return self.__dict__ | self.still().__dict__
 
@@ -156,9 +159,9 @@ def _as_break(o):
     if isinstance(o, (Break,RunBreak)): return o
     return Break(*o) if len(o)==len(Break._fields) else RunBreak(*o)
 
-def _of_stores(tables, threshold=1., breaks=(), facts=(), kinds=None, asked=()):
+def _of_stores(tables, threshold=1., breaks=(), facts=(), kinds=None, asked=(), incidents=None):
     "A record of stores and frames that are right already"
-    res = GradRecord(threshold=threshold, breaks=breaks, facts=facts, asked=asked)
+    res = GradRecord(threshold=threshold, breaks=breaks, facts=facts, asked=asked, incidents=incidents)
     res.stores = dict.fromkeys(_recorded_by) | tables
     res._kinds = kinds
     return res
@@ -213,10 +216,10 @@ def _rows_that_match(df, wanted):
         if not ok.all(): df = df[ok]
     return df.reset_index(drop=True)
 
-def _matches(o:dict, # facts of a fit, or a break
-             wanted):
+def _matches(o:dict, # facts of a fit, a break, or an incident
+             wanted, columns=('fit','phase','run')):
     o = {**o, 'phase':phase_name(o['phase'])}
-    return all(o[c] in _among(wanted[c]) for c in ('fit','phase','run') if c in wanted and c in o)
+    return all(o[c] in _among(wanted[c]) for c in columns if c in wanted and c in o)
 
 # %% ../nbs/03_record.ipynb #f0e0f3ef
 def _in_groups(breaks):
@@ -280,7 +283,9 @@ def select(self:GradRecord,
         df = self.frame('steps' if self.lacks('tensors') else 'tensors')
         breaks = _of_epochs(breaks, df, epoch)
     facts = [f for f in self.facts if _matches(f, wanted)]
-    return _of_stores(tables, self.threshold, breaks, facts, self.kinds_recorded(), self._asked)
+    incidents = self.incidents
+    if incidents is not None: incidents = [o for o in incidents if _matches(o, wanted, ('fit','phase','epoch','run'))]
+    return _of_stores(tables, self.threshold, breaks, facts, self.kinds_recorded(), self._asked, incidents)
 
 # %% ../nbs/03_record.ipynb #a012b3d9
 class _Iterations(Sequence):
@@ -732,7 +737,8 @@ def save(self:GradRecord,
     if format=='csv':
         for t,part in parts.items(): about[t]['csv_crc32'] = crc32(part)
     facts = {'tensors':now.facts} if now.facts else {}
-    claim(path, schema, threshold=self.threshold, parts=about, facts=facts, recorded=recorded)
+    more = {} if now.incidents is None else dict(incidents=to_json(now.incidents))
+    claim(path, schema, threshold=self.threshold, parts=about, facts=facts, recorded=recorded, **more)
     for t,part in parts.items(): put_part(path, t, part, format=format)
     return path
 
@@ -768,7 +774,9 @@ def load(cls:GradRecord,
     threshold = about[0]['threshold'] if about else 1.
     breaks = frames['breaks'].astype({c:object for c,column in frames['breaks'].items() if is_category(column)})
     facts = pick_facts([info.get('facts', {}).get(t, []) for t in ('tensors','steps')])
-    return _of_stores(tables, threshold, breaks.itertuples(index=False, name=None), facts)
+    incidents = info.get('incidents')
+    if incidents is not None: incidents = from_json(incidents)
+    return _of_stores(tables, threshold, breaks.itertuples(index=False, name=None), facts, incidents=incidents)
 
 # %% ../nbs/03_record.ipynb #c947184c
 _plots = ('plot_grad_log10','plot_grad_heatmap','plot_grad_hist','plot_grad_norm','plot_grad_flow','plot_grad_lr')
@@ -791,6 +799,11 @@ GradRecord.__dir__ = lambda self: [*object.__dir__(self), *views]
 def _repr_html_(self:GradRecord): return self.glance()
 
 # %% ../nbs/03_record.ipynb #48f65d09
+def _all_incidents(records):
+    "Those of all records; None where nobody watched for them"
+    watched = [r.incidents for r in records if r.incidents is not None]
+    return [o for incidents in watched for o in incidents] if watched else None
+
 def _merged(records):
     "One record of several: each table from the last that has rows of it, else the last that may have"
     def last_with(table):
@@ -802,8 +815,10 @@ def _merged(records):
     of_tensors = sources['tensors']
     with_tensors_first = sorted(records[::-1], key=lambda r: not len(r.frame('tensors')))
     facts = pick_facts([r.facts for r in with_tensors_first])
-    if of_tensors is None: return _of_stores(tables, facts=facts)
-    return _of_stores(tables|dict(hist=of_tensors.stores['hist']), of_tensors.threshold, of_tensors.breaks, facts, asked=of_tensors._asked)
+    incidents = _all_incidents(records)
+    if of_tensors is None: return _of_stores(tables, facts=facts, incidents=incidents)
+    tables['hist'] = of_tensors.stores['hist']
+    return _of_stores(tables, of_tensors.threshold, of_tensors.breaks, facts, asked=of_tensors._asked, incidents=incidents)
 
 def _has_record(o): return isinstance(getattr(type(o), 'record', None), property)
 def _is_callback(o): return _has_record(o) or hasattr(type(o), 'order')   # ours, or another of fastai's
@@ -864,7 +879,10 @@ def compare(runs # name of a run -> whatever `as_record` takes
     breaks = []
     for name,r in records.items(): breaks += [RunBreak(*brk._replace(phase=phase_name(brk.phase)), run=name) for brk in r.breaks]
     facts = [{**f, 'run':name} for name,r in records.items() for f in r.facts]
-    return _of_stores(tables, thresholds[0] if thresholds else 1., breaks, facts)
+    incidents = None
+    if any(r.incidents is not None for r in records.values()):
+        incidents = [{**o, 'run':name} for name,r in records.items() for o in r.incidents or []]
+    return _of_stores(tables, thresholds[0] if thresholds else 1., breaks, facts, incidents=incidents)
 
 # %% ../nbs/03_record.ipynb #7bba3706
 def _by_tensor(df, threshold):

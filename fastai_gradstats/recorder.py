@@ -11,6 +11,7 @@ __all__ = ['GradRecorder']
 
 # %% ../nbs/03d_recorder.ipynb #e286aaeb
 import math, signal, sys, threading
+from collections import namedtuple
 from contextlib import contextmanager
 from functools import update_wrapper
 from itertools import islice
@@ -27,6 +28,7 @@ from fastai_gradstats.consumers import Consumer, FIT, Keys, LR_FIND, NormConsume
 from fastai_gradstats.engine import Engine, GONE
 from fastai_gradstats.forward import ForwardCheck
 from fastai_gradstats.record import GradRecord, delegated
+from fastai_gradstats.stats import SUM_SQ, NONFINITE
 from fastai_gradstats.stores import Where
 from fastai_gradstats.watch import MethodWatch, stack, unwatch_steps, watch_steps
 
@@ -382,6 +384,9 @@ def _is_plain_weight(p):
 def _weight_norms(params): return torch.stack([n.to(params[0].device) for n in torch._foreach_norm([p.detach() for p in params])])
 
 # %% ../nbs/03d_recorder.ipynb #7a68928a
+StepSeen = namedtuple('StepSeen', 'rows norm nonfinite loss')
+TensorSeen = namedtuple('TensorSeen', 'place name norm nonfinite')   # `place`: in the network
+
 class ReadsParams(Transaction):
     "Puts rows of parameters, and what an optimizer makes of them"
     params = {}          # name -> parameter: those that somebody wants
@@ -419,12 +424,13 @@ class ReadsParams(Transaction):
         if not found: return
         if not self.param_keys: self.param_keys = self.new_param_keys()
         with_weights = any(c.weights for c in due)
+        with_norms = any(c.grad_norms for c in due)
         full = self.places_wanted(due)
         whole = [o for o in found if o[0] in full] if full else []
         norms = [o for o in found if o[0] not in full] if full else found
         if with_weights: self.note_weights(found)
         if whole: self.put_group(whole, with_weights, full=True)
-        if norms and with_weights: self.put_group(norms, with_weights, full=False)
+        if norms and with_norms: self.put_group(norms, with_weights, full=False)
 
     def put_group(self, found, with_weights, full):
         places,params,grads = zip(*found)
@@ -455,6 +461,25 @@ class ReadsParams(Transaction):
         places,params,_ = zip(*found)
         self.batch.attempt.versions = Versions(params)
         if self.wants_updates(): self.old_weights = OldWeights(params, places)
+
+    def step_seen(self)->StepSeen:
+        "The gradient of the step that is about to be taken, as it was read: the one place that waits for a device inside a step, and only for who asks"
+        loss = mean_loss(self.loop.loss()).reshape(1).double()
+        found = self.engine.totals(*self.batch.attempt.read_span, [SUM_SQ,NONFINITE])
+        if not found: return StepSeen(0, math.nan, 0, loss.item())
+        numbers = [torch.cat([totals, loss.to(totals)] if totals.device==loss.device else [totals]).tolist() for _,totals in found]
+        loss = next((o[2] for o in numbers if len(o)==3), None) or loss.item()
+        sum_sq,nonfinite = (sum(o[i] for o in numbers) for i in (0,1))
+        return StepSeen(sum(n for n,_ in found), sum_sq**.5, int(nonfinite), loss)
+
+    def tensors_seen(self)->list: # of `TensorSeen`
+        "The same gradient, parameter by parameter"
+        res = []
+        for keys,sums in self.engine.peek(*self.batch.attempt.read_span):
+            for number,row in zip(keys.tolist(), sums):
+                key = self.keys.keys[number]
+                res.append(TensorSeen(key.place, key.name, float(row[SUM_SQ])**.5, int(row[NONFINITE])))
+        return sorted(res)
 
     def is_dropped(self, attempt):
         "A gradient that is kept goes into the next step: its batch only accumulated"

@@ -353,7 +353,7 @@ sort_js = r"""document.querySelectorAll('.sort th').forEach((head, i) => head.on
 # %% ../nbs/07_report.ipynb #85d9d7ed
 page = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>{title}</title><style>{css}</style>
 <h1>{title}</h1>{about}{sentence}
-<h2>Findings</h2>{findings}{parting}
+<h2>Findings</h2>{findings}{incidents}{parting}
 <h2>Largest |gradient| of each tensor, outputs before parameters</h2>{heatmap}
 <h2>Gradient norm per step</h2><div class=scroll>{norm}</div>
 <h2>Gradient flow, last iteration</h2><div class=scroll>{flow}</div>
@@ -402,6 +402,13 @@ def _parting_html(rec, phase, fit):
     lines = ''.join(f'<p>{escape(printed(line))}' for line in diff.evidence)
     return f'<h2>Where the two part</h2>{lines}<div class=scroll>{_svg(plot_grad_diff, diff, 4.2)}</div>'
 
+def _incidents_html(rec, phase, fit):
+    "Steps that were out of line, a paragraph each; nothing where there was none"
+    incidents = rec.select(phase=phase, fit=fit).incidents
+    if not incidents: return ''
+    def one(o): return f"<p>{escape(printed(o['run']))+': ' if 'run' in o else ''}{escape(printed(o['text']))}</p>"
+    return '<h2>Steps out of line</h2>' + ''.join(map(one, incidents[:20])) + (f'<p>and {len(incidents)-20} more</p>' if len(incidents)>20 else '')
+
 def _check(rec, phase, fit):
     "Raises where the phase or a fit is not one of those there are"
     check_which(phase=phase)
@@ -424,6 +431,7 @@ def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradReco
                        sentence=_sentences(rec, phase, fit, ' class=lead'),
                        findings=_findings_html(diagnose(rec, phase, fit)),
                        parting=_parting_html(rec, phase, fit),
+                       incidents=_incidents_html(rec, phase, fit),
                        heatmap=_heat_html(rec, 'max_abs', phase, fit),
                        norm=_svg(plot_grad_norm, rec, 3.2, phase=phase, fit=fit),
                        flow=_svg(plot_grad_flow, rec, 4.2, phase=phase, fit=fit),

@@ -89,7 +89,7 @@ IMPORT_TABLE = dict(
     watch     = 'torch',
     forward   = 'torch .layouts',
     consumers = 'torch numpy fastcore .stats .histogram .capture .files .stores .record .stream .trackers',
-    recorder  = 'torch numpy .capture .consumers .engine .forward .record .stores .watch',
+    recorder  = 'torch numpy .stats .capture .consumers .engine .forward .record .stores .watch',
     callback  = 'fastai torch .consumers .record .recorder',
     loops     = 'transformers lightning pytorch_lightning .consumers .record .recorder',
     grid      = 'numpy pandas .stores .record',
@@ -98,6 +98,9 @@ IMPORT_TABLE = dict(
     diagnosis = 'numpy pandas fastcore .stores .record',
     report    = 'numpy pandas matplotlib fastcore .stores .record .grid .plot .diagnosis .differ',
     probe     = 'torch numpy pandas fastcore .stats',
+    rerun     = 'torch numpy pandas .capture .probe',
+    incident  = 'torch numpy pandas safetensors .files .probe .rerun',
+    alert     = 'fastai torch numpy .callback .capture .consumers .incident .probe .record .rerun .stats',
     demo      = 'fastai torch torchvision sklearn fastcore numpy pandas matplotlib '
                 '.stats .engine .capture .files .stores .record .stream .recorder .callback .grid .differ .plot .diagnosis .report .probe')
 IMPORT_TABLE['all'] = ' '.join(f'.{m}' for m in IMPORT_TABLE)
@@ -153,7 +156,7 @@ def test_public_names(mod):
 
 def test_star_import():
     "What a notebook needs, and nothing that it does not"
-    want = """GradStatsCallback GradNormCallback GradRecorder GradRecord compare diagnose grad_diff save_report decade measure grad_along_ray per_sample_norms
+    want = """GradStatsCallback GradNormCallback GradAlert Incident GradRecorder GradRecord compare diagnose grad_diff save_report decade measure grad_along_ray per_sample_norms
               plot_grad_log10 plot_grad_heatmap plot_grad_hist plot_grad_norm plot_grad_flow plot_grad_lr plot_grad_diff plot_ray
               digits digits_learner convnet abs_10_power thread_answer"""
     every = importlib.import_module(f'{PKG}.all')
