@@ -34,7 +34,7 @@ class NormWatch:
     "Says which steps are out of line, by their norms alone"
     spreads = 6.     # of the log norms in the window: a spike is further out,
     tops = 3.3       # or, where it is less, so many times as far as the third highest,
-    tail = 1.45      # and this times further than the third furthest of the last ten windows
+    tail = 2.        # and this times further than the third furthest of the last ten windows
     recent = 5       # steps that a spike must stand out from, by a third of `factor`
     level,within = 4,6   # so many spikes within so many steps are a new level
     def __init__(self,
