@@ -11,8 +11,9 @@ __all__ = ['GradStatsCallback', 'GradNormCallback']
 
 # %% ../nbs/04_callback.ipynb #fa2b6149
 import sys, weakref
+import fastai
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from torch.autograd import Variable
 from torch.utils.hooks import unserializable_hook
 from fastai.basics import *
@@ -99,6 +100,16 @@ class LearnerLoop(Loop):
 
     def owner(self): return self.learner
     def optimizers(self): return [self.learn.opt]
+    def versions(self): return f'fastai {fastai.__version__}, {super().versions()}'
+
+    def optimizer_name(self):
+        "fastai's optimizers are all of one class: the function that made it has the name"
+        opt = self.learn.opt
+        if isinstance(opt, OptimWrapper): return type(opt.opt).__name__
+        if type(opt) is not Optimizer: return super().optimizer_name()
+        made_by = self.learn.opt_func
+        while isinstance(made_by, partial): made_by = made_by.func
+        return getattr(made_by, '__name__', type(made_by).__name__)
     def samples(self): return _batch_size(self.learn)
     def lr(self): return last_lr(self.learn.opt)
     def loss(self): return self.learn.__dict__.get('loss')

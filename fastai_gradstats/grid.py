@@ -30,9 +30,14 @@ def shortened(name, n=32):
     end = name[-n:]
     return '…'+end[max(end.find('.'), 0):]
 
-def run_name(run):
-    "A run's name as it is drawn, its right end where it is long"
-    return shortened(printed(run), 40) or "''"
+def run_name(run, n=40):
+    "A run's name as it is drawn: of a long path the folders at its right end, of a long word both ends"
+    name = printed(run) or "''"
+    if len(name)<=n: return name
+    end = name[-n:]
+    if '/' in end[:-1]: return '…'+end[end.find('/'):]
+    name = name[name.rfind('/')+1:]
+    return name if len(name)<=n else f'{name[:n//2-1]}…{name[-n//2:]}'
 
 # %% ../nbs/04c_grid.ipynb #89c47750
 def check_choice(argument, value, choices):
@@ -244,7 +249,8 @@ def groups(table, slots, n=32):
         keys = list(zip(table['kind'], stems))
         start = [0]+[i for i in range(1, len(keys)) if keys[i]!=keys[i-1]]
         if len(start)<=slots: break
-    return Groups(np.array(start), [shortened(stems[i], n) for i in start])
+    length = np.diff(np.r_[start, len(keys)])
+    return Groups(np.array(start), [shortened(stems[i]+'.*'*bool(many>1), n) for i,many in zip(start, length)])
 
 # %% ../nbs/04c_grid.ipynb #0fb6d821
 Places = namedtuple('Places', 'start middle label')
@@ -313,7 +319,7 @@ def one_kind(kind):
     "A kind that rows are picked by; None where both are meant"
     return kind if kind in kinds else None
 
-most_decades = 5   # that have colours of their own, below the largest: a tensor that gets nothing leaves the rest to be told apart
+
 
 def image(cells, width, height):
     "(tensors, columns) of largest values, at most `height` by `width`: -1 where there was no row, NaN where not finite"
@@ -329,6 +335,24 @@ def image(cells, width, height):
     if len(table)<=height: return img
     first = np.arange(height)*len(table)//height
     return np.maximum.reduceat(img, first)
+
+# %% ../nbs/04c_grid.ipynb #c9885ff6
+most_decades = 5
+ColourRange = namedtuple('ColourRange', 'low high under over')   # log10; `under` and `over`: is there anything outside?
+
+def colour_range(img):
+    "Where the colours of an image end: at its first percentile, where the smallest is half a decade below, and at its largest, or the 95th percentile where that is two decades below; `most_decades` apart at most"
+    positive = img[img>0]
+    if not len(positive): return ColourRange(-1., 0., False, False)
+    logs = np.log10(positive, dtype=np.float64)
+    smallest,largest = float(logs.min()),float(logs.max())
+    low,high = map(float, np.percentile(logs, [1,95]))
+    if low-smallest<=.5: low = smallest
+    if largest-high<=2: high = largest
+    low = max(low, high-most_decades)
+    under,over = smallest<low,largest>high
+    if high-low<.1: low,high = low-.5,high+.5
+    return ColourRange(low, high, under, over)
 
 # %% ../nbs/04c_grid.ipynb #df59de2b
 def norm_steps(rec, phase='fit', fit=None):

@@ -13,13 +13,14 @@ __all__ = ['plot_grad_log10', 'plot_grad_heatmap', 'plot_grad_norm', 'plot_grad_
 # %% ../nbs/05_plot.ipynb #4170a2f8
 from collections import namedtuple
 import numpy as np, pandas as pd
-from matplotlib import pyplot as plt
+from matplotlib import colormaps, pyplot as plt
 from matplotlib.colors import LogNorm,to_rgba
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation,MaxNLocator
-from .grid import (Cells,absolute,at_iteration,boundaries,boundary_name,cells,check_fit,check_stat,check_which,image,
-                                   iterations,kinds_there,matching,most_decades,need_norms,need_octaves,need_tensors,no_norms,no_tensors,
+from matplotlib.transforms import ScaledTranslation
+from .grid import (Cells,absolute,at_iteration,boundaries,boundary_name,cells,check_fit,check_stat,check_which,colour_range,image,
+                                   iterations,kinds_there,matching,need_norms,need_octaves,need_tensors,no_norms,no_tensors,
                                    norm_steps,octaves,per_iteration,places,points,printed,run_name,shortened,tensor_label,
                                    tensors,words,
                                    worst)
@@ -31,6 +32,7 @@ from .stores import kinds
 colours = dict(output='#0072B2', param='#E69F00')
 cycle = ['#0072B2','#E69F00','#009E73','#CC79A7','#56B4E9','#D55E00','#999999']   # of runs
 red,grey,clip = '#E00000','0.5','#D55E00'
+beyond = '#FF6EC7'   # what is larger than the scale of colours goes
 labels = dict(max_abs='largest |gradient|', mean_abs='mean |gradient|', norm='gradient norm', mean='|mean gradient|',
               std='std of gradient')
 
@@ -150,13 +152,15 @@ def _text_px(ax, text, size=7):
 def _boundary_names(ax, its, named, x):
     "Names of the iterations `named` above the axes, at `x`"
     low,high = ax.get_xlim()
+    above_ticks = ScaledTranslation(0, 5/72, ax.figure.dpi_scale_trans)
+    place = ax.get_xaxis_transform()+above_ticks
     end = -np.inf
     for i in named:
         left = (x[i]-low)/(high-low)*_pixels(ax).width
         if left<end: continue
         name = boundary_name(its, i)
         style = dict(fontsize=8, color=grey, va='bottom', gid='mark', **as_text)
-        ax.text(x[i], 1.015, name, transform=ax.get_xaxis_transform(), **style)
+        ax.text(x[i], 1, name, transform=place, **style)
         end = left+_text_px(ax, name, 8)
 
 def _draw_boundaries(ax, its, color=grey):
@@ -324,36 +328,28 @@ def _column_ticks(ax, mark, where, first, last):
     return ax.plot(x, y, mark.marker, color=mark.color, ms=5, label=mark.what, gid=mark.what, **at_edge)
 
 # %% ../nbs/05_plot.ipynb #2ba9dacc
-ColourRange = namedtuple('ColourRange', 'low high cut')   # `cut`: are there smaller ones, which have the lowest colour?
+viridis = colormaps['viridis'].with_extremes(over=beyond)
 
-def _colour_range(z):
-    "From the first percentile, where the smallest is half a decade below it, to the largest; at most `most_decades` below that"
-    z = z.compressed()
-    if not len(z): return ColourRange(-1, 0, False)
-    percentile,low,high = np.percentile(z, 1),z.min(),z.max()
-    if low<percentile-.5: low = percentile
-    low = max(low, high-most_decades)
-    cut = z.min()<low
-    if high-low<.1: low,high = low-.5,high+.5
-    return ColourRange(low, high, cut)
+extends = {(False,False):'neither', (True,False):'min', (False,True):'max', (True,True):'both'}
 
 def _draw_image(ax, img, rows, first, last, label):
     "An image of `rows` tensors from iteration `first` to `last`; returns the legend's handles"
     positive = np.where(img>0, img, np.nan)
     with np.errstate(all='ignore'): z = np.ma.masked_invalid(np.log10(positive, dtype=np.float64))
-    low,high,cut = _colour_range(z)
+    low,high,under,over_it = colour_range(img)
     style = dict(aspect='auto', interpolation='nearest', extent=(first-.5, last+.5, rows-.5, -.5))
-    im = ax.imshow(z, cmap='viridis', vmin=low, vmax=high, **style)
+    im = ax.imshow(z, cmap=viridis, vmin=low, vmax=high, **style)
     over = np.zeros((*img.shape,4))
     special = (np.isnan(img), red, 'not finite'), (img==0, 'k', 'all zero'), (img==-1, '#eeeeee', 'no gradient')
     handles = []
     for where,color,what in special:
         over[where] = to_rgba(color)
         if where.any(): handles.append(Patch(fc=color, ec=grey, lw=.5, label=what))
+    if over_it: handles.append(Patch(fc=beyond, ec=grey, lw=.5, label=f'larger, up to {10**z.max():.1g}'))
     ax.imshow(over, **style)
     _column_ticks(ax, edge_marks[0], np.isnan(img).any(0), first, last)
     ax.set_ylim(rows-.5, -.5)
-    if z.count(): _colorbar(ax, im, *label, extend='min' if cut else 'neither')
+    if z.count(): _colorbar(ax, im, *label, extend=extends[under,over_it])
     return handles
 
 # %% ../nbs/05_plot.ipynb #050e9d61
@@ -454,15 +450,43 @@ def plot_grad_norm(o, # whatever `as_record` takes
     _legend(ax)
     return ax
 
+# %% ../nbs/05_plot.ipynb #e9721c62
+def draw_training(rec, ax, phase='fit', fit=None):
+    "Loss per step, and the learning rate at the right where it changes"
+    steps = norm_steps(rec, phase, fit)
+    parts = _by_run(steps, 'loss')
+    right = ax.twinx() if steps['lr'].nunique()>1 else None
+    its = []
+    for i,part in enumerate(parts):
+        of_run = steps[matching(steps, **part.want)].reset_index(drop=True)
+        its.append(iterations(of_run, np.arange(len(of_run)), 'step'))
+        x = its[-1]['x'].to_numpy()
+        _line(ax, x, of_run['loss'].to_numpy(np.float64), part.label, part.color, edge=i, marks=False)
+        if right is not None: right.plot(x, of_run['lr'], color=clip if len(parts)==1 else part.color, ls='--', lw=1.2, gid='lr')
+    _x_axis(ax, its, 'step')
+    ax.set_ylabel('loss')
+    if right is not None: right.set_ylabel('learning rate (dashed)')
+    _legend(ax)
+    return ax
+
 # %% ../nbs/05_plot.ipynb #ac5c768d
 FlowPart = namedtuple('FlowPart', 'label rows')
 
+def _last_epoch(df):
+    "Of each tensor the median over the last epoch of the last fit; not finite where anything was not"
+    if not len(df): return df
+    last = df.iloc[-1]
+    rows = df[matching(df, phase=last['phase'], fit=last['fit'], epoch=last['epoch'])]
+    of_tensor = rows.groupby(['kind','name','out','call'], observed=True)
+    return of_tensor.agg(epoch=('epoch','first'), max_abs=('max_abs','median'), mean_abs=('mean_abs','median'), nonfinite=('nonfinite','sum')).reset_index()
+
 def _flow_parts(df, ks, iteration):
-    "The rows of one iteration, a part for each run and kind that has some"
+    "The rows of one iteration, or of the last epoch's median, a part for each run and kind that has some"
+    def chosen(rows): return _last_epoch(rows) if iteration=='last epoch' else at_iteration(rows, iteration)
     res = []
     for part in _by_run(df, ''):
         for kind in ks:
-            rows = at_iteration(df[matching(df, kind=kind, **part.want)], iteration)
+            rows = chosen(df[matching(df, kind=kind, **part.want)])
             label = [part.label] if part.label else []
             if len(ks)>1 or not label: label.append(words[kind])
             if len(rows): res.append(FlowPart(', '.join(label), rows))
@@ -473,18 +497,22 @@ def _flow_lines(ax, parts):
     row,table = tensors(pd.concat([part.rows for part in parts]))
     ends = np.cumsum([len(part.rows) for part in parts])
     marker = 'o' if len(table)<60 else '.'
+    alone = len(parts)==1
     for i,(at,(label,rows)) in enumerate(zip(np.split(row, ends[:-1]), parts)):
         style = dict(color=cycle[i%len(cycle)], edge=i, marker=marker, ms=3)
         for stat,ls,what in (('max_abs','-','largest'), ('mean_abs',':','mean')):
             value = np.full(len(table), -1.)
             value[at] = absolute(rows, stat)
             x = np.flatnonzero(value!=-1)
-            _line(ax, x, value[x], f'{label}, {what}', ls=ls, marks=stat=='max_abs', **style)
+            if stat=='max_abs' or alone: named = dict(label=f'{label}, {what}')
+            else: named = dict(label='_', gid='mean')   # the means of several parts have one entry
+            _line(ax, x, value[x], ls=ls, marks=stat=='max_abs', **style, **named)
+    if not alone: ax.plot([], [], color=grey, lw=1.2, ls=':', label='mean')
     return table
 
 # %% ../nbs/05_plot.ipynb #72376d75
 def plot_grad_flow(o, # whatever `as_record` takes
-                   iteration=-1, # number of an iteration; -1: the last
+                   iteration=-1, # number of an iteration; -1: the last; 'last epoch': the median over that
                    kind=None, # 'output', 'param' or 'both'; None: outputs where recorded, else parameters
                    phase='fit', # 'fit', 'lr_find' or None for all
                    fit=None, # number of a fit, or a list; None for all
@@ -497,8 +525,10 @@ def plot_grad_flow(o, # whatever `as_record` takes
     if not ks: return _say_empty(_axes(ax, figsize, 4), no_tensors(rec, kind, phase, fit))
     if kind is None: ks = ks[:1]
     wanted = matching(df, kind=ks, phase=phase, fit=fit)
-    used = 'run','fit','phase','iteration','kind','name','out','call','nonfinite','max_abs','mean_abs'
+    used = 'run','fit','phase','epoch','iteration','kind','name','out','call','nonfinite','max_abs','mean_abs'
     df = df.loc[wanted, [c for c in used if c in df]]
+    typical = iteration=='last epoch'
+    if isinstance(iteration, str) and not typical: raise ValueError(f"iteration: accepted are numbers and 'last epoch', got {iteration!r}")
     parts = _flow_parts(df, ks, iteration)
     if not parts:
         known = f"between {df['iteration'].min()} and {df['iteration'].max()}"
@@ -508,8 +538,9 @@ def plot_grad_flow(o, # whatever `as_record` takes
     _finite(ax)
     ax.axhline(1, color=grey, lw=1, ls='--', zorder=1, label='gradient 1')
     ax.set(ylabel='|gradient|', xlim=(-.5, len(table)-.5))
-    shown = dict.fromkeys(str(rows['iteration'].iloc[0]) for _,rows in parts)
-    ax.set_title(f"iteration {', '.join(shown)}", loc='left', fontsize=9)
+    at = 'epoch' if typical else 'iteration'
+    shown = dict.fromkeys(str(rows[at].iloc[0]) for _,rows in parts)
+    ax.set_title(f"{'median of ' if typical else ''}{at} {', '.join(shown)}", loc='left', fontsize=9)
     _name_ticks(ax, table, 'x')
     _legend(ax)
     return ax
@@ -631,11 +662,14 @@ def plot_grad_diff(a, # whatever `grad_diff` takes, or its answer
     ax.axhline(1, color=grey, lw=1, ls='--', zorder=1)
     _diff_points(ax, diff.all_steps, tensors)
     gone = table['verdict'].str.startswith(('only','not finite'))
+    first,second = (run_name(name, 32) for name in diff.names)
     at_edge = dict(transform=ax.get_xaxis_transform(), clip_on=False)
     if gone.any(): ax.plot(table.index[gone], np.full(gone.sum(), .97), 'v', ms=7, color=red, label='in one of them only, or not finite', gid='gone', **at_edge)
-    shown = [1, *table.loc[np.isfinite(table['ratio'])&(table['ratio']>0), 'ratio']]
+    drawn = [ratio for line in ax.lines if str(line.get_gid()).startswith('step') for ratio in line.get_ydata()]
+    shown = [1, *(ratio for ratio in drawn if np.isfinite(ratio))]
     ax.set(yscale='log', xlim=(-.5, len(table)-.5), ylim=(min(shown)/2, max(shown)*2))
-    ax.set_ylabel(f"norm, {printed(diff.names[1])} / {printed(diff.names[0])}", **as_text)
+    beside = '\n' if len(first+second)>24 else ' '
+    ax.set_ylabel(f"norm of {second}{beside}/ {first}", **(dict(fontsize=8) if beside=='\n' else {}), **as_text)
     labels = [tensor_label(*o) for o in zip(table['name'], table['call'], table['out'])]
     _name_ticks(ax, pd.DataFrame(dict(kind='output', label=labels)), 'x')
     if diff.first is not None:

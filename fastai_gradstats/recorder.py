@@ -13,6 +13,7 @@ __all__ = ['GradRecorder']
 import math, signal, sys, threading
 from collections import namedtuple
 from contextlib import contextmanager
+from datetime import datetime
 from functools import update_wrapper
 from itertools import islice
 from numbers import Number, Real
@@ -271,6 +272,10 @@ def last_lr(opt)->float:
     if isinstance(lr, Tensor) and lr.is_cpu and lr.numel()==1: return lr.item()
     return float(lr) if isinstance(lr, Real) else math.nan
 
+def now()->str:
+    "The time of day here, to the minute"
+    return datetime.now().strftime('%Y-%m-%d %H:%M')
+
 class Loop:
     "What a recorder asks of the training around it. These are the answers where nothing is known"
     name = 'GradRecorder'  # whose warnings they are
@@ -285,6 +290,8 @@ class Loop:
     def owner(self): return None                 # whose training it is, as a weak reference
     def identity(self)->tuple: return id(self.model),*map(id, self.optimizers())   # of the network that is trained
     def optimizers(self)->list: return []
+    def optimizer_name(self)->str: return ', '.join(type(o).__name__ for o in self.optimizers() if o is not None)
+    def versions(self)->str: return f'torch {torch.__version__}'
     def gave_up(self)->bool: return False        # does an exception end training right now, on purpose?
     def loss(self): return None                  # a tensor or a number
     def samples(self)->int: return 0             # in the batch
@@ -715,6 +722,7 @@ class Reader(Says):
         self.rank = 0
         self.stale = False      # a consumer came or went
         self.run = None         # the fit that is under way: any object
+        self.began = now()
         self.phase = FIT
         self.watched = []
         self.new_params()
@@ -765,6 +773,7 @@ class Reader(Says):
         "What is recorded from now on is of another fit"
         self.run = run or object()
         self.phase = phase
+        self.began = now()
 
     def start(self):
         "Training begins, or goes on with another network"
@@ -857,6 +866,10 @@ class Reader(Says):
         self.check_calls()
         self.hooks = self.check = None
 
+    def set_up(self)->dict:
+        "What tells this training from others a week later: texts"
+        return dict(model=type(self.loop.model).__name__, optimizer=self.loop.optimizer_name(), versions=self.loop.versions())
+
     def note_facts(self, lazy=False):
         "What rows cannot say. Where lazy layers have no shape yet, after the first batch"
         for consumer in self.consumers:
@@ -867,7 +880,7 @@ class Reader(Says):
             params = [(n, p.requires_grad, _dimensions(p)) for n,p in consumer.params.items()]
             precision = coarsest(self.grad_dtypes | {p.dtype for p in consumer.params.values()}, any(p.is_cuda for p in consumer.params.values()))
             consumer.record.add_facts(dict(fit=counts.fit, phase=counts.phase, params=params, half=bool(half), scaled=self.loop.scale() is not None,
-                                           precision=precision, backward=list(self.backward_order)))
+                                           precision=precision, backward=list(self.backward_order), began=self.began, **self.set_up()))
             if consumer.stream is not None: consumer.stream.claim()
 
     # --- batches

@@ -20,9 +20,9 @@ from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
 from .diagnosis import diagnose,runs
 from .differ import grad_diff
-from .grid import (most_decades,boundaries,boundary_name,cells,check_fit,check_which,image,image_columns,kinds_there,
-                                   matching,no_tensors,places,printed,tensors,words)
-from .plot import draw_heatmap,plot_grad_diff,plot_grad_flow,plot_grad_norm
+from .grid import (boundaries,boundary_name,cells,check_fit,check_which,colour_range,image,image_columns,kinds_there,
+                                   matching,no_tensors,places,printed,run_name,tensors,words)
+from .plot import beyond,draw_heatmap,draw_training,plot_grad_diff,plot_grad_flow,plot_grad_norm
 from .record import GradRecord,NotComparable,NotRecorded,as_record
 
 # %% ../nbs/07_report.ipynb #6c4580ef
@@ -69,18 +69,15 @@ def _names_above(names, width=770):
         end = x*width+7*len(name)+10
     return res
 
-# %% ../nbs/07_report.ipynb #65315654
-def _colour_range(img):
-    "log10 of the smallest and largest value that have a colour of their own"
-    logs = np.log10(img[img>0], dtype=np.float64)
-    if not len(logs): return -1.,0.
-    high = float(logs.max())
-    low = max(float(np.percentile(logs, 1)), high-most_decades)
-    return low,max(high, low+.1)
+def _bounded(names):
+    "Tags of names above the heatmap, each as wide as it is to the next at most"
+    ends = [*(name.at for name in names[1:]), 100]
+    return ''.join(f'<b style="left:{name.at:.2f}%;max-width:{end-name.at:.2f}%">{escape(name.text)}</b>' for name,end in zip(names, ends))
 
+# %% ../nbs/07_report.ipynb #65315654
 def _heat_data(heat):
     "What the page's script draws: values, names, the range of colours, and what each column is"
-    low,high = _colour_range(heat.img)
+    low,high,_,over = colour_range(heat.img)
     viridis = colormaps['viridis'](np.linspace(0, 1, 256))[:,:3]
     data = dict(v=base64.b64encode(heat.img.astype('<f4').tobytes()).decode(),
                 rows=len(heat.tensors),
@@ -88,6 +85,8 @@ def _heat_data(heat):
                 names=[f'{printed(label)} ({kind})' for kind,label in zip(heat.tensors['kind'], heat.tensors['label'])],
                 min=low,
                 max=high,
+                over=over,
+                beyond=beyond,
                 lut=[round(255*c) for rgb in viridis for c in rgb])
     text = json.dumps(data | heat.spans)
     return text.replace('<', '\\u003c').replace('>', '\\u003e')   # no tag and no comment begins or ends in it
@@ -120,8 +119,9 @@ def _line_html(line):
 
 def _key_html(img):
     "What the colours outside the scale mean, where they occur"
-    special = {'not finite':np.isnan(img), 'all zero':img==0, 'no gradient':img==-1}
-    colors = {'not finite':'#e00000', 'all zero':'#000', 'no gradient':'var(--blank)'}
+    larger = img>10**colour_range(img).high if colour_range(img).over else np.zeros(img.shape, bool)
+    special = {'larger':larger, 'not finite':np.isnan(img), 'all zero':img==0, 'no gradient':img==-1}
+    colors = {'larger':beyond, 'not finite':'#e00000', 'all zero':'#000', 'no gradient':'var(--blank)'}
     return ''.join(f'<u style="background:{colors[what]}"></u>{what}' for what,where in special.items() if where.any())
 
 # %% ../nbs/07_report.ipynb #ab14c1c3
@@ -136,7 +136,7 @@ def _heat_html(rec, stat, phase, fit=None):
     return heat_page.format(height=height,
                             width=12+max(int(6.5*len(name.text)) for name in names),
                             names=_texts('span', 'top', names),
-                            above=_texts('b', 'left', _names_above(heat.names)),
+                            above=_bounded(_names_above(heat.names)),
                             kinds=_kinds_html(heat.tensors),
                             lines=''.join(map(_line_html, heat.lines)),
                             key=_key_html(heat.img),
@@ -149,9 +149,10 @@ def _none_html(message):
     return f'<p class=none>{escape(message)}</p>'
 
 # %% ../nbs/07_report.ipynb #64de04bf
-def _svg(plot, rec, height, **kw):
+def _svg(plot, rec, height, width=9.6, **kw):
     "A plot as inline SVG, black as the page's text colour; or the reason why there is none"
-    fig = figure.Figure(figsize=(9.6,height), layout='constrained')
+    fig = figure.Figure(figsize=(width,height), layout='constrained')
+    mark = f'{plot.__name__}-{width:g}-'
     out = StringIO()
     with rc_context({'svg.fonttype':'none', 'svg.hashsalt':plot.__name__}):
         try: plot(rec, ax=fig.subplots(), **kw)
@@ -162,9 +163,15 @@ def _svg(plot, rec, height, **kw):
     def own(tag):
         "Ids of this plot's own, since the page has several"
         tag = tag[0].replace('#000000', 'currentColor')
-        for before in ('id="', 'url(#', 'href="#'): tag = tag.replace(before, f'{before}{plot.__name__}-')
+        for before in ('id="', 'url(#', 'href="#'): tag = tag.replace(before, f'{before}{mark}')
         return tag
     return re.sub('<[^>]*>', own, svg)   # in tags only: what is between them is text, names among it
+
+def _picture(plot, rec, height, **kw):
+    "A plot twice, for a wide page and for a telephone: the style sheet shows one"
+    wide = _svg(plot, rec, height, **kw)
+    if not wide.startswith('<svg'): return wide
+    return f'<div class=wide>{wide}</div><div class=narrow>{_svg(plot, rec, height, 4.6, **kw)}</div>'
 
 # %% ../nbs/07_report.ipynb #281f4887
 def _tensor_rows(rec, df):
@@ -185,19 +192,21 @@ def _tensor_rows(rec, df):
                          'not finite':total['nonfinite']})
 
 def _tensor_table(rec, phase, fit=None):
-    "A row per tensor, and per run where there are several"
+    "A row per tensor; of several runs the statistics stand side by side, their columns a pair of statistic and run"
     df = rec.frame('tensors')
-    res = []
-    for run in runs(rec):
-        rows = df[matching(df, phase=phase, fit=fit, run=run)].reset_index(drop=True)
-        one = _tensor_rows(rec, rows)
-        if run is not None: one.insert(0, 'run', str(run))
-        res.append(one)
-    return pd.concat(res)
+    df = df[matching(df, phase=phase, fit=fit)].reset_index(drop=True)
+    if len(runs(rec))<2: return _tensor_rows(rec, df)
+    key = ['kind','tensor']
+    of_run = {run:_tensor_rows(rec, df[matching(df, run=run)].reset_index(drop=True)).set_index(key) for run in runs(rec)}
+    there = tensors(df).table.rename(columns=dict(label='tensor'))
+    beside = pd.concat(of_run, axis=1).reindex(pd.MultiIndex.from_frame(there))
+    statistics = list(dict.fromkeys(statistic for _,statistic in beside))
+    ordered = {(statistic,run):beside[run,statistic] for statistic in statistics for run in of_run}
+    return pd.concat(ordered, axis=1).reset_index()
 
 # %% ../nbs/07_report.ipynb #2409168d
 def _cell(value):
-    "A table cell"
+    "A table cell; empty where a run lacks the tensor"
     if isinstance(value, str): return f'<td>{escape(printed(value))}'
     shown = f'{value:,}' if isinstance(value, (int,np.integer)) else f'{value:.3g}'
     return f'<td class=n data-v="{value:.9g}">{shown}'
@@ -206,7 +215,9 @@ def _table(df, cls=''):
     "An HTML table; rows with a severity have it as their class"
     def head(column):
         numbers = df[column].dtype.kind in 'iuf'
-        return f"<th{' class=n' if numbers else ''}>{escape(printed(column))}"
+        name,run = column if isinstance(column, tuple) else (column,'')
+        of_run = f'<br><small>{escape(run_name(run, 24))}</small>' if run!='' else ''
+        return f"<th{' class=n' if numbers else ''}>{escape(printed(name))}{of_run}"
     severity = df.get('severity', ['']*len(df))
     body = ''
     for kind,row in zip(severity, df.astype(object).itertuples(index=False, name=None)):
@@ -239,34 +250,42 @@ css = """:root{color-scheme:light dark;--bg:#fff;--fg:#1b1f24;--dim:#666f7a;--li
   :root{--bg:#15181d;--fg:#e4e7eb;--dim:#98a1ac;--line:#343a43;--blank:#454c57;--warn:#f0a848;--err:#ff7b72}
 }
 body{background:var(--bg);color:var(--fg);font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;
-  padding:0 1em}
+  padding:0 1em;overflow-wrap:anywhere}
 h1{font-size:1.5em}
 h2{font-size:1.15em;margin:2em 0 .5em}
 .lead{font-size:1.1em}
 .none,.key,summary,footer{color:var(--dim)}
 .scroll{overflow-x:auto}
-svg{display:block;width:100%;min-width:640px;height:auto;fill:currentColor}
+.narrow{display:none}
+@media(max-width:640px){.wide{display:none}.narrow{display:block}}
+svg{display:block;width:100%;height:auto;fill:currentColor}
 svg text{fill:currentColor}
 
 table{border-collapse:collapse;font-size:13px;width:100%}
 th,td{text-align:left;vertical-align:top;padding:.3em .7em .3em 0;border-bottom:1px solid var(--line)}
 th{white-space:nowrap}
 th.n,.n{text-align:right;font-variant-numeric:tabular-nums}
-.findings{min-width:860px}
-.findings td:nth-child(-n+3){white-space:nowrap}
+td{overflow-wrap:normal}
+.findings td{overflow-wrap:anywhere;min-width:5em}
+.findings td:nth-child(-n+2){white-space:nowrap}
+@media(max-width:640px){
+  .findings thead{display:none}
+  .findings tr{display:block;padding:.6em 0;border-bottom:1px solid var(--line)}
+  .findings td{display:block;border:0;padding:0;white-space:normal}
+}
 .sort th{cursor:pointer}
 .sort th.up:after{content:" ▲"}
 .sort th.down:after{content:" ▼"}
 tr.warning td:nth-child(-n+2){color:var(--warn);font-weight:600}
 tr.error td:nth-child(-n+2){color:var(--err);font-weight:600}
 
-.heat{display:flex;margin:22px 0 26px;min-width:760px}
+.heat{display:flex;margin:22px 0 26px;min-width:340px}
 .names{position:relative;flex:none;font-size:11px;color:var(--dim)}
 .names span{position:absolute;right:6px;transform:translateY(-50%);white-space:nowrap}
 .map{position:relative;flex:1;margin-right:20px}
 .map canvas{display:block;width:100%;image-rendering:pixelated}
 .map b,.map em{position:absolute;font:11px system-ui,sans-serif;color:var(--dim);white-space:nowrap}
-.map b{top:-22px}
+.map b{top:-22px;overflow:hidden;text-overflow:ellipsis}
 .map em{left:100%;margin-left:4px;writing-mode:vertical-rl;text-align:center}
 .map i,.map hr{position:absolute;pointer-events:none;margin:0;border:0}
 .map i{top:0;bottom:0;border-left:1px dotted #fff}
@@ -291,7 +310,9 @@ if(raw){
   const clamp = (v, most) => Math.max(0, Math.min(most, v))
 
   // pixels: -1 is no gradient, red not finite, black all zero
+  const beyond = [1, 3, 5].map(i => parseInt(D.beyond.slice(i, i+2), 16))
   const rgb = v => {
+    if(D.over && Math.log10(v)>D.max) return beyond
     const i = 3*clamp(Math.round(255*(Math.log10(v)-D.min)/(D.max-D.min)), 255)
     return D.lut.slice(i, i+3)
   }
@@ -355,8 +376,8 @@ page = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport c
 <h1>{title}</h1>{about}{sentence}
 <h2>Findings</h2>{findings}{incidents}{parting}
 <h2>Largest |gradient| of each tensor, outputs before parameters</h2>{heatmap}
-<h2>Gradient norm per step</h2><div class=scroll>{norm}</div>
-<h2>Gradient flow, last iteration</h2><div class=scroll>{flow}</div>
+<h2>Gradient norm per step</h2><div class=scroll>{norm}</div>{training}
+<h2>Gradient flow, median of the last epoch</h2><div class=scroll>{flow}</div>
 <h2>Tensors</h2>{tensors}
 <footer><p>fastai-gradstats</footer><script>{js}</script></html>
 """
@@ -373,16 +394,18 @@ def _ends_of(values):
     return first if first==last else f'{first} to {last}'
 
 def _about(part)->str:
-    "Which run it was: steps, batch, lr, loss, parameters, precision"
+    "Which run it was: model, optimizer, steps, batch, lr, loss, parameters, precision, versions, when it began"
     steps,facts = part.frame('steps'),[f for f in part.facts if f['params']]
-    words = []
+    last = facts[-1] if facts else {}
+    words = [printed(last[what]) for what in ('model','optimizer') if last.get(what)]
     if len(steps):
         words += [f"{len(steps):,} steps in {steps[['fit','epoch']].drop_duplicates().shape[0]} epochs", f"batch {steps['bs'].median():.0f}"]
         words += [f"{name} {_ends_of(steps[name])}" for name in ('lr','loss') if steps[name].notna().any()]
     if facts:
-        asks = [asks for _,asks,_ in facts[-1]['params']]
+        asks = [asks for _,asks,_ in last['params']]
         words.append(f'{sum(asks)} of {len(asks)} parameters trained')
-        if 'precision' in facts[-1]: words.append(facts[-1]['precision'])
+        words += [printed(last[what]) for what in ('precision','versions') if last.get(what)]
+        if last.get('began'): words.append(f"began {printed(last['began'])}")
     return ', '.join(words)
 
 def _about_html(rec, phase, fit):
@@ -394,13 +417,19 @@ def _about_html(rec, phase, fit):
         if about: res += f'<p class=key>{name}{escape(about)}'
     return res
 
+def _training_html(rec, phase, fit):
+    "Loss and learning rate per step; nothing where no loss was recorded"
+    steps = rec.select(phase=phase, fit=fit).frame('steps')
+    if not np.isfinite(steps['loss'].astype(float)).any(): return ''
+    return f'<h2>Loss and learning rate</h2><div class=scroll>{_picture(draw_training, rec, 2.6, phase=phase, fit=fit)}</div>'
+
 def _parting_html(rec, phase, fit):
     "Of a comparison of two runs: where they part"
     if len(runs(rec))!=2 or phase is None: return ''
     try: diff = grad_diff(rec, phase=phase, fit=fit)
     except NotComparable as e: return f'<h2>Where the two part</h2>{_none_html(str(e))}'
     lines = ''.join(f'<p>{escape(printed(line))}' for line in diff.evidence)
-    return f'<h2>Where the two part</h2>{lines}<div class=scroll>{_svg(plot_grad_diff, diff, 4.2)}</div>'
+    return f'<h2>Where the two part</h2>{lines}<div class=scroll>{_picture(plot_grad_diff, diff, 4.2)}</div>'
 
 def _incidents_html(rec, phase, fit):
     "Steps that were out of line, a paragraph each; nothing where there was none"
@@ -433,8 +462,9 @@ def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradReco
                        parting=_parting_html(rec, phase, fit),
                        incidents=_incidents_html(rec, phase, fit),
                        heatmap=_heat_html(rec, 'max_abs', phase, fit),
-                       norm=_svg(plot_grad_norm, rec, 3.2, phase=phase, fit=fit),
-                       flow=_svg(plot_grad_flow, rec, 4.2, phase=phase, fit=fit),
+                       norm=_picture(plot_grad_norm, rec, 3.2, phase=phase, fit=fit),
+                       training=_training_html(rec, phase, fit),
+                       flow=_picture(plot_grad_flow, rec, 4.2, iteration='last epoch', phase=phase, fit=fit),
                        tensors=_tensors_html(rec, phase, fit),
                        js=f'{heat_js}\n{sort_js}')
     path = Path(path)
