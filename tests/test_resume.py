@@ -64,7 +64,7 @@ def test_lr_find_accumulation_and_breaks(tmp_path):
     "Phases that count for themselves, steps of two batches of which the last is half a step, a NaN on the way"
     def learner(cbs): return step_learner([*cbs, GradientAccumulation(16)], dls=vector_batches(5, scale={2:np.nan}))
     def go(learn):
-        with learn.no_bar(), learn.no_logging(): learn.lr_find(show_plot=False, num_it=4)
+        with learn.no_bar(), learn.no_logging(): learn.lr_find(show_plot=False, num_it=10)
         return fit(learn, 2)
     whole = go(go(learner(both_callbacks())))
     first = go(learner(callbacks_in(tmp_path/'a')))
@@ -228,7 +228,7 @@ def killed(folder, wait, **mode):
     n = context.Value('q', 0, lock=False)
     process = context.Process(target=train_on, args=(folder, n, mode))
     process.start()
-    while not n.value and process.is_alive(): time.sleep(.001)
+    while n.value<3*EVERY and process.is_alive(): time.sleep(.001)   # until both callbacks have written
     time.sleep(wait)
     process.kill()
     process.join()
@@ -264,7 +264,7 @@ def test_killed_once(tmp_path):
     assert not list((tmp_path/'a').glob('.*'))
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', range(6))
+@pytest.mark.parametrize('seed', range(3))
 def test_killed_three_times(tmp_path, seed):
     rng = random.Random(seed)
     trained = [killed(tmp_path/'a', rng.uniform(0, .6), resume=True) for _ in range(4)]
