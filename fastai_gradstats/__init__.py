@@ -31,6 +31,7 @@ Modules:
 - `fastai_gradstats.recorder`: Reads the gradients of a training once, whoever wants them, and knows which of what it read counts
 - `fastai_gradstats.report`: A record in, one HTML page out
 - `fastai_gradstats.rerun`: A step of training run again, to the bit, and sample by sample
+- `fastai_gradstats.resume`: A run goes on with the record of an earlier one
 - `fastai_gradstats.stats`: What is measured: one small function per statistic
 - `fastai_gradstats.stores`: What training adds to: rows in bulk, in memory that stays bounded
 - `fastai_gradstats.stream`: A record goes to files while training goes on

@@ -19,9 +19,9 @@ from torch.utils.hooks import unserializable_hook
 from fastai.basics import *
 from fastai.callback.fp16 import GradScaler, MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.training import GradientClip
-from fastai_gradstats.consumers import FIT, LR_FIND, NormConsumer, NormOptions, StatsConsumer, StatsOptions
+from fastai_gradstats.consumers import FIT, LR_FIND, NormConsumer, NormOptions, StatsConsumer, StatsOptions, opening
 from fastai_gradstats.record import GradRecord
-from fastai_gradstats.recorder import Loop, Reader, check_model, delegate_to_record, is_unscaled, last_lr, rank, scale_of, stack
+from fastai_gradstats.recorder import Loop, Reader, check_model, delegate_to_record, is_unscaled, last_lr, open_folder, scale_of, stack
 
 # %% ../nbs/04_callback.ipynb #8b68ffab
 _cancels = CancelBatchException,CancelBackwardException,CancelStepException,CancelTrainException,CancelValidException,CancelEpochException,CancelFitException
@@ -348,6 +348,11 @@ class RecordCallback(_Ours, Callback):
 
     def _options(self): raise NotImplementedError   # from the attributes, which may have been changed
 
+    def _set_folder(self, folder, resume, overwrite):
+        self.folder = folder
+        self.resume = resume
+        self.overwrite = overwrite
+
     def _set_up(self, consumer):
         self._consumer = consumer
         consumer.is_on = self._is_on
@@ -400,8 +405,9 @@ class RecordCallback(_Ours, Callback):
         consumer.flush()
         consumer.set_options(self._options(), consumer.reader.say)
         consumer.folder = self.folder   # read when the next record begins
+        consumer.mode = opening(self.folder, self.resume, self.overwrite)
         self._check_names()
-        consumer.open(rank())
+        open_folder(consumer)
         consumer.begin_log()
 
     def _check_names(self):
@@ -441,12 +447,14 @@ class GradStatsCallback(RecordCallback):
                  hist=False, # count elements per octave of |gradient|: True of at most 4,096 elements of each tensor, 'all' of all
                  keep:int=10_000, # at most so many iterations are kept: of neighbours the worse one; None: all
                  extra:dict=None, # name -> f(gradient) -> 0-d tensor: one more float column each
-                 folder=None # stream to files in this folder while training; one that holds no record yet
+                 folder=None, # stream to files in this folder while training; one that holds no record yet, unless
+                 resume:bool=False, # it is to go on with that record,
+                 overwrite:bool=False # or to begin anew
                 ):
         options = StatsOptions(kind, modules, include, every, threshold, hist, keep, extra)
         for name,value in vars(options).items(): setattr(self, name, value)
-        self.folder = folder
-        self._set_up(StatsConsumer(options, type(self).__name__, folder))
+        self._set_folder(folder, resume, overwrite)
+        self._set_up(StatsConsumer(options, type(self).__name__, folder, opening(folder, resume, overwrite)))
 
     def _options(self):
         return StatsOptions(self.kind, self.modules, self.include, self.every, self.threshold, self.hist, self.keep, self.extra)
@@ -472,13 +480,15 @@ class GradNormCallback(RecordCallback):
                  folder=None, # stream to files in this folder while training; one that holds no record yet
                  log=None, # send norms, while training goes on, to 'wandb', 'tensorboard', 'mlflow', 'trackio', a `SummaryWriter` or a function of a dict and a step
                  log_every:int=50, # steps in one entry
-                 log_by:str='module' # norms of what go with them: 'param', 'module', 'group' or None
+                 log_by:str='module', # norms of what go with them: 'param', 'module', 'group' or None
+                 resume:bool=False, # go on with the record that the folder holds,
+                 overwrite:bool=False # or begin anew there
                 ):
         options = NormOptions(every, update_every, log, log_every, log_by)
         for name,value in vars(options).items(): setattr(self, name, value)
         self.show = show
-        self.folder = folder
-        self._set_up(NormConsumer(options, type(self).__name__, folder))
+        self._set_folder(folder, resume, overwrite)
+        self._set_up(NormConsumer(options, type(self).__name__, folder, opening(folder, resume, overwrite)))
 
     def _options(self): return NormOptions(self.every, self.update_every, self.log, self.log_every, self.log_by)
 

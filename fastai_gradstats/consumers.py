@@ -19,10 +19,11 @@ from numbers import Integral, Real
 import numpy as np
 from torch import nn
 from fastcore.foundation import L
-from fastai_gradstats.capture import grad_modules, grad_params, pick
+from fastai_gradstats.capture import clean_name, grad_modules, grad_params, pick
 from fastai_gradstats.histogram import octaves
-from fastai_gradstats.files import check_free, need_parquet
+from fastai_gradstats.files import check_free, claim, holds_record, need_parquet, release
 from fastai_gradstats.record import GradRecord
+from fastai_gradstats.resume import Saved, check_names, check_options, refill
 from fastai_gradstats.stats import above, finish, group_norms, sums, MAX, SUM_SQ, NONFINITE, ABOVE, W_SQ, DOT
 from fastai_gradstats.stores import Break, Rows, Steps, Where, columns, counts, floats, param_rows
 from fastai_gradstats.stream import Stream
@@ -62,12 +63,20 @@ def _extra(value):
     return dict(value)
 
 # %% ../nbs/03c_consumers.ipynb #c4ab3f57
-def _folder(value, tables):
-    "The folder, which holds no record yet. Other processes than the first come when it is claimed"
+def _folder(value, tables, mode):
+    "The folder, which holds no record yet, unless a mode lets it. Other processes than the first come when it is claimed"
     if value is None: return None
     need_parquet("folder: writing files")
     first_process = int(os.environ.get('RANK', 0))==0
-    return check_free(value, tables) if first_process else value
+    return check_free(value, tables, mode) if first_process else value
+
+def opening(folder, resume, overwrite):
+    "What is done with a record that the folder holds: 'resume', 'overwrite', or None for an error"
+    for name,value in dict(resume=resume, overwrite=overwrite).items():
+        if value not in (False,True): raise ValueError(f"{name}: accepted are True and False, got {value!r}")
+        if value and folder is None: raise ValueError(f"{name}: accepted beside `folder=`, which says where the record is")
+    if resume and overwrite: raise ValueError("resume, overwrite: one of them is accepted, not both: go on with the record, or begin anew")
+    return 'resume' if resume else 'overwrite' if overwrite else None
 
 @dataclass
 class StatsOptions:
@@ -98,6 +107,10 @@ class StatsOptions:
         "Those a record is built on: they may change while it is empty"
         return dict(threshold=self.threshold, hist=self.hist, extra=self.extra, keep=self.keep)
 
+    def in_files(self)->dict:
+        "The same as JSON has it"
+        return self.lasting()|dict(extra=list(self.extra))
+
     def keep_lasting(self, name, value): setattr(self, name, value)
 
 @dataclass
@@ -120,6 +133,7 @@ class NormOptions:
             raise ValueError(f"update_every: weights are measured on steps that are recorded, so a multiple of every={self.every} is accepted, got {self.update_every!r}")
 
     def lasting(self)->dict: return dict(update_every=bool(self.update_every))
+    def in_files(self)->dict: return self.lasting()
 
     def keep_lasting(self, name, is_measured):
         if not is_measured: self.update_every = None   # the record has no column for it
@@ -153,6 +167,15 @@ class Counts:
         return where
 
     def stepped(self, where): self.steps[where.phase] = where.step+1
+
+    def numbers(self)->dict: # as JSON has them
+        return dict(fits=list(self.fits), iterations=list(self.iterations), steps=list(self.steps))
+
+    def go_on(self, fits, iterations, steps):
+        "From what was counted before"
+        self.fits = list(fits)
+        self.iterations = list(iterations)
+        self.steps = list(steps)
 
     def step_is_over(self, where:Where # of numbers, or of arrays
                     ):
@@ -250,11 +273,13 @@ class Consumer:
     def __init__(self,
                  options,  # `StatsOptions` or `NormOptions`
                  name,     # whose it is, for messages
-                 folder=None # its record is written there while it grows
+                 folder=None, # its record is written there while it grows
+                 mode=None # of a record that is there: 'resume', 'overwrite'; None for an error
                 ):
         self.options = options
         self.name = name
-        self.folder = _folder(folder, self.tables)
+        self.folder = _folder(folder, self.tables, mode)
+        self.mode = mode
         self.is_on = None   # a function; None: always
         self.shown = False  # does every process need its numbers?
         self.reader = None  # has what is not in the record yet
@@ -278,6 +303,7 @@ class Consumer:
         self.built_with = self.options.lasting()
         self.run = None          # the fit that was counted last
         self.stream = None       # to files
+        self.opened = False      # do all processes have the numbers to go on with?
         self.owner = None        # whose training it records
         self.facts_due = False   # of the fit that begins
         self.modules = {}
@@ -309,8 +335,40 @@ class Consumer:
     def open(self, rank):
         "Claim the folder"
         if self.folder is None or self.stream is not None or rank: return
-        self.stream = Stream(self.record, self.folder, self.tables, rank)
+        if self.mode=='resume' and holds_record(self.folder): self.resume()
+        else: self.stream = self.new_stream()
         self.stream.claim()
+
+    def new_stream(self): return Stream(self.record, self.folder, self.tables, mode=self.mode, about=self.about)
+
+    def about(self)->dict:
+        "What its files say beside rows"
+        return dict(built_with=self.options.in_files(), next=self.counts.numbers())
+
+    def resume(self):
+        "Go on with the record in the folder"
+        if any(len(self.record.stores[table]) for table in self.tables if table in self.record.stores and table!='hist'):
+            raise ValueError(f"resume: {self.name} has rows of its own already: use a new one to go on with the record in {self.folder}")
+        path = check_free(self.folder, self.tables, self.mode)
+        run = claim(path, self.tables, self.mode, threshold=self.record.threshold)
+        try: saved = self.checked(Saved(path))
+        except BaseException:
+            release(path, self.tables)
+            raise
+        refill(self.record, saved, self.tables)
+        self.counts.go_on(*saved.next)
+        self.choose(self.reader.loop.model)   # the network's order, which may know more names
+        self.stream = self.new_stream()
+        self.stream.go_on(run, saved.parts, len(self.record.facts) if self.tables[0] in saved.known else 0)
+
+    def checked(self, saved):
+        "It is of this network, and was made with these options"
+        model,owner = self.reader.loop.model,self.tables[0]
+        check_options(saved, owner, self.options.in_files())
+        self.choose(model)
+        there = {clean_name(model, name) or '(model)' for name,_ in model.named_modules()} | grad_params(model).keys()
+        check_names(saved, owner, there, self.params)
+        return saved
 
     def late(self)->bool:
         "Something was committed: is it time to write?"
@@ -430,7 +488,7 @@ class NormConsumer(Consumer):
         "A fit begins. Raises where its norms cannot be logged"
         options = self.options
         made_of = options.log,options.log_every,options.log_by
-        if self.log is None or self.log.made_of!=made_of: self.log = None if options.log is None else NormLog(*made_of)
+        if self.log is None or self.log.made_of!=made_of: self.log = None if options.log is None else NormLog(*made_of, self.counts.steps[FIT])
         if self.log is not None and self.reader.rank==0: self.log.begin()
 
     def late(self):

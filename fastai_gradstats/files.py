@@ -11,6 +11,7 @@ __all__ = []
 
 # %% ../nbs/02a_files.ipynb #b11b2a84
 import json, math, os, re, time, zlib
+from contextlib import suppress
 from collections import namedtuple
 from io import BytesIO
 from pathlib import Path
@@ -282,7 +283,10 @@ def _put(file, content):
         except OSError: pass   # the error that matters is on its way
         raise
 
-def part_name(table, rank, number, format): return f'{table}-{rank}-{number:06}.{format}'
+def part_name(table, rank, number, format, last=None):
+    "`last`: the last of the parts that went into this one"
+    numbers = f'{number:06}' if last in (None,number) else f'{number:06}-{last:06}'
+    return f'{table}-{rank}-{numbers}.{format}'
 
 def put_part(path, table, content, number=0, rank=0, format='parquet'):
     "Write the bytes of part `number` of `table`: complete, or not at all"
@@ -296,29 +300,48 @@ def write_part(path, table, df, number=0, rank=0, threshold=1., format='parquet'
 
 # %% ../nbs/02a_files.ipynb #1004c292
 MARK = 'gradstats.json'
-_Claim = namedtuple('_Claim', 'process tables run')   # `run` is a random text that stands in the mark
-_unclaimed = _Claim(None, set(), None)
+_Claim = namedtuple('_Claim', 'process tables run lock')   # `run` is a random text that stands in the mark
+_unclaimed = _Claim(None, set(), None, None)
 _mine = {}   # path -> the claim of this process
 
-Part = namedtuple('Part', 'rank number file table')
+Part = namedtuple('Part', 'rank number last file table')   # it has the numbers from `number` to `last`
+_part_file = re.compile(r'(\w+)-(\d+)-(\d+)(?:-(\d+))?\.(parquet|csv)')
+
+def _all_parts(path):
+    "Parts of each table, in order, a larger one ahead of those that went into it"
+    res = {}
+    for file in Path(path).iterdir():
+        found = _part_file.fullmatch(file.name)
+        if not found: continue
+        table,rank,number,last,_ = found.groups()
+        part = Part(int(rank), int(number), int(last or number), file, table)
+        if table in schema: res.setdefault(table, []).append(part)
+    return {table:sorted(parts, key=lambda part: (part.rank, part.number, -part.last)) for table,parts in res.items()}
+
+def _is_within(part, other): return part.rank==other.rank and other.number<=part.number and part.last<=other.last
+
+def _largest(parts):
+    "Without those that went into a larger one, and were not removed yet"
+    res = []
+    for part in parts:
+        if not res or not _is_within(part, res[-1]): res.append(part)
+    return res
 
 def find_parts(path):
     "Parts of each table, in order"
-    res = {}
-    for file in Path(path).iterdir():
-        found = re.fullmatch(r'(\w+)-(\d+)-(\d+)\.(parquet|csv)', file.name)
-        if not found: continue
-        table,rank,number,_ = found.groups()
-        if table in schema: res.setdefault(table, []).append(Part(int(rank), int(number), file, table))
-    return {table:sorted(parts) for table,parts in res.items()}
+    return {table:_largest(parts) for table,parts in _all_parts(path).items()}
 
 def _of_a_record(folder):
     "Names of the files in a folder that belong to a record"
     names = [file.name for file in folder.iterdir()]
-    return [name for name in names if name==MARK or re.match(r'\w+-\d+-\d+\.(parquet|csv)$', name)]
+    return [name for name in names if name==MARK or _part_file.fullmatch(name)]
 
-def check_free(folder, tables):
-    "The path of `folder`, where nothing stands against writing `tables` there"
+def holds_record(path):
+    path = Path(path).expanduser()
+    return path.is_dir() and bool(_of_a_record(path))
+
+def check_free(folder, tables, mode=None):
+    "The path of `folder`, where nothing stands against writing `tables` there. With a mode, 'resume' or 'overwrite', it may hold a record"
     if not isinstance(folder, (str,os.PathLike)):
         raise TypeError(f"folder: a path is accepted, got {type(folder).__name__}")
     path = Path(os.path.realpath(Path(folder).expanduser()))
@@ -329,46 +352,94 @@ def check_free(folder, tables):
         is_dir = path.is_dir()
     except OSError: return path   # writing will say
     if there and not is_dir: raise ValueError(f"folder: {path} is a file; accepted is a folder that holds no record")
+    if mode is not None: return path
     try: found = _of_a_record(path) if is_dir else []
     except OSError: return path
     if found:
         raise ValueError(f"folder: {path} already holds a record ({len(found)} files, {min(found)} among them); each run needs a "
-                         "folder of its own: name another (after `reset()`, as `callback.folder`), or remove this one, "
-                         "which `GradRecord.load` reads")
+                         "folder of its own: name another (after `reset()`, as `callback.folder`), or let a callback go on with this one "
+                         "by `resume=True`, or begin anew by `overwrite=True`. `GradRecord.load` reads it")
     return path
+
+# %% ../nbs/02a_files.ipynb #c3100002
+try: import fcntl
+except ImportError: fcntl = None   # Windows
+
+def _lock(path):
+    "Hold the folder as long as this process lives; None where there are no locks"
+    if fcntl is None: return None
+    folder = os.open(path, os.O_RDONLY)
+    try: fcntl.flock(folder, fcntl.LOCK_EX|fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ValueError(f"folder: {path} was taken by another process, which still lives; each run needs a folder of its own") from None
+    except OSError:
+        os.close(folder)
+        return None
+    return folder
+
+def _leave_to_parent():
+    "A process that was forked, as those that load data are, holds nothing"
+    for held in _mine.values():
+        if held.lock is not None: os.close(held.lock)
+    _mine.clear()
+
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_leave_to_parent)
 
 # %% ../nbs/02a_files.ipynb #27ddbf85
 def _json(format, run=None, **info):
     "Bytes of `gradstats.json`"
     return seal(json.dumps(dict(format=format, run=run, **info|BLANK), indent=1).encode())
 
+def _new_mark(**info):
+    created = time.strftime('%Y-%m-%d %H:%M:%S')
+    return dict(format=FORMAT, run=os.urandom(8).hex(), created=created, process=os.getpid(), tables=schema, **info)
+
 def _take(path, **info):
     "Create the mark; returns the run's number, which stands in it"
-    path.mkdir(parents=True, exist_ok=True)
     mark = path/MARK
     try: open(mark, 'xb').close()   # of several processes one gets it
     except FileExistsError:
         raise ValueError(f"folder: {path} was taken by another process just now; each run needs a folder of its own") from None
-    run = os.urandom(8).hex()
-    created = time.strftime('%Y-%m-%d %H:%M:%S')
-    try: _put(mark, _json(format=FORMAT, run=run, created=created, process=os.getpid(), tables=schema, **info))
+    new = _new_mark(**info)
+    try: _put(mark, _json(**new))
     except BaseException:
         mark.unlink(missing_ok=True)
         raise
-    return run
+    return new['run']
 
-def claim(path, tables, **info):
+def claim(path, tables, mode=None, **info):
     "Take the folder for this process, or say who has it; returns what `check_mine` knows it by"
-    check_free(path, tables)
+    check_free(path, tables, mode)
     held = _mine.get(path, _unclaimed)
-    if held.process!=os.getpid() or not (path/MARK).exists():
-        run = _take(path, **info)
-        held = _Claim(os.getpid(), set(), run)
+    is_held = held.process==os.getpid() and (path/MARK).exists()
+    if not is_held or held.tables & set(tables): held = _begin(path, tables, mode, **info)
     _mine[path] = held._replace(tables=held.tables | set(tables))
     return held.run
 
+def _begin(path, tables, mode, **info):
+    "The claim of a run that begins, or takes over what an earlier one left"
+    path.mkdir(parents=True, exist_ok=True)
+    held = _mine.pop(path, _unclaimed)
+    if held.lock is not None: os.close(held.lock)
+    lock = _lock(path)
+    try:
+        if mode is None or not _of_a_record(path): run = _take(path, **info)
+        else: run = _take_over(path, tables, mode, **info)
+    except BaseException:
+        if lock is not None: os.close(lock)
+        raise
+    return _Claim(os.getpid(), set(), run, lock)
+
+def release(path, tables):
+    "Nothing was written to these: another may claim them"
+    held = _mine.pop(path, _unclaimed)
+    left = held.tables-set(tables)
+    if left: _mine[path] = held._replace(tables=left)
+    elif held.lock is not None: os.close(held.lock)
+
 def check_mine(path, run):
-    "Nobody removed the folder, and took it, since it was claimed"
+    "Nobody removed the folder, or took it, since it was claimed"
     with open(path/MARK, 'rb') as f: start = f.read(100)
     if run.encode() not in start: raise FileExistsError(f"{path/MARK} is not what this run wrote")
 
@@ -534,18 +605,20 @@ def _gaps(parts):
     for part in parts: ranks.setdefault(part.rank, []).append(part)
     gaps = []
     for there in ranks.values():
-        first,last = there[0],there[-1]
-        absent = set(range(last.number+1)) - {part.number for part in there}
+        first = there[0]
+        present = {number for part in there for number in range(part.number, part.last+1)}
+        absent = set(range(max(present)+1)) - present
         format = first.file.suffix[1:]
         gaps += [first.file.with_name(part_name(first.table, first.rank, number, format)) for number in sorted(absent)]
     return gaps
 
 def _listed(path):
     "The parts, and those that are missing"
-    for _ in range(3):
-        parts = find_parts(path)
+    parts = None
+    for _ in range(20):
+        before,parts = parts,find_parts(path)
         gaps = [gap for of_table in parts.values() for gap in _gaps(of_table)]
-        if not gaps: break
+        if parts==before: break
     return parts,gaps
 
 # %% ../nbs/02a_files.ipynb #6ffd6def
@@ -568,11 +641,24 @@ def write_facts(path, table, facts):
     _put(path/MARK, _json(**mark|dict(facts=known)))
 
 # %% ../nbs/02a_files.ipynb #b5b27220
+class _Merged(Exception): "A part went into a larger one since it was listed"
+
+def facts_of(metas): return [fact for meta in metas for fact in meta.get('facts', [])]
+
+def _read_part(part, mark):
+    "Columns and metadata of a part"
+    try: return readers[part.file.suffix[1:]](part.file, part.table, mark)
+    except FileNotFoundError:
+        there = find_parts(part.file.parent).get(part.table, [])
+        if any(_is_within(part, other) for other in there): raise _Merged from None
+        raise
+
 class _Reading:
     "Reads one file after another; with `skip` it goes on after one that is bad"
     def __init__(self, skip):
         self.skip = skip
         self.bad = []   # what was left out: errors
+        self.got = {}   # part -> its columns and metadata
 
     def attempt(self, read, *args):
         "What `read` returns; None where the file is bad and left out"
@@ -594,11 +680,11 @@ class _Reading:
         "Frame and metadata of a table; facts of its parts join those of `mark`"
         columns,metas = [],[]
         for part in parts:
-            got = self.attempt(readers[part.file.suffix[1:]], part.file, table, mark)
-            if not got: continue
-            columns.append(got[0])
-            metas.append(got[1])
-        later = [fact for meta in metas for fact in meta.get('facts', [])]
+            if part not in self.got: self.got[part] = self.attempt(_read_part, part, mark)
+            if not self.got[part]: continue
+            columns.append(self.got[part][0])
+            metas.append(self.got[part][1])
+        later = facts_of(metas)
         if later: mark.setdefault('facts', {}).setdefault(table, []).extend(later)
         return _join(table, columns, metas),metas[-1] if metas else {}
 
@@ -614,23 +700,107 @@ def _no_record(path):
     raise ValueError(f"{path}: no record; expected are files like tensors-0-000000.parquet, "
                      f"found {', '.join(found) or 'nothing'}")
 
+def _read_tables(path, reading, mark):
+    "{table: frame}, {table: metadata}, the parts that are missing, and the mark with all facts"
+    parts,gaps = _listed(path)
+    if not parts and mark is None and not reading.bad: _no_record(path)
+    mark = dict(mark or {})
+    mark['facts'] = {table:list(known) for table,known in mark.get('facts', {}).items()}
+    suffixes = {part.file.suffix for of_table in parts.values() for part in of_table}
+    if '.parquet' in suffixes: need_parquet(f"reading {path}")
+    frames,metas = {},{}
+    for table,of_table in parts.items(): frames[table],metas[table] = reading.table(table, of_table, mark)
+    return frames,metas,gaps,mark
+
 def read_folder(folder, errors='raise'):
     "{table: frame}, {table: metadata} and what `gradstats.json` says of a folder"
     if errors not in ('raise','skip'): raise ValueError(f"errors: accepted are 'raise' and 'skip', got {errors!r}")
     path = Path(folder).expanduser()
     _check_folder(path)
     reading = _Reading(errors=='skip')
-    parts,gaps = _listed(path)
     mark = reading.mark(path)
-    if not parts and mark is None and not reading.bad: _no_record(path)
-    mark = mark or {}
+    for _ in range(50):
+        with suppress(_Merged):
+            frames,metas,gaps,about = _read_tables(path, reading, mark)
+            break
+    else: raise OSError(f"{path}: parts are merged faster than they are read")
+    mark = about
     for gap in gaps: reading.attempt(_missing, gap)
-    suffixes = {part.file.suffix for of_table in parts.values() for part in of_table}
-    if '.parquet' in suffixes: need_parquet(f"reading {path}")
-    frames,metas = {},{}
-    for table,of_table in parts.items(): frames[table],metas[table] = reading.table(table, of_table, mark)
     if reading.bad:
         reasons = '; '.join(map(str, reading.bad))
         if not any(map(len, frames.values())): raise BadPart(f"{path}: nothing could be read: {reasons}")
         warn(f"{path}: {len(reading.bad)} parts left out: {reasons}")
     return {table:frames.get(table, empty(table)) for table in schema},metas,mark
+
+# %% ../nbs/02a_files.ipynb #c3100004
+def _take_over(path, tables, mode, **info):
+    "The mark of a run that goes on, or begins anew, where another was"
+    left = _mark(path)
+    if left is None: raise ValueError(f"folder: {path} has parts of tables but no {MARK}, so no run of ours wrote it: it is left as it is; name another")
+    parts = [part for of_table in _all_parts(path).values() for part in of_table]
+    if mode=='overwrite': _check_ours(parts, left)
+    new = _new_mark(**info)
+    kept = {name:value for name,value in left.items() if name not in ('run','process')}
+    if 'recorded' in kept: kept['recorded'] = list(dict.fromkeys([*kept['recorded'], *tables]))   # `save` wrote it
+    _put(path/MARK, _json(**new|kept))
+    _remove_leftovers(path)
+    if mode=='overwrite':
+        for part in sorted(parts, key=lambda part: -part.number): part.file.unlink(missing_ok=True)
+        _put(path/MARK, _json(**new))
+    return new['run']
+
+def _check_ours(parts, mark):
+    "Each of these files was written by this package"
+    for part in parts:
+        if part.file.suffix=='.csv': is_ours = part.table in mark.get('parts', {})
+        else: is_ours = _has_our_metadata(part.file)
+        if not is_ours: raise ValueError(f"overwrite: {part.file} is no part of a record of ours, or damaged: nothing was removed")
+
+def _has_our_metadata(file):
+    import pyarrow as pa, pyarrow.parquet as pq
+    try: return b'fastai_gradstats' in (pq.read_schema(file).metadata or {})
+    except pa.ArrowException: return False
+
+def _remove_leftovers(path):
+    "What a killed process left: half-written files, and parts that are in a larger one"
+    for file in path.glob('.*.tmp'):
+        name = file.name[1:].rsplit('.', 2)[0]
+        if name==MARK or _part_file.fullmatch(name): file.unlink(missing_ok=True)
+    largest = find_parts(path)
+    for table,parts in _all_parts(path).items():
+        for part in set(parts)-set(largest[table]): part.file.unlink(missing_ok=True)
+
+# %% ../nbs/02a_files.ipynb #c3100007
+AT_ONCE = 8          # parts become one
+LARGE = 8_000_000    # bytes: what would be larger is left as it is
+
+def _tier(part):
+    "How often it was merged"
+    parts = part.last-part.number+1
+    tier = 0
+    while parts>=AT_ONCE:
+        parts //= AT_ONCE
+        tier += 1
+    return tier
+
+def parts_to_merge(parts # of a table, in order
+                  )->list:
+    "Those at the end that are to become one; none where it is not time"
+    last = parts[-AT_ONCE:]
+    is_due = len(last)==AT_ONCE and len({_tier(part) for part in last})==1
+    is_due = is_due and all(part.file.suffix=='.parquet' for part in last)
+    return last if is_due and sum(part.file.stat().st_size for part in last)<LARGE else []
+
+def merge_parts(parts:list # consecutive ones
+               )->Part:
+    "One part that has the rows and facts of all"
+    first,last = parts[0],parts[-1]
+    columns,metas = zip(*(_read_parquet(part.file, part.table, {}) for part in parts))
+    df = _join(first.table, columns, metas)
+    of_last = {name:value for name,value in metas[-1].items() if name not in describe(first.table, df)}
+    facts = facts_of(metas)
+    more = of_last|dict(facts=facts) if facts else of_last
+    file = first.file.with_name(part_name(first.table, first.rank, first.number, 'parquet', last.last))
+    _put(file, encode(first.table, df, metas[-1]['threshold'], **more))
+    for part in parts: part.file.unlink(missing_ok=True)
+    return Part(first.rank, first.number, last.last, file, first.table)

@@ -10,24 +10,23 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/loops.html.md"""
 __all__ = []
 
 # %% ../nbs/04a_loops.ipynb #e4b98d2a
-import inspect
 from functools import cache
-from fastai_gradstats.consumers import NormOptions, StatsOptions
+from inspect import signature
+from fastai_gradstats.consumers import NormOptions, StatsOptions, opening
 from fastai_gradstats.record import GradRecord
 from fastai_gradstats.recorder import GradRecorder, delegate_to_record, stack
 
 # %% ../nbs/04a_loops.ipynb #2271ae3d
 _known_by_frameworks = {'self','model','opt','scaler'}
-_accepted = [n for n in inspect.signature(GradRecorder.__init__).parameters if n not in _known_by_frameworks]
+_accepted = [n for n in signature(GradRecorder.__init__).parameters if n not in _known_by_frameworks]
 
 class RecordsTraining:
     "What both callbacks have: a recorder while there is training, and its record"
     def __init__(self, **options):
         unknown = [n for n in options if n not in _accepted]
         if unknown: raise TypeError(f"{unknown[0]}: accepted are {', '.join(_accepted)}")
-        norms = {n:v for n,v in options.items() if n in ('every','update_every')}
-        NormOptions(**norms)
-        StatsOptions(**{n:v for n,v in options.items() if n not in ('update_every','folder')})
+        for cls in (NormOptions,StatsOptions): cls(**{n:v for n,v in options.items() if n in signature(cls).parameters})   # raises
+        opening(*(options.get(n, default) for n,default in dict(folder=None, resume=False, overwrite=False).items()))
         self.options = options
         self.recorder = None   # made when training begins
 

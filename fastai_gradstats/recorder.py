@@ -25,7 +25,7 @@ from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import unserializable_hook
 from fastai_gradstats.capture import OutputHooks, compiled_modules, grad_modules, grad_params, lent_modules, param_grads, silent, tensors, wrapped_child
-from fastai_gradstats.consumers import Consumer, FIT, Keys, LR_FIND, NormConsumer, NormOptions, Note, Readings, Role, Share, StatsConsumer, StatsOptions, engine_columns
+from fastai_gradstats.consumers import Consumer, FIT, Keys, LR_FIND, NormConsumer, NormOptions, Note, Readings, Role, Share, StatsConsumer, StatsOptions, engine_columns, opening
 from fastai_gradstats.engine import Engine, GONE
 from fastai_gradstats.forward import ForwardCheck
 from fastai_gradstats.record import GradRecord, delegated
@@ -264,6 +264,21 @@ def coarsest(dtypes, on_cuda # is it computed on a GPU of NVIDIA's?
     if dtypes and dtypes<={torch.float64,torch.complex128}: return 'float64'
     uses_tf32 = on_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)
     return 'tf32' if uses_tf32 else 'float32'
+
+def open_folder(consumer):
+    "Before training, in all processes: they go on with the same numbers where the first goes on with a record"
+    dist = torch.distributed
+    are_several = dist.is_available() and dist.is_initialized() and dist.get_world_size()>1
+    if consumer.mode!='resume' or consumer.opened or not are_several: return consumer.open(rank())
+    consumer.opened = True
+    told = [None]
+    try:
+        consumer.open(rank())
+        told[0] = consumer.counts.numbers()
+    except (ValueError,OSError) as e: told[0] = e   # all are to raise it: one alone would leave the others waiting
+    dist.broadcast_object_list(told, src=0)
+    if isinstance(told[0], Exception): raise told[0]
+    consumer.counts.go_on(**told[0])
 
 def last_lr(opt)->float:
     "The learning rate of the last group; NaN where it is none that can be read without waiting for a device"
@@ -1214,15 +1229,18 @@ class GradRecorder:
                  scaler=None, # a `torch.amp.GradScaler`: its scale is taken off outputs, and steps that it leaves out are marked
                  log=None, # send norms, while training goes on, to 'wandb', 'tensorboard', 'mlflow', 'trackio', a `SummaryWriter` or a function of a dict and a step
                  log_every:int=50, # steps in one entry
-                 log_by:str='module' # norms of what go with them: 'param', 'module', 'group' or None
+                 log_by:str='module', # norms of what go with them: 'param', 'module', 'group' or None
+                 resume:bool=False, # go on with the record that the folder holds
+                 overwrite:bool=False # begin anew where the folder holds a record
                 ):
         if not isinstance(model, nn.Module): raise TypeError(f"model: an nn.Module is accepted, got {type(model).__name__}")
         options = StatsOptions(kind, modules, include, every, threshold, hist, keep, extra)
         check_model(model, options.kind)
         self.loop = PlainLoop(model, _optimizers(opt), scaler)
         self.reader = LoopReader(self.loop)
-        stats = StatsConsumer(options, 'GradRecorder', folder)
-        norms = NormConsumer(NormOptions(every, update_every, log, log_every, log_by), 'GradRecorder', folder)
+        mode = opening(folder, resume, overwrite)
+        stats = StatsConsumer(options, 'GradRecorder', folder, mode)
+        norms = NormConsumer(NormOptions(every, update_every, log, log_every, log_by), 'GradRecorder', folder, mode)
         stats.choose(model)   # raises where `modules` or `include` name nothing
         self._record = GradRecord(stats.rows, norms.steps, norms.norms, threshold=options.threshold, asked=options.kinds)
         for consumer in (stats,norms):
@@ -1234,7 +1252,9 @@ class GradRecorder:
         "Hooks go on. Each start is a `fit` of its own in the record"
         if self.reader.live: return self
         self.reader.said = set()
-        for consumer in self.reader.consumers: consumer.begin_log()
+        for consumer in self.reader.consumers:
+            open_folder(consumer)
+            consumer.begin_log()
         self.reader.fit_begins()
         self.reader.start()
         scaler = self.loop.scaler

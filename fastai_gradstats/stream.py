@@ -14,7 +14,7 @@ from time import monotonic
 from warnings import warn
 import numpy as np
 from . import stores
-from .files import check_free,check_mine,claim,write_facts,write_part
+from .files import BadPart,Part as FilePart,check_free,check_mine,claim,merge_parts,parts_to_merge,write_facts,write_part
 from .stores import Part,breaks_frame
 
 # %% ../nbs/03b_stream.ipynb #0dbdf4e0
@@ -32,20 +32,34 @@ class Stream:
                  record, # a `GradRecord` with live stores
                  folder, # one that holds no record yet
                  tables, # those that it writes: 'tensors', 'breaks', 'hist', or 'steps', 'params'; the first says whose they are
-                 rank=0 # of this process
+                 rank=0, # of this process
+                 mode=None, # 'resume' or 'overwrite': the folder may hold a record
+                 about=dict # a function: what parts of the first table say beside their rows, a dict
                 ):
         self.record = record
-        self.folder = check_free(folder, tables)
+        self.folder = check_free(folder, tables, mode)
+        self.mode = mode
+        self.about = about
         self.tables = tables
         self.rank = rank
         self.stores = {t:record.stores[t] for t in ('tensors','steps','params') if t in tables}
         for store in self.stores.values(): store.sink = _Sink()
         self.number = dict.fromkeys(tables, 0)   # of the next part
+        self.parts = {table:[] for table in tables}   # that were written, and may go into larger ones
         self.run = None           # what the folder knows this run by, once it is claimed
         self.failed = False       # a failure was told of
         self.breaks_written = 0
         self.facts_written = 0
         self._wait()
+
+    def go_on(self, run, parts, facts):
+        "After the parts that an earlier run left, whose rows are in the record"
+        self.run = run
+        self.facts_written = facts
+        if 'breaks' in self.tables: self.breaks_written = len(self.stores['tensors'].breaks)
+        for table in self.tables:
+            self.parts[table] = [part for part in parts.get(table, []) if part.rank==self.rank]
+            if self.parts[table]: self.number[table] = self.parts[table][-1].last+1
 
     def _wait(self):
         self.iterations = 0
@@ -64,7 +78,7 @@ class Stream:
     def attempt(self, f):
         "Run `f`, which writes. A disk that fails is told of once, and training goes on"
         try:
-            if self.run is None: self.run = claim(self.folder, self.tables, threshold=self.record.threshold)
+            if self.run is None: self.run = claim(self.folder, self.tables, self.mode, threshold=self.record.threshold)
             else: check_mine(self.folder, self.run)
             f()
         except (OSError,ValueError) as e:
@@ -136,8 +150,21 @@ class Stream:
         "The next part of tables that belong together. Where one fails, all are written again, with what came since"
         owner = self.tables[0]
         facts = self.record.facts_since(self.facts_written) if owner in dfs else []
+        files = {}
         for table,df in dfs.items():
-            more = dict(facts=facts) if facts and table==owner else {}
-            write_part(self.folder, table, df, self.number[table], self.rank, self.record.threshold, **more)
-        for table in dfs: self.number[table] += 1
+            more = self.about() if table==owner else {}
+            if facts and table==owner: more = more|dict(facts=facts)
+            files[table] = write_part(self.folder, table, df, self.number[table], self.rank, self.record.threshold, **more)
+        for table,file in files.items():
+            number = self.number[table]
+            self.parts[table].append(FilePart(self.rank, number, number, file, table))
+            self.number[table] += 1
         self.facts_written += len(facts)
+        for table in files: self._merge(table)
+
+    def _merge(self, table):
+        "Many small parts into few"
+        parts = self.parts[table]
+        try:
+            while due := parts_to_merge(parts): parts[-len(due):] = [merge_parts(due)]
+        except (OSError,BadPart): parts.clear()   # a full disk, a damaged part: they are complete as they are, and stay

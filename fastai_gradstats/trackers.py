@@ -122,14 +122,15 @@ class NormLog:
     def __init__(self,
                  log,   # as in `tracker_of`
                  every, # steps in an entry
-                 by     # 'param', 'module' or 'group'; None: totals only
+                 by,    # 'param', 'module' or 'group'; None: totals only
+                 next_step=0 # of the record, which may have rows already
                 ):
         self.made_of = log,every,by
         self.tracker = tracker_of(log)
         self.every = every
         self.by = by
         self.waiting = []    # `StepNorms`
-        self.interval = 0    # of the steps that wait
+        self.interval = next_step//every   # of the steps that wait
         self.begun = False   # was the tracker told of this fit?
         self.failed = False  # a failure was told of
 

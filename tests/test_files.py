@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,diagnose
-from fastai_gradstats.files import category,claim,dtype,fixed,schema
+from fastai_gradstats.files import category,claim,dtype,fixed,release,schema
 from fastai_gradstats.record import as_record
 from fastai_gradstats.stream import Stream
 from helpers.callbacks import TrainOnly
@@ -282,7 +282,9 @@ def test_tmpfs(tmp_path):
         assert said and len(said)<=2 and all('No space left' in s for s in said)
         rec = GradRecord.load(d/'a')   # what got there is whole
         assert not list((d/'a').glob('.*.tmp')) and len(rec)%6==0
-    finally: subprocess.run(['umount',d], check=True)
+    finally:
+        release(d/'a', schema)   # a folder that is held is in use
+        subprocess.run(['umount',d], check=True)
 
 ## Other processes
 

@@ -86,9 +86,10 @@ IMPORT_TABLE = dict(
     record    = 'numpy pandas fastcore .files .stores',
     stream    = 'numpy .files .stores .record',
     trackers  = 'numpy torch wandb mlflow trackio',
+    resume    = 'numpy pandas .files .stores .record .stream',
     watch     = 'torch',
     forward   = 'torch .layouts',
-    consumers = 'torch numpy fastcore .stats .histogram .capture .files .stores .record .stream .trackers',
+    consumers = 'torch numpy fastcore .stats .histogram .capture .files .stores .record .resume .stream .trackers',
     recorder  = 'torch numpy .stats .capture .consumers .engine .forward .record .stores .watch',
     callback  = 'fastai torch .consumers .record .recorder',
     loops     = 'transformers lightning pytorch_lightning .consumers .record .recorder',
@@ -140,7 +141,7 @@ def test_one_table_points_up():
     assert set(views.values())=={'plot','diagnosis','differ','report'}
     for name,mod in views.items(): assert callable(getattr(importlib.import_module(f'{PKG}.{mod}'), name))
 
-@pytest.mark.parametrize('mod', [m for m in ('files', 'stores', 'record', 'stream', 'grid', 'differ', 'plot', 'diagnosis', 'report') if m in MODULES])
+@pytest.mark.parametrize('mod', [m for m in ('files', 'stores', 'record', 'stream', 'resume', 'grid', 'differ', 'plot', 'diagnosis', 'report') if m in MODULES])
 def test_reads_without_torch(mod):
     "A record is read, drawn and diagnosed in a process that imports neither torch nor fastai."
     run_command(sys.executable, '-c', f"import sys, {PKG}.{mod}; bad={{'torch', 'fastai'}} & sys.modules.keys(); assert not bad, bad")
