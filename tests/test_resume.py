@@ -226,10 +226,10 @@ class Counts(Callback):
     def __init__(self, n): self.n = n
     def after_batch(self): self.n.value += 1
 
-EVERY = 4
+FLUSHED_EVERY = 4
 def train_on(folder, n, mode):
     torch.set_num_threads(1)
-    Stream.every = EVERY
+    Stream.every = FLUSHED_EVERY
     fit(step_learner([*callbacks_in(folder, **mode), Counts(n)], dls=vector_batches(6)), 100_000)
 
 def killed(folder, wait, **mode):
@@ -237,7 +237,7 @@ def killed(folder, wait, **mode):
     n = context.Value('q', 0, lock=False)
     process = context.Process(target=train_on, args=(folder, n, mode))
     process.start()
-    while n.value<3*EVERY and process.is_alive(): time.sleep(.001)   # until both callbacks have written
+    while n.value<3*FLUSHED_EVERY and process.is_alive(): time.sleep(.001)   # until both callbacks have written
     time.sleep(wait)
     process.kill()
     process.join()
@@ -255,7 +255,7 @@ def one_record(folder, trained):
         for fit_number,n in enumerate(trained):
             iterations = df.loc[df['fit']==fit_number,'iteration'].unique()
             assert iterations.tolist()==[*range(iterations[0], iterations[0]+len(iterations))]   # the first ones, without a gap
-            assert n-EVERY-1<=len(iterations)<=n+1
+            assert n-FLUSHED_EVERY-1<=len(iterations)<=n+1
     first = train_apart(len(rec.steps.query('fit==0')))
     for fit_number in range(len(trained)):   # each run has the same seed, and so the same norms
         norms = rec.steps.loc[rec.steps['fit']==fit_number,'norm'].to_numpy()
