@@ -344,6 +344,8 @@ class RecordCallback(_Ours, Callback):
     "A record that belongs to a Learner"
     order = READ_AT
     run_valid = False
+    resume = False      # of a folder that holds a record: go on with it,
+    overwrite = False   # or begin anew
     _learn = None
 
     def _options(self): raise NotImplementedError   # from the attributes, which may have been changed
