@@ -35,7 +35,9 @@ def run_name(run, n=40):
     name = printed(run) or "''"
     if len(name)<=n: return name
     end = name[-n:]
-    if '/' in end[:-1]: return '…'+end[end.find('/'):]
+    folders = '/' in end[:-1]
+    if folders and end.find('/')<n/2: return '…'+end[end.find('/'):]
+    if folders: return f'…{end}'
     name = name[name.rfind('/')+1:]
     return name if len(name)<=n else f'{name[:n//2-1]}…{name[-n//2:]}'
 
@@ -341,14 +343,14 @@ most_decades = 5
 ColourRange = namedtuple('ColourRange', 'low high under over')   # log10; `under` and `over`: is there anything outside?
 
 def colour_range(img):
-    "Where the colours of an image end: at its first percentile, where the smallest is half a decade below, and at its largest, or the 95th percentile where that is two decades below; `most_decades` apart at most"
+    "Where the colours of an image end: at its first percentile, where the smallest is half a decade below, and at the largest that is no more than two decades above the 95th; `most_decades` apart at most"
     positive = img[img>0]
     if not len(positive): return ColourRange(-1., 0., False, False)
     logs = np.log10(positive, dtype=np.float64)
     smallest,largest = float(logs.min()),float(logs.max())
-    low,high = map(float, np.percentile(logs, [1,95]))
+    low,typical = map(float, np.percentile(logs, [1,95]))
     if low-smallest<=.5: low = smallest
-    if largest-high<=2: high = largest
+    high = float(logs[logs<=typical+2].max())
     low = max(low, high-most_decades)
     under,over = smallest<low,largest>high
     if high-low<.1: low,high = low-.5,high+.5

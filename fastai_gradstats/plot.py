@@ -451,11 +451,15 @@ def plot_grad_norm(o, # whatever `as_record` takes
     return ax
 
 # %% ../nbs/05_plot.ipynb #e9721c62
+def lr_changes(steps):
+    "Does the learning rate change within a run?"
+    return any(of_run['lr'].nunique()>1 for _,of_run in (steps.groupby('run') if 'run' in steps else [(None,steps)]))
+
 def draw_training(rec, ax, phase='fit', fit=None):
     "Loss per step, and the learning rate at the right where it changes"
     steps = norm_steps(rec, phase, fit)
     parts = _by_run(steps, 'loss')
-    right = ax.twinx() if steps['lr'].nunique()>1 else None
+    right = ax.twinx() if lr_changes(steps) else None
     its = []
     for i,part in enumerate(parts):
         of_run = steps[matching(steps, **part.want)].reset_index(drop=True)
@@ -465,6 +469,8 @@ def draw_training(rec, ax, phase='fit', fit=None):
         if right is not None: right.plot(x, of_run['lr'], color=clip if len(parts)==1 else part.color, ls='--', lw=1.2, gid='lr')
     _x_axis(ax, its, 'step')
     ax.set_ylabel('loss')
+    positive = steps.loc[np.isfinite(steps['loss'])&(steps['loss']>0), 'loss']
+    if len(positive) and positive.max()>100*positive.min(): _finite(ax)
     if right is not None: right.set_ylabel('learning rate (dashed)')
     _legend(ax)
     return ax
@@ -540,7 +546,7 @@ def plot_grad_flow(o, # whatever `as_record` takes
     ax.set(ylabel='|gradient|', xlim=(-.5, len(table)-.5))
     at = 'epoch' if typical else 'iteration'
     shown = dict.fromkeys(str(rows[at].iloc[0]) for _,rows in parts)
-    ax.set_title(f"{'median of ' if typical else ''}{at} {', '.join(shown)}", loc='left', fontsize=9)
+    ax.set_title(f"{'median of ' if typical else ''}{at} {', '.join(shown)}", loc='left', fontsize=9, pad=9)
     _name_ticks(ax, table, 'x')
     _legend(ax)
     return ax

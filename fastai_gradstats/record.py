@@ -571,7 +571,8 @@ def _largest(df, label, threshold):
         largest = df.loc[df['max_abs'].where(finite).idxmax()]
         over = _n_iterations(df[df['above']>0])
         res = f"Largest {label} gradient {largest['max_abs']:.2g} at iteration {largest['iteration']} ({largest['name']})"
-        res += f"; above {threshold:g} in {over} of {n} iterations"
+        often = f'above {threshold:g} in {over} of {n} iterations' if over else f'never above {threshold:g} in {n} iterations'
+        res += f'; {often}'
     bad = _n_iterations(df[~finite])
     return res + (f"; not finite in {bad}" if bad else '') + '.'
 

@@ -22,7 +22,7 @@ from .diagnosis import diagnose,runs
 from .differ import grad_diff
 from .grid import (boundaries,boundary_name,cells,check_fit,check_which,colour_range,image,image_columns,kinds_there,
                                    matching,no_tensors,places,printed,run_name,tensors,words)
-from .plot import beyond,draw_heatmap,draw_training,plot_grad_diff,plot_grad_flow,plot_grad_norm
+from .plot import beyond,draw_heatmap,draw_training,lr_changes,plot_grad_diff,plot_grad_flow,plot_grad_norm
 from .record import GradRecord,NotComparable,NotRecorded,as_record
 
 # %% ../nbs/07_report.ipynb #6c4580ef
@@ -200,9 +200,10 @@ def _tensor_table(rec, phase, fit=None):
     of_run = {run:_tensor_rows(rec, df[matching(df, run=run)].reset_index(drop=True)).set_index(key) for run in runs(rec)}
     there = tensors(df).table.rename(columns=dict(label='tensor'))
     beside = pd.concat(of_run, axis=1).reindex(pd.MultiIndex.from_frame(there))
-    statistics = list(dict.fromkeys(statistic for _,statistic in beside))
-    ordered = {(statistic,run):beside[run,statistic] for statistic in statistics for run in of_run}
-    return pd.concat(ordered, axis=1).reset_index()
+    elements = beside.xs('elements', axis=1, level=1).max(axis=1).astype(int)
+    statistics = [statistic for statistic in beside[runs(rec)[0]] if statistic!='elements']
+    columns = {(statistic,run):beside[run,statistic] for statistic in statistics for run in of_run}
+    return pd.DataFrame(dict(elements=elements) | columns).reset_index()
 
 # %% ../nbs/07_report.ipynb #2409168d
 def _cell(value):
@@ -272,6 +273,8 @@ td{overflow-wrap:normal}
   .findings thead{display:none}
   .findings tr{display:block;padding:.6em 0;border-bottom:1px solid var(--line)}
   .findings td{display:block;border:0;padding:0;white-space:normal}
+  .findings td:nth-last-child(2):before{content:"try: "}
+  .findings td:nth-last-child(1):before{content:"source: "}
 }
 .sort th{cursor:pointer}
 .sort th.up:after{content:" ▲"}
@@ -421,7 +424,8 @@ def _training_html(rec, phase, fit):
     "Loss and learning rate per step; nothing where no loss was recorded"
     steps = rec.select(phase=phase, fit=fit).frame('steps')
     if not np.isfinite(steps['loss'].astype(float)).any(): return ''
-    return f'<h2>Loss and learning rate</h2><div class=scroll>{_picture(draw_training, rec, 2.6, phase=phase, fit=fit)}</div>'
+    heading = 'Loss and learning rate' if lr_changes(steps) else 'Loss'
+    return f'<h2>{heading} per step</h2><div class=scroll>{_picture(draw_training, rec, 2.6, phase=phase, fit=fit)}</div>'
 
 def _parting_html(rec, phase, fit):
     "Of a comparison of two runs: where they part"
