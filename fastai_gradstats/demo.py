@@ -87,7 +87,7 @@ def _largest(rows):
 def _as_the_thread(gradient):
     "What the thread's helper makes of it"
     power = abs_10_power(tensor([gradient]))[0]
-    return f"The thread's helper gives it the power {power} (it cuts towards 0, so that all from 0.1 to 10 is 0); its decade is {int(decade(tensor(gradient)))}."
+    return f"The thread's helper gives it the power {power} (it truncates, so anything from 0.1 to 10 shows as 0); its decade is {int(decade(tensor(gradient)))}."
 
 def thread_answer(learn)->str:
     "Are gradients less than 1? In this Learner's training, in plain words"
@@ -98,7 +98,8 @@ def thread_answer(learn)->str:
         big,name = _largest(rows)
         n = rows['iteration'].nunique()
         over = rows.loc[rows['above']>0,'iteration'].nunique()
-        res.append(f"Largest {what} gradient at the first iteration: {big:.3g} ({name}); above 1 in {over} of {n} iterations.")
+        often = f'above 1 in {over} of {n} iterations' if over else f'never above 1 in {n} iterations'
+        res.append(f"Largest {what} gradient at the first iteration: {big:.3g} ({name}); {often}.")
         if kind=='output': res.append(_as_the_thread(big))
     return '\n'.join(res)
 

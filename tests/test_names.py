@@ -154,7 +154,7 @@ def test_report(rec, small, some, tmp_path):
     pages = save_report(rec, tmp_path/'a.html', title=some[0]), save_report(compare({n:small for n in some}), tmp_path/'b.html')
     for f,wanted in zip(pages, (hostile_names, some)):
         page = f.read_text(encoding='utf-8')
-        assert page.count('<svg')==2 and page.count('<script')==2==page.count('</script>')
+        assert page.count('<svg')==6 and page.count('<script')==2==page.count('</script>')
         assert page.count('<!--')==page.count('-->') and page.rstrip().endswith('</html>')
         text = visible(page)
         for n in wanted:

@@ -1,9 +1,10 @@
 "One page from a record: what is in it, how large it is, and that it works in a browser."
 import base64,json,re,shutil,subprocess,sys,time,warnings
 from functools import partial
-import numpy as np,pandas as pd,pytest
+import numpy as np,pandas as pd,pytest,torch
+from fastai.optimizer import OptimWrapper,SGD
 from matplotlib import pyplot as plt
-from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,compare,diagnose,digits_learner,plot_grad_flow,plot_grad_heatmap,plot_grad_log10,plot_grad_norm,save_report
+from fastai_gradstats import GradNormCallback,GradRecord,GradRecorder,GradStatsCallback,compare,diagnose,digits_learner,plot_grad_flow,plot_grad_heatmap,plot_grad_log10,plot_grad_norm,save_report
 from fastai_gradstats.report import main
 from helpers.project import ROOT,run_command,visit_page
 
@@ -36,21 +37,23 @@ def test_content(tmp_path):
     rec = report_record(spike=(2,40), bad=(1,50), zero=(0,10))
     s = report_page(rec, tmp_path, title='A & B')
     assert '<title>A &amp; B</title>' in s and 'Largest output gradient 7 at iteration 40' in s
-    assert 'non_finite' in s and 'after clipping' in s and s.count('<svg')==2
+    assert 'non_finite' in s and 'after clipping' in s and s.count('<svg')==6   # norm, loss and flow, each for a wide page and a narrow one
     d,v = heat_data(s)
     assert v.shape==(4,60) and v[2,40]==7 and np.isnan(v[1,50]) and v[0,10]==0 and np.sum(v==np.float32(1e-3))==4*60-3
     assert d['names'][2]=='layer0.2.</script> (output)' and d['lo'][40]==d['hi'][40]==40 and '<i class=fit0 style="left:50.00%">' in s
 
 def test_comparison(tmp_path):
-    "Each run has its sentence, its findings, its place in the heatmap and its rows in the table"
+    "Each run has its sentence, its findings, its place in the heatmap and its columns in the table"
     s = report_page(compare({'calm <1>':report_record(), 'wild':report_record(n=40, spike=(2,30), bad=(1,20))}), tmp_path)
     assert '<b>calm &lt;1&gt;</b>: Largest output gradient 0.001' in s and '<b>wild</b>: Largest output gradient 7 at iteration 30' in s
     errors = re.findall(r'<tr class="error">(.*?)<tr', s, re.S)
     assert [re.findall(r'<td>([^<]*)', e)[:3] for e in errors]==[['non_finite','error','wild']]
     d,v = heat_data(s)
     assert v.shape==(4,100) and v[2,90]==7 and np.isnan(v[1,80]) and d['segs']==['calm <1>','wild'] and d['seg']==[1]*60+[2]*40 and d['lo'][60]==0
-    assert '<i class=fit1 style="left:60.00%">' in s and '<b style="left:60.00%">wild</b>' in s
-    assert re.findall(r'<tr class=""><td>([^<]*)<td>', s)==['calm &lt;1&gt;']*4+['wild']*4
+    assert '<i class=fit1 style="left:60.00%">' in s and '<b style="left:60.00%;max-width:40.00%">wild</b>' in s
+    heads = re.findall(r'<th class=n>max \|g\|<br><small>([^<]*)', s)
+    third = re.findall(r'<tr class=""><td>output<td>layer0\.2[^<]*<td class=n data-v="10">10<td class=n data-v="([^"]*)">[^<]*<td class=n data-v="([^"]*)', s)
+    assert heads==['calm &lt;1&gt;','wild'] and third==[('0.00100000005','7')]
 
 def test_alone(tmp_path):
     "Nothing is loaded: no address but the namespaces of SVG, no file"
@@ -96,8 +99,33 @@ def test_run_is_identified(tmp_path):
     learn = digits_learner(cbs=[GradStatsCallback(), GradNormCallback()])
     with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
     page = save_report(learn, tmp_path/'page.html').read_text(encoding='utf-8')
-    assert re.search(r'22 steps in 1 epochs, batch 64, lr .*, loss .* to .*, \d+ of \d+ parameters trained, float32', page), page[:3000]
+    what = r'Sequential, Adam, 22 steps in 1 epochs, batch 64, lr .*, loss .* to .*, \d+ of \d+ parameters trained, float32, fastai [\d.]+, torch \S+, began \d{4}-\d\d-\d\d \d\d:\d\d'
+    assert re.search(what, page), page[:3000]
     assert f'<b>{diagnose(learn).verdict}</b>' in page
+
+def test_optimizer_is_named():
+    "By the function that made fastai's, by the class of torch's; a plain loop by its own"
+    def trained(**kw):
+        learn = digits_learner(cbs=GradNormCallback(), **kw)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, .01)
+        return learn.grad_norm.facts[0]['optimizer']
+    assert trained()=='Adam' and trained(opt_func=partial(partial(SGD, mom=.9), wd=.1))=='SGD'
+    assert trained(opt_func=partial(OptimWrapper, opt=torch.optim.RAdam))=='RAdam'
+    model = torch.nn.Linear(2, 1)
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    with GradRecorder(model, opt) as recorder:
+        model(torch.ones(3, 2)).sum().backward()
+        opt.step()
+    fact = recorder.facts[0]
+    assert (fact['model'],fact['optimizer'],fact['versions'])==('Linear','SGD',f'torch {torch.__version__}')
+
+def test_tensors_of_two_networks(tmp_path):
+    "A tensor that only one run has stands in the table, without a number for the other"
+    rec = report_record()
+    other = rec.df.assign(name=rec.df['name'].cat.rename_categories(lambda name: name.replace('.3.', '.other.')))
+    s = report_page(compare({'a':rec, 'b':GradRecord(other, rec.steps)}), tmp_path)
+    found = re.findall(r'<tr class=""><td>output<td>layer0\.([^.]*)\.[^<]*<td class=n data-v="10">10<td class=n data-v="[^"]*">([^<]*)<td class=n data-v="[^"]*">([^<]*)', s)
+    assert sorted(found)==[('0','0.001','0.001'), ('1','0.001','0.001'), ('2','0.001','0.001'), ('3','0.001','nan'), ('other','nan','0.001')]
 
 def run_check(folder, *more):
     "What `fastai-gradstats check` prints last, and its exit status"
