@@ -1,4 +1,4 @@
-# make demo | test | test-all | docs | bench | bench-gpu | nbs | readme | dist | clean      [VENV=path] [ARGS="..."]
+# make demo | test | test-all | docs | bench | bench-gpu | bench-faults | nbs | readme | dist | clean      [VENV=path] [ARGS="..."]
 # The package is installed, editable, into VENV, which is created where there is none.
 VENV   ?= .venv
 PYTHON ?= python3
@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 # One stamp per checkout and extra: nothing is installed twice, nor taken from another checkout that shares VENV
 STAMP  := $(VENV)/.gradstats-$(shell pwd | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-all docs bench bench-gpu nbs readme execute dist clean
+.PHONY: demo test test-all docs bench bench-gpu bench-faults nbs readme execute dist clean
 .SECONDARY:
 
 demo: $(STAMP)-cpu
@@ -30,6 +30,10 @@ bench: $(STAMP)-bench
 # Four minutes on a GPU: checks and measurements, to docs/benchmarks/gpu.md
 bench-gpu: $(STAMP)-bench
 	$(PY) -m benchmarks.gpu $(ARGS)
+
+# Up to ten minutes: which faults of a training raise an alarm, here and elsewhere, to docs/benchmarks/faults*.csv
+bench-faults: $(STAMP)-bench
+	$(PY) -W ignore -m benchmarks.faults $(ARGS)
 
 nbs: $(STAMP)-dev
 	$(VENV)/bin/nbdev-export

@@ -9,7 +9,7 @@ from fastai.basics import Callback,OptimWrapper,SGD
 from torch import nn
 from helpers.project import ROOT,run_command
 sys.path.insert(0, str(ROOT))
-from benchmarks import counts,curves,end_to_end,peers,share,writing
+from benchmarks import counts,curves,end_to_end,faults,peers,share,writing
 from benchmarks.models import images,learner
 
 def flat_net(n): return lambda: nn.Sequential(nn.Flatten(), *(nn.Linear(48, 48) for _ in range(n)))
@@ -146,6 +146,35 @@ def test_writing():
 def test_curves():
     assert [x for _,x,*_ in curves.recorded(20, 2)]==[10,20]
     assert [x for _,x,*_ in curves.every('linear', (1,2), 5)]==[1,2]
+
+def test_fault_suite():
+    "What is in the table is what happened: a target far off, a copy of a row, and nothing at all"
+    who = [['GradAlert'],['TerminateOnNaN','norm by hand']]
+    d = faults.table(names=('mlp',), cases=('target off by 1000','NaN in target','duplicated row'), healthy_cases=('Adam',), epochs=2, together=who)
+    d = d.set_index(['watcher','case'])
+    assert (d['runs']==1).all() and not d['early'].any()
+    for case,found in {('GradAlert','target off by 1000'):1, ('TerminateOnNaN','target off by 1000'):0, ('norm by hand','target off by 1000'):1, ('GradAlert','NaN in target'):1,
+                       ('TerminateOnNaN','NaN in target'):1, ('GradAlert','duplicated row'):0, ('norm by hand','duplicated row'):0}.items(): assert d.loc[case,'detected']==found, case
+    assert d.loc[('GradAlert','target off by 1000'),['sample','delay']].tolist()==[1,0] and d.loc[('norm by hand','target off by 1000'),'sample']==0
+
+def test_a_watcher_that_is_not_installed(monkeypatch):
+    def absent(alarms): raise ImportError('no such package')
+    monkeypatch.setitem(faults.watchers, 'absent', absent)
+    d = faults.table(names=('mlp',), cases=(), healthy_cases=(), together=[['absent']])
+    assert d['group'].tolist()==['missing'] and 'no such package' in d['note'][0]
+
+def test_faults_happen_where_they_should():
+    "The item that is spoiled comes in the step that is noted, once, and is whole again afterwards"
+    learn,items = faults.make_learner('mlp', 0)
+    whole = items.items[11]
+    injector = faults.Injector('mlp', faults.faults['target off by 1000'], 0, items)
+    losses = []
+    class Losses(Callback):
+        def after_loss(self): losses.append(self.learn.loss.item())
+    faults.fit(learn, faults.CALM+2, injector, Losses())
+    assert losses.index(max(losses))==injector.at and faults.CALM*faults.EPOCH<=injector.at<(faults.CALM+1)*faults.EPOCH
+    assert sum(loss>1000 for loss in losses)==1 and injector.item==11
+    assert items.items[11] is whole
 
 @pytest.mark.slow
 def test_main(tmp_path):
