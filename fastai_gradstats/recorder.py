@@ -1222,7 +1222,7 @@ class GradRecorder:
                  every:int=1, # record one iteration (outputs) and one step (parameters, norms) in `every`
                  threshold:float=1., # `above` counts elements larger than this
                  hist=False, # count elements per octave of |gradient|: True of at most 4,096 elements of each tensor, 'all' of all
-                 keep:int=10_000, # at most so many iterations of tensors are kept: of neighbours the worse one; None: all
+                 keep:int=10_000, # at most so many iterations of tensors are kept: when thinning, the one with the larger norm; None: all
                  extra:dict=None, # name -> f(gradient) -> 0-d tensor: one more float column each
                  update_every:int=None, # measure how far each parameter moved, on one step in `update_every`
                  folder=None, # stream to files in this folder while training; one that holds no record yet
