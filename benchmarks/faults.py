@@ -1,4 +1,4 @@
-"""A public fault suite: `python -m benchmarks.faults`, about eight minutes of CPU time, with `--quick` one
+"""A public fault suite: `python -m benchmarks.faults`, minutes of CPU time, fewer with `--quick`
 
 Small nets are trained, and in mid-training something goes wrong. Every watcher that acts has a training of its own, from the same seed:
 which faults raise an alarm, how many steps late, is the layer right and the sample, and how often is there an alarm in a healthy training?"""
