@@ -1,4 +1,4 @@
-"""A public fault suite: `python -m benchmarks.faults`, up to ten minutes of CPU time, with `--quick` one
+"""A public fault suite: `python -m benchmarks.faults`, minutes of CPU time, fewer with `--quick`
 
 Small nets are trained, and in mid-training something goes wrong. Every watcher that acts has a training of its own, from the same seed:
 which faults raise an alarm, how many steps late, is the layer right and the sample, and how often is there an alarm in a healthy training?"""
@@ -304,7 +304,7 @@ def diagnoses(names=tuple(nets))->pd.DataFrame:
         rows += [dict(net=name, fault=title, rules=', '.join(sorted(said(name, title)-calm))) for title,f in faults.items() if f.silent]
     return pd.DataFrame(rows)
 
-def costs(rounds=5, steps=8, models=('convnet','resnet18'))->pd.DataFrame:
+def costs(rounds=3, steps=8, models=('convnet','resnet18'))->pd.DataFrame:
     "CPU time of a step over that of the bare loop, interleaved"
     cbs = {name:partial(lambda f: [f([])], f) for name,f in watchers.items()}
     with quiet(): return pd.concat([race(m, threads=(1,), rounds=rounds, steps=steps if m=='convnet' else 1, cbs=cbs) for m in models])
