@@ -117,11 +117,11 @@ def norm_sums(x, plan):
     "The same of `SUM_SQ` and `NONFINITE` alone, and no largest value"
     nonfinite = count_nonfinite(x, torch.empty_like(x, dtype=torch.float16))
     _,factor = scale_rows(x)
-    norm,nonfinite,wide_factor = torch.stack([vector_norm(x, dim=1), nonfinite, factor]).to(plan.filled.dtype)
-    return factor,[(norm/wide_factor).square(), nonfinite]
+    sum_sq,nonfinite,wide_factor = torch.stack([x.square().sum(1), nonfinite, factor]).to(plan.filled.dtype)
+    return factor,[sum_sq/wide_factor/wide_factor, nonfinite]
 
 # %% ../nbs/01b_by_rows.ipynb #98678d6f
-def products(w, # (rows, W) weights; scaled in place
+def products(w, # (rows, W) weights; changed in place
              x, # gradients in the same places, scaled; changed in place
              factor, # what they were multiplied by
              dtype # of the sums
@@ -129,8 +129,9 @@ def products(w, # (rows, W) weights; scaled in place
     "sum w² and sum g·w of each row"
     _,w_factor = scale_rows(w)
     dot = x.mul_(w).sum(1)
-    norm,dot,factor,w_factor = torch.stack([vector_norm(w, dim=1), dot, factor, w_factor]).to(dtype)
-    return [(norm/w_factor).square(), dot/factor/w_factor]
+    w_sq = w.square_().sum(1)
+    w_sq,dot,factor,w_factor = torch.stack([w_sq, dot, factor, w_factor]).to(dtype)
+    return [w_sq/w_factor/w_factor, dot/factor/w_factor]
 
 # %% ../nbs/01b_by_rows.ipynb #35bf2604
 SOME,LARGEST = 2**14,2**16   # rows of a scratch that is filled, and of one that is filled more often than

@@ -726,10 +726,14 @@ def _trained(rec, phase, fit):
     params = facts[-1]['params']
     return sum(1 for _,asks,_ in params if asks),len(params)
 
+def rules_for(r)->list:
+    "All, but for those on what nobody watched: that is no check which is missing"
+    return [f for f in rules if f.needs!=['watch'] or r.watch]
+
 def _apply(r, thresholds, place=''):
     "What each rule says of one run, and how many rules had something to look at"
     rows,checked,fired = [],0,set()
-    for f in rules:
+    for f in rules_for(r):
         need = _missing(f, r)
         if need: found = [Finding('not checked', '', '', f'not recorded{place}: {recorded_by[need]} records it')]
         else:
@@ -779,12 +783,14 @@ def diagnose(o, # a Learner, callback, list of callbacks, `GradRecord`, frame or
     tables,counts = [],[]
     for run in runs(rec):
         part = rec if run is None else rec.select(run=run)
-        table,checked = _apply(Run(part, phase, fit), thresholds, _place(phase, fit))
+        one = Run(part, phase, fit)
+        table,checked = _apply(one, thresholds, _place(phase, fit))
         if run is not None: table.insert(2, 'run', run)
         tables.append(table)
-        counts.append(checked)
+        counts.append((checked,len(rules_for(one))))
     res = pd.concat(tables, ignore_index=True)
     rank = res['severity'].map(['error','warning','note','not checked'].index)
     res = Findings(res.iloc[np.argsort(rank, kind='stable')].reset_index(drop=True))
-    res.attrs = dict(checked=min(counts), rules=len(rules), rows=len(res), found=int((res['severity']!='not checked').sum()), trained=_trained(rec, phase, fit))
+    checked,n_rules = min(counts, key=lambda count: count[0]-count[1])   # of the run of which most is missing
+    res.attrs = dict(checked=checked, rules=n_rules, rows=len(res), found=int((res['severity']!='not checked').sum()), trained=_trained(rec, phase, fit))
     return res
