@@ -9,7 +9,7 @@ from fastai_gradstats.histogram import octaves
 from fastai_gradstats.record import as_record
 from fastai_gradstats.stores import Rows,counts,floats
 from fastai_gradstats.stats import finish
-from helpers.callbacks import ByRows,TrainOnly,each_reader
+from helpers.callbacks import ByRows,TrainOnly,each_reader_and_slow_gpu
 from helpers.oracles import GradSpy,octaves_by_numpy
 from helpers.project import run_forked
 from helpers.training import fit,loaders
@@ -328,7 +328,7 @@ def test_counts_beyond_32_bits(by_rows, hist, tmp_path):
         assert r.df.query('name=="a"')[['numel','zeros','above']].values.tolist()==[[g.numel(),g.numel()-128,128]]
         assert r.share_above()==128/(g.numel()+10)
 
-@each_reader
+@each_reader_and_slow_gpu
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize('scale', (None, 2.**16))
 def test_octaves_of_subnormals(by_rows, dtype, scale):
@@ -347,7 +347,7 @@ def test_octaves_of_subnormals(by_rows, dtype, scale):
     assert dict(zip(o[:n[0]].tolist(), c[:n[0]].tolist()))==octaves_by_numpy(x)
     assert dict(zip(o[n[0]:].tolist(), c[n[0]:].tolist()))==octaves_by_numpy(x)
 
-@each_reader
+@each_reader_and_slow_gpu
 def test_double_just_below_a_power_of_two(by_rows):
     "float64 is not rounded to float32 first"
     x = torch.tensor([1-1e-12, 2.**-126*(1-1e-12), 2.**-149, 2.**-150, 1e-300, 2.**128, 2.**128*(1-1e-12), torch.inf], dtype=torch.float64)

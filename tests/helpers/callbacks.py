@@ -27,7 +27,8 @@ def read_by(path):
         return
     with mock.object(by_kernel, 'find_kernel', (lambda: None) if path=='blocks' else by_kernel.find_kernel): yield True if path=='rows' else None
 
-each_reader = pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows', pytest.param('gpu', marks=pytest.mark.slow)), indirect=True)   # the fixture is in conftest.py
+each_reader = pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows'), indirect=True)   # the fixture is in conftest.py
+each_reader_and_slow_gpu = pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows', pytest.param('gpu', marks=pytest.mark.slow)), indirect=True)
 each_reader_and_gpu = pytest.mark.parametrize('by_rows', ('kernel', 'blocks', 'rows', 'gpu'), indirect=True)   # interpreted kernels are slow
 
 # --- what is trained, and how
