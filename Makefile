@@ -1,4 +1,4 @@
-# make demo | test | test-all | test-trackers | docs | bench | bench-gpu | bench-faults | nbs | readme | dist | clean      [VENV=path] [ARGS="..."]
+# make demo | test | test-all | test-trackers | test-battery | docs | bench | bench-gpu | bench-faults | nbs | readme | dist | clean      [VENV=path] [ARGS="..."]
 # The package is installed, editable, into VENV, which is created where there is none.
 VENV   ?= .venv
 PYTHON ?= python3
@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 # One stamp per checkout and extra: nothing is installed twice, nor taken from another checkout that shares VENV
 STAMP  := $(VENV)/.gradstats-$(shell pwd | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-all test-trackers docs bench bench-gpu bench-faults nbs readme execute dist clean
+.PHONY: demo test test-all test-trackers test-battery docs bench bench-gpu bench-faults nbs readme execute dist clean
 .SECONDARY:
 
 demo: $(STAMP)-cpu
@@ -23,7 +23,11 @@ test-trackers: $(STAMP)-dev $(STAMP)-trackers
 	$(PY) -m pytest -m "slow or not slow" tests/test_trackers.py
 
 test-all: $(STAMP)-dev
-	$(PY) -m pytest -m "slow or not slow" $(or $(ARGS),$(BESIDE) tests)
+	$(PY) -m pytest -m "not battery" $(or $(ARGS),$(BESIDE) tests)
+
+# Hundreds of trainings: by hand, after a change of what they are about
+test-battery: $(STAMP)-dev
+	$(PY) -m pytest -m battery $(or $(ARGS),$(BESIDE) tests)
 
 docs: $(STAMP)-docs
 	$(PY) docs/build.py

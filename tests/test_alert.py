@@ -84,7 +84,7 @@ def finds(kind, seed):
 def test_sample_and_tensor(kind):
     for seed in range(2): assert finds(kind, seed)==(True,True)
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.filterwarnings('ignore:GradAlert')
 @pytest.mark.parametrize('kind', faulty_nets)
 def test_sample_and_tensor_in_fifty_runs(kind):
@@ -103,7 +103,7 @@ def test_the_sample_with_a_nan(kind):
     assert len(found)==2 and all(o.reason=='nonfinite' and o.samples['item'][0]==77 for o in found)
     assert all(torch.isfinite(p).all() for p in learn.model.parameters())
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize('kind', faulty_nets)
 @pytest.mark.parametrize('opt_func,lr', [(Adam,1e-3),(SGD,1e-3),(partial(OptimWrapper, opt=torch.optim.AdamW),3e-3)], ids=['adam','sgd','adamw'])
 def test_healthy_training_is_in_line(kind, opt_func, lr, request):

@@ -121,13 +121,13 @@ def large_images(bs, side):
     x,y = images(bs, side)
     return 1e5*x,y
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize('check', gpu.checks, ids=lambda check: check.__name__)
 def test_checks(check, as_if):
     if check is gpu.host_is_back: as_if.ready = {key:lambda *args: None for key in as_if.ready}   # an interpreter is not back
     with mock.patch.object(gpu, 'images', large_images if check is gpu.overflow else images): check(setup_for(None))
 
-@pytest.mark.slow
+@pytest.mark.battery
 def test_checks_can_fail(as_if):
     "Where a kernel does not read what it should, or is read no more"
     read_one = as_if.get('read_one', torch.float32)
@@ -138,7 +138,7 @@ def test_checks_can_fail(as_if):
     as_if.fail(RuntimeError('a launch failed'))
     with pytest.raises(RuntimeError, match='launch failed'): gpu.no_wait(setup_for(None))
 
-@pytest.mark.slow
+@pytest.mark.battery
 def test_gpt_trains():
     "The loss of tokens that follow one another falls"
     torch.manual_seed(0)
@@ -154,7 +154,7 @@ def test_gpt_trains():
     assert losses[-1]<.2*losses[0]
     with torch.no_grad(): assert torch.allclose(model(x)[...,:4], model(x[:,:4]), atol=1e-5)   # no look ahead
 
-@pytest.mark.slow
+@pytest.mark.battery
 def test_what_else_runs(as_if, capsys):
     "On a second device, and at the head of the page"
     gpu.reads_there(host)
@@ -169,7 +169,7 @@ def test_models_fit_their_batches():
             assert nn.functional.cross_entropy(model(x), y).shape==(), name
     assert 34e6<sum(p.numel() for p in model.parameters())<37e6
 
-@pytest.mark.slow
+@pytest.mark.battery
 def test_tables(as_if):
     "A row for each kind, of which ours were read as they should; what is not installed is a note"
     said = []

@@ -164,7 +164,7 @@ def test_one_mutant_of_each_kind():
     "The first tensor is the first by autograd, and the factor is right"
     assert len(few_mutants)>=15 and mutants_found(few_mutants)==[]
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize('seed', [0,1])
 def test_all_mutants(seed):
     assert len(mutants)>=40
@@ -210,7 +210,7 @@ few_roundings = [('bf16','cnn'), ('bf16','tabular'), ('bf16','transformer'), ('o
 
 def test_rounding_is_no_alarm(): assert alarms(few_roundings, [0], steps=3)==[]
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize('kw', [dict(steps=4), dict(steps=10, lr=1e-2), dict(steps=10, lr=.1, opt=torch.optim.SGD)], ids='adam adam-1e-2 sgd'.split())
 def test_no_rounding_is_an_alarm(kw):
     cases = [(how,name) for how,name in rounding_cases() if not ('opt' in kw and 'opt' in roundings[how])]

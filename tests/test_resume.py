@@ -272,7 +272,7 @@ def test_killed_once(tmp_path):
     same_record(GradRecord.load(tmp_path/'a'), records(learn))
     assert not list((tmp_path/'a').glob('.*'))
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize('seed', range(3))
 def test_killed_three_times(tmp_path, seed):
     rng = random.Random(seed)

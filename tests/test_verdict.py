@@ -172,7 +172,7 @@ def assert_healthy(name):
 @pytest.mark.parametrize('name', few_healthy)
 def test_healthy(name): assert_healthy(name)
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize('name', [n for n in healthy if n not in few_healthy])
 def test_more_healthy(name):
     assert len(healthy)>=30
