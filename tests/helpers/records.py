@@ -10,3 +10,7 @@ def calm_steps(n=None, **cols):
     if n is None: n = next((len(v) for v in cols.values() if np.ndim(v)), 100)
     calm = dict(lr=.1, loss=1., bs=64, norm=1., clip_coef=1., clipped_norm=1., weight_norm=10., nonfinite=0, skipped=False)
     return pd.DataFrame(calm_at(n)|calm|cols)
+
+def undated(facts):
+    "Facts of fits without the minute in which each began: of two trainings it may be another"
+    return [{name:value for name,value in fact.items() if name!='began'} for fact in facts]
