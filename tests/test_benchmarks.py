@@ -176,7 +176,7 @@ def test_faults_happen_where_they_should():
     assert sum(loss>1000 for loss in losses)==1 and injector.item==11
     assert items.items[11] is whole
 
-@pytest.mark.slow
+@pytest.mark.battery
 def test_main(tmp_path):
     run_command(sys.executable, '-W', 'ignore', '-m', 'benchmarks', '--only', 'machine', 'bounded', '--out', str(tmp_path), cwd=ROOT)
     assert set(pd.read_csv(tmp_path/'machine.csv')['what'])>={'date','cpu','cores','torch'}

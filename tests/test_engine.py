@@ -102,7 +102,7 @@ def check_engine_row(g, w, s, f, c, h, norms_only):
 
 # A GPU's kernels, interpreted, are slow
 random_sequences = [(seed,reader) for seed in range(12) for reader in ('kernel','blocks','rows')]
-random_sequences += [pytest.param(seed, 'gpu', marks=() if seed in (4,6) else pytest.mark.slow) for seed in range(12)]
+random_sequences += [pytest.param(seed, 'gpu', marks=() if seed in (4,6) else pytest.mark.battery) for seed in range(12)]
 
 @pytest.mark.parametrize('seed,by_rows', random_sequences, indirect=['by_rows'])
 @pytest.mark.filterwarnings('ignore:Sparse')
@@ -134,7 +134,7 @@ def hard_values(n):
 
 hard_sums = [(n,reader) for n in (10, SMALL, SMALL+1, BLOCK+1, 3_000_000) for reader in ('kernel','blocks','rows')]
 hard_sums += [(n,'gpu') for n in (10, SMALL, SMALL+1)]
-hard_sums += [pytest.param(530_000, 'gpu', marks=pytest.mark.slow)]   # more chunks than are merged at a time
+hard_sums += [pytest.param(530_000, 'gpu', marks=pytest.mark.battery)]   # more chunks than are merged at a time
 
 @pytest.mark.parametrize('n,by_rows', hard_sums, indirect=['by_rows'])
 @pytest.mark.parametrize('how', hard_values(1))
