@@ -147,7 +147,7 @@ def test_long_chunks(how, monkeypatch):
     monkeypatch.setitem(gpu_launch.SIZES, 'merge', 4)
     with read_by('gpu') as by_rows: check_hard_sums(how, 70_000, by_rows)
 
-@pytest.mark.slow
+@pytest.mark.battery
 @pytest.mark.parametrize('by_rows', ('gpu',), indirect=True)
 def test_many_hard_sums(by_rows): check_hard_sums('huge', 3_000_000, by_rows)
 
