@@ -20,7 +20,7 @@ from numbers import Real
 from pathlib import Path
 from types import MethodType
 from fastai.basics import *
-from .callback import Helper, READ_AT, RecordCallback, events_of
+from .callback import Helper, READ_AT, RecordCallback, scaler_of
 from .consumers import Consumer, FIT, Role, whole_number
 from .capture import grad_params
 from .incident import Incident, incident_folders, need_safetensors, sample_table, tensor_table
@@ -446,7 +446,7 @@ class GradAlert(RecordCallback):
             incident.notes.append(why_not)
             return
         model = bare_model(learn)
-        incident.kept = StepKept.of(learn, list(self._keeper.batches))
+        incident.kept = StepKept.of(learn, list(self._keeper.batches), scaler_of(learn))
         incident.weights = {name:p.detach().cpu().clone() for name,p in grad_params(model).items()}
         broken = [name for name,w in incident.weights.items() if not torch.isfinite(w).all()]
         if broken:

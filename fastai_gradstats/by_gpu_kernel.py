@@ -92,7 +92,7 @@ def is_dense(t)->bool:
 
 # %% ../nbs/01h_by_gpu_kernel.ipynb #b7f32a95
 RECORD_BYTES,DESCRIPTION_BYTES = 16*4,8*8
-SUMMED_IN = {dtype: torch.float64 if dtype is torch.float64 else torch.float32 for dtype in DTYPES}
+SUMMED_IN = {dtype: wide_dtype(torch.empty(0, dtype=dtype)) for dtype in DTYPES}
 RECORD_BYTES_OF = {dtype: RECORD_BYTES*summed_in.itemsize//4 for dtype,summed_in in SUMMED_IN.items()}
 DESCRIPTIONS = 2**13   # at most so many wait
 RECORDS = 2**17        # to begin with: 8 MB

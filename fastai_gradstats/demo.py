@@ -19,6 +19,7 @@ from .callback import GradNormCallback, GradStatsCallback
 from .stats import decade
 from .diagnosis import diagnose
 from .plot import plot_grad_heatmap, plot_grad_log10, plot_grad_norm
+from .record import how_often
 from .report import save_report
 
 # %% ../nbs/09_demo.ipynb #dd090001
@@ -98,8 +99,7 @@ def thread_answer(learn)->str:
         big,name = _largest(rows)
         n = rows['iteration'].nunique()
         over = rows.loc[rows['above']>0,'iteration'].nunique()
-        often = f'above 1 in {over} of {n} iterations' if over else f'never above 1 in {n} iterations'
-        res.append(f"Largest {what} gradient at the first iteration: {big:.3g} ({name}); {often}.")
+        res.append(f"Largest {what} gradient at the first iteration: {big:.3g} ({name}); {how_often(over, n, 1)}.")
         if kind=='output': res.append(_as_the_thread(big))
     return '\n'.join(res)
 

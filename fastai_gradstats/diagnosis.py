@@ -15,7 +15,7 @@ from collections import namedtuple
 from functools import cached_property
 from textwrap import fill
 import numpy as np, pandas as pd
-from .record import GradRecord,as_record,from_iteration,gap_before,nothing_there
+from .record import GradRecord,as_record,counted,first_names,from_iteration,gap_before,nothing_there
 from .stores import phase_name, phases
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60007
@@ -35,7 +35,7 @@ def _not_checked(missed):
     names = [f"{row['rule']} ({row['run']})" if 'run' in row else row['rule'] for row in missed]
     return 'not checked: ' + ', '.join(dict.fromkeys(names))
 
-def _counted(n, word): return f'{n} {word}' if n==1 else f'{n} {word}s'
+
 
 def verdict(findings)->str:
     "What was checked, and a plain word"
@@ -43,7 +43,7 @@ def verdict(findings)->str:
     head = f'{checked} of {rules} checks'
     if not checked: return f'{head}: nothing was recorded that a rule looks at, so nothing can be said'
     count = {severity:int((findings['severity']==severity).sum()) for severity in ('error','warning','note')}
-    found = [_counted(n, severity) for severity,n in count.items() if n]
+    found = [counted(n, severity) for severity,n in count.items() if n]
     if count['error'] or count['warning']: head += f": {', '.join(found)}"
     else: head += ', nothing wrong found' + (f", {found[0]}" if found else '')
     trained = findings.attrs.get('trained')
@@ -122,6 +122,7 @@ class Run:
         self.incidents = self.rec.incidents or []
         self.watch = [] if self.rec.incidents is None else [True]   # did somebody watch for them?
 
+
     def _of_kind(self, kind):
         columns = ['fit','phase','iteration','name','numel','max_abs','norm','zeros','nonfinite']   # the others are not copied
         return self.tensors.loc[self.tensors['kind']==kind, columns]
@@ -186,10 +187,7 @@ def named(df, matches):
     ok = [bool(matches(str(name))) for name in names.categories]
     return df[np.array(ok+[False])[names.codes]]
 
-def first_names(names, n=3):
-    "The first of them, and how many more there are"
-    names = list(map(str, names))
-    return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
+
 
 def param_norms(r):
     "Norms per parameter, of whoever recorded them"
@@ -508,7 +506,7 @@ def scale_invariant(r,
     rows = r.rec.radial(phase=None)
     angle = by_tensor(rows['radial'].abs(), rows).median()
     free = angle[angle<cos]
-    if len(free): yield Finding('note', str(free.index[0]), '', f'{_counted(len(free), "weight")} scale-invariant (followed by a normalisation); nothing to fix: {first_names(free.index)}')
+    if len(free): yield Finding('note', str(free.index[0]), '', f'{counted(len(free), "weight")} scale-invariant (followed by a normalisation); nothing to fix: {first_names(free.index)}')
 
 # %% ../nbs/06_diagnosis.ipynb #fa01738c
 @rule('steps',
@@ -640,7 +638,7 @@ def needless_bias(r):
     biases = typical[typical['is_bias']]
     ratio = biases['norm'].astype(float)/biases['module'].map(weights).astype(float)
     free = ratio[(ratio<_unit(r)/10)&(biases['norm']>0)]
-    if len(free): yield Finding('note', str(free.index[0]), '', f'{_counted(len(free), "bias").replace("biass", "biases")} with a gradient of 0 but for rounding: {first_names(free.index)}')
+    if len(free): yield Finding('note', str(free.index[0]), '', f'{counted(len(free), "bias", "biases")} with a gradient of 0 but for rounding: {first_names(free.index)}')
 
 # %% ../nbs/06_diagnosis.ipynb #444f9877
 def _presence(r):
@@ -726,15 +724,16 @@ def _trained(rec, phase, fit):
     params = facts[-1]['params']
     return sum(1 for _,asks,_ in params if asks),len(params)
 
-def rules_for(r)->list:
-    "All, but for those on what nobody watched: that is no check which is missing"
-    return [f for f in rules if f.needs!=['watch'] or r.watch]
+def n_rules(r)->int:
+    "How many there are, but for those on what nobody watched: that is no check which is missing"
+    return sum(1 for f in rules if f.needs!=['watch'] or r.watch)
 
 def _apply(r, thresholds, place=''):
     "What each rule says of one run, and how many rules had something to look at"
     rows,checked,fired = [],0,set()
-    for f in rules_for(r):
+    for f in rules:
         need = _missing(f, r)
+        if need=='watch' and not r.facts: continue   # rows of which no training is known: nobody could have watched
         if need: found = [Finding('not checked', '', '', f'not recorded{place}: {recorded_by[need]} records it')]
         else:
             mine = {name:value for name,value in thresholds.items() if name in inspect.signature(f).parameters}
@@ -787,10 +786,10 @@ def diagnose(o, # a Learner, callback, list of callbacks, `GradRecord`, frame or
         table,checked = _apply(one, thresholds, _place(phase, fit))
         if run is not None: table.insert(2, 'run', run)
         tables.append(table)
-        counts.append((checked,len(rules_for(one))))
+        counts.append((checked,n_rules(one)))
     res = pd.concat(tables, ignore_index=True)
     rank = res['severity'].map(['error','warning','note','not checked'].index)
     res = Findings(res.iloc[np.argsort(rank, kind='stable')].reset_index(drop=True))
-    checked,n_rules = min(counts, key=lambda count: count[0]-count[1])   # of the run of which most is missing
-    res.attrs = dict(checked=checked, rules=n_rules, rows=len(res), found=int((res['severity']!='not checked').sum()), trained=_trained(rec, phase, fit))
+    checked,of_rules = min(counts, key=lambda count: count[0]-count[1])   # of the run of which most is missing
+    res.attrs = dict(checked=checked, rules=of_rules, rows=len(res), found=int((res['severity']!='not checked').sum()), trained=_trained(rec, phase, fit))
     return res

@@ -14,7 +14,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from textwrap import fill
 import numpy as np, pandas as pd
-from .record import NotComparable,as_record
+from .record import NotComparable,as_record,counted,first_names,module_of
 
 # %% ../nbs/06a_differ.ipynb #b40a1faa
 tensor_key = ['step','kind','name','call','out']
@@ -88,8 +88,6 @@ class Side:
         return df.groupby('step')['iteration'].nunique().reindex(steps)
 
 # %% ../nbs/06a_differ.ipynb #f3087702
-def module_of(name): return name.rpartition('.')[0] or '(model)'
-
 def _inside(name, module): return module=='(model)' or name==module or name.startswith(module+'.')
 
 def module_places(sides)->dict: # module -> place
@@ -329,7 +327,7 @@ def _label(row):
     more = [f'{c} {row[c]}' for c in ('call','out') if row[c]]
     return ', '.join([row['name'], *more])
 
-def _count(n, noun): return f'{n} {noun}' if n==1 else f'{n} {noun}s'
+
 
 class _Words:
     "Sentences on a comparison"
@@ -354,7 +352,7 @@ class _Words:
         n = self.c.table['step'].nunique()
         rows = self.compared[self.compared['verdict']=='same']
         judged_steps = int((self.c.steps<=self.c.steps[0]+judged).sum())
-        first = f"{self.a} and {self.b} agree: nothing in {_count(len(self.compared), 'tensor')} differs by more than rounding in {self.c.precision} explains"
+        first = f"{self.a} and {self.b} agree: nothing in {counted(len(self.compared), 'tensor')} differs by more than rounding in {self.c.precision} explains"
         first += f", at the first {judged_steps} steps that both have" if judged_steps>1 else f", at step {self.step}, the only one that both have"
         yield first
         if len(rows):
@@ -362,7 +360,7 @@ class _Words:
             row = rows.loc[worst]
             yield f"largest: {_label(row)} ({row['kind']}) differs by {row['difference']:.1e} of itself at step {self.step}, rounding explains {row['explained']:.1e}"
         unsure = int((self.compared['verdict']=='rounding only').sum())
-        if unsure: yield f"{_count(unsure, 'tensor')} too small beside the neighbours to tell: rounding alone explains half of it, or all"
+        if unsure: yield f"{counted(unsure, 'tensor')} too small beside the neighbours to tell: rounding alone explains half of it, or all"
 
     def of_weights(self):
         rows = self.rows[self.rows['weights']>self.rows['weights_explained']]
@@ -445,11 +443,11 @@ class _Words:
         row = self.row
         yield f"first: {_label(row)} ({row['kind']}), norm {row['norm_a']:.4g} and {row['norm_b']:.4g}, differs by {row['difference']:.1e} of itself; rounding in {self.c.precision} explains {row['explained']:.1e}"
         before = self.rows[(self.rows.index<self.parting.row)&(self.rows['verdict']=='same')]
-        if len(before): yield f"{_count(len(before), 'tensor')} before it in backward agree, up to {_label(before.iloc[-1])}"
+        if len(before): yield f"{counted(len(before), 'tensor')} before it in backward agree, up to {_label(before.iloc[-1])}"
 
     def of_depth(self):
         gone = [v for v in self.parted['verdict'] if v.startswith('only')]
-        if len(gone)>1 or gone and self.row['verdict']=='parts': yield f"{_count(len(gone), 'tensor')} with a gradient in one of them only"
+        if len(gone)>1 or gone and self.row['verdict']=='parts': yield f"{counted(len(gone), 'tensor')} with a gradient in one of them only"
 
     def of_steps(self):
         if self.parting.what!='gradients' or self.factor.value is None: return
@@ -459,13 +457,13 @@ class _Words:
         ratios = same.groupby('step')['ratio'].median()
         if not len(ratios): return
         value = abs(self.factor.value)
-        if (abs(ratios/value-1)<.02).all(): yield f"the same factor at the {_count(len(ratios), 'step')} after it"
+        if (abs(ratios/value-1)<.02).all(): yield f"the same factor at the {counted(len(ratios), 'step')} after it"
         else: yield f"over steps it changes, to {_number(ratios.iloc[-1])} at step {ratios.index[-1]}: the two train on from other weights"
 
     def of_doubt(self):
         if not self.c.is_known: yield f"the precision of a run was not recorded: {self.c.precision} is assumed, `precision=` says otherwise"
         left_out = self.rows['verdict'].isin(['other shape'])
-        if left_out.any(): yield f"not compared, since the number of elements differs: {', '.join(self.rows.loc[left_out,'name'].head(5))}" + (f' and {left_out.sum()-5} more' if left_out.sum()>5 else '')
+        if left_out.any(): yield f"not compared, since the number of elements differs: {first_names(self.rows.loc[left_out,'name'], 5)}"
 
 # %% ../nbs/06a_differ.ipynb #42a50cbf
 def _losses(sides, step):

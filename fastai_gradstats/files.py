@@ -617,9 +617,8 @@ def _listed(path):
     parts = None
     for _ in range(20):
         before,parts = parts,find_parts(path)
-        gaps = [gap for of_table in parts.values() for gap in _gaps(of_table)]
         if parts==before: break
-    return parts,gaps
+    return parts,[gap for of_table in parts.values() for gap in _gaps(of_table)]
 
 # %% ../nbs/02a_files.ipynb #6ffd6def
 def _mark(path):
@@ -766,9 +765,8 @@ def _remove_leftovers(path):
     for file in path.glob('.*.tmp'):
         name = file.name[1:].rsplit('.', 2)[0]
         if name==MARK or _part_file.fullmatch(name): file.unlink(missing_ok=True)
-    largest = find_parts(path)
-    for table,parts in _all_parts(path).items():
-        for part in set(parts)-set(largest[table]): part.file.unlink(missing_ok=True)
+    for parts in _all_parts(path).values():
+        for part in set(parts)-set(_largest(parts)): part.file.unlink(missing_ok=True)
 
 # %% ../nbs/02a_files.ipynb #c3100007
 AT_ONCE = 8          # parts become one

@@ -476,7 +476,9 @@ def gap_before(df, # rows of one fit of one phase
     now = df.loc[df['iteration']==iteration, counted].min()
     return int(earlier['iteration'].max()) if now-earlier[counted].max()>1 else None
 
-def _module(name): return name.rpartition('.')[0] or '(model)'
+def module_of(name):
+    "The module that a parameter belongs to"
+    return name.rpartition('.')[0] or '(model)'
 
 def _with_output(name, outputs):
     "The nearest module around a parameter that has an output on record, or None"
@@ -500,7 +502,7 @@ def _broke(df):
     else:
         found = _after_backward(list(dict.fromkeys(df.loc[bad,'name'])), set(df.loc[is_output,'name']))
         if found: return found
-        df = df[~is_output].assign(name=df.loc[~is_output,'name'].map(_module))
+        df = df[~is_output].assign(name=df.loc[~is_output,'name'].map(module_of))
     names = list(dict.fromkeys(df['name']))
     broke = set(df.loc[df['nonfinite']>0,'name'])
     i = max(i for i,name in enumerate(names) if name in broke)
@@ -562,6 +564,19 @@ def _n_iterations(df):
     time = time_of(df)
     return sum(len(np.unique(time[df['phase']==phase])) for phase in df['phase'].unique())
 
+def how_often(over, n, threshold):
+    "In words, in how many of `n` iterations"
+    return f'above {threshold:g} in {over} of {n} iterations' if over else f'never above {threshold:g} in {n} iterations'
+
+def counted(n, one, many=None):
+    "A number and its noun, whose plural has an s if it is not given"
+    return f'{n} {one}' if n==1 else f"{n} {many or one+'s'}"
+
+def first_names(names, n=3):
+    "The first of them, and how many more there are"
+    names = list(map(str, names))
+    return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
+
 def _largest(df, label, threshold):
     "A sentence on the rows of one kind"
     n = _n_iterations(df)
@@ -571,8 +586,7 @@ def _largest(df, label, threshold):
         largest = df.loc[df['max_abs'].where(finite).idxmax()]
         over = _n_iterations(df[df['above']>0])
         res = f"Largest {label} gradient {largest['max_abs']:.2g} at iteration {largest['iteration']} ({largest['name']})"
-        often = f'above {threshold:g} in {over} of {n} iterations' if over else f'never above {threshold:g} in {n} iterations'
-        res += f'; {often}'
+        res += f'; {how_often(over, n, threshold)}'
     bad = _n_iterations(df[~finite])
     return res + (f"; not finite in {bad}" if bad else '') + '.'
 
@@ -654,7 +668,7 @@ def by(self:GradRecord,
     df = df[first+[c for c in df if c not in first]]
     if what=='param': return _handed(df)
     if what=='group': return _combined(df, 'group')
-    modules = {name:_module(name) for name in df['name'].cat.categories}
+    modules = {name:module_of(name) for name in df['name'].cat.categories}
     of_module = df['name'].map(modules).astype(object)
     return _combined(df.assign(name=pd.Categorical(of_module, categories=list(dict.fromkeys(modules.values())))), 'name')
 

@@ -188,10 +188,9 @@ class StepKept:
     loss_of:str = None     # the callback whose method the loss was
 
     @classmethod
-    def of(cls, learn, batches):
+    def of(cls, learn, batches, scaler=None): # `scaler`: the one in use
         model = bare_model(learn)
-        scaler = learn.__dict__.get('scaler')
-        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else None   # this waits for the device
+        scale = None if scaler is None else scaler.get_scale()   # this waits for the device
         modes = {name:m.training for name,m in model.named_modules()}
         params = [name for name,p in grad_params(model).items() if p.grad is not None and p.requires_grad]
         found = acting(learn)

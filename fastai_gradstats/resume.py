@@ -13,7 +13,8 @@ __all__ = []
 from collections import namedtuple
 import numpy as np, pandas as pd
 from .files import find_parts,pick_facts,read_folder
-from .stores import Break,Hist,Rows,Where,phases,where
+from .record import first_names
+from .stores import Break,Hist,phases,where
 
 # %% ../nbs/03b2_resume.ipynb #c3200010
 Next = namedtuple('Next', 'fits iterations steps')   # by phase: the last fit's number, the next of the others
@@ -76,9 +77,7 @@ def _last_fit_names(df):
     last = df.iloc[-1]
     return set(df.loc[(df['fit']==last['fit']) & (df['phase']==last['phase']),'name'].astype(str))
 
-def _some(names):
-    names = sorted(names)
-    return ', '.join(names[:8]) + (f' and {len(names)-8} more' if len(names)>8 else '')
+def _some(names): return first_names(sorted(names), 8)
 
 def check_names(saved, # `Saved`
                 owner, # the callback's first table

@@ -16,6 +16,7 @@ from collections import namedtuple
 from contextlib import contextmanager
 from itertools import groupby
 from warnings import warn
+from .record import module_of
 
 # %% ../nbs/03b1_trackers.ipynb #47d43fc8
 @contextmanager
@@ -95,7 +96,7 @@ BY = 'param','module','group'
 def label_of(name:str, group:int, by:str)->str:
     "Under which name the norm of a parameter is logged"
     if by=='param': return name
-    return f'group {group}' if by=='group' else name.rpartition('.')[0] or '(model)'
+    return f'group {group}' if by=='group' else module_of(name)
 
 StepNorms = namedtuple('StepNorms', 'step values squares')   # `values`: its row of `GradRecord.steps`, as a dict; `squares`: label -> squared norm
 
