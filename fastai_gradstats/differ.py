@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from textwrap import fill
 import numpy as np, pandas as pd
 from .record import NotComparable,as_record,counted,first_names,module_of
+from .stores import phase_name,phases
 
 # %% ../nbs/06a_differ.ipynb #b40a1faa
 tensor_key = ['step','kind','name','call','out']
@@ -22,20 +23,27 @@ tensor_key = ['step','kind','name','call','out']
 def by_step(df)->pd.DataFrame: # numel, norm, mean_abs, mean
     "Statistics of each tensor over all the batches that fed a step"
     numel = df['numel'].to_numpy(float)
-    sums = pd.DataFrame(dict(batches=1, numel=numel, mean_abs=df['mean_abs'].to_numpy(float)*numel, mean=df['mean'].to_numpy(float)*numel,
-                             norm=df['norm'].to_numpy(float)**2, nonfinite=df['nonfinite'].to_numpy(float)), index=df.index)
-    key = [df[c].astype(str) if c in ('kind','name') else df[c] for c in tensor_key]
+    sums = pd.DataFrame(dict(
+        batches   = 1,
+        numel     = numel,
+        mean_abs  = df['mean_abs'].to_numpy(float)*numel,
+        mean      = df['mean'].to_numpy(float)*numel,
+        norm      = df['norm'].to_numpy(float)**2,
+        nonfinite = df['nonfinite'].to_numpy(float)), index=df.index)
+    key = [df[column].astype(str) if column in ('kind','name') else df[column] for column in tensor_key]
     res = sums.groupby(key, sort=False).sum(min_count=1)
     res['norm'] = np.sqrt(res['norm'])
-    for c in ('mean_abs','mean'): res[c] /= res['numel']
+    for column in ('mean_abs','mean'): res[column] /= res['numel']
     return res
 
 # %% ../nbs/06a_differ.ipynb #77005868
 class Side:
     "One of two records, as far as a comparison looks at it"
     def __init__(self, rec, phase='fit', fit=None):
-        self.facts = [f for f in rec.facts if f['phase'] in (phase, ['fit','lr_find'].index(phase))]
-        self.tensors,self.norms,self.steps = (self._there(rec.frame(t), phase, fit) for t in ('tensors','params','steps'))
+        self.facts = [fact for fact in rec.facts if phase_name(fact['phase'])==phase]
+        self.tensors = self._there(rec.frame('tensors'), phase, fit)
+        self.norms = self._there(rec.frame('params'), phase, fit)
+        self.steps = self._there(rec.frame('steps'), phase, fit)
         self.names = self._names()
 
     @staticmethod
@@ -57,11 +65,13 @@ class Side:
 
     def knows(self, name)->bool:
         "Is it, or a parameter below it, in this network?"
-        params = {n for f in self.facts for n,_,_ in f['params']} or set(self.names)
+        params = {param for fact in self.facts for param,_,_ in fact['params']} or set(self.names)
         below = '' if name=='(model)' else f'{name}.'
-        return name in params or any(n.startswith(below) for n in params)
+        return name in params or any(param.startswith(below) for param in params)
 
-    def is_frozen(self, name)->bool: return any(n==name and not asks for f in self.facts for n,asks,_ in f['params'])
+    def is_frozen(self, name)->bool:
+        "Is it a parameter that asked for no gradient?"
+        return any(param==name and not asks for fact in self.facts for param,asks,_ in fact['params'])
 
     def has_kind(self, kind, step)->bool:
         "Is there any row of that kind at a step?"
@@ -71,31 +81,38 @@ class Side:
 
     def rows(self, steps)->pd.DataFrame:
         "Of each step and tensor what was recorded; indexed by `tensor_key`"
-        def at(df): return df[df['step'].isin(steps)]
-        tensors = by_step(at(self.tensors))
-        norms = at(self.norms).assign(kind='param', call=0, out=0)
-        norms['name'] = norms['name'].astype(str)
-        norms = norms.set_index(tensor_key)
-        norms = norms[[c for c in ('norm','weight_norm','dot','update_norm') if c in norms]].astype(float)
+        tensors = by_step(self.tensors[self.tensors['step'].isin(steps)])
+        norms = self._norms_at(steps)
         res = tensors.join(norms.drop(columns='norm'), how='outer')
         alone = norms.index.difference(tensors.index)   # GradNormCallback's, where there is no row of GradStatsCallback's
         res.loc[alone,'norm'] = norms.loc[alone,'norm']
         return res
 
+    def _norms_at(self, steps)->pd.DataFrame:
+        "What was recorded per step and parameter; indexed by `tensor_key`"
+        norms = self.norms[self.norms['step'].isin(steps)].assign(kind='param', call=0, out=0)
+        norms['name'] = norms['name'].astype(str)
+        norms = norms.set_index(tensor_key)
+        recorded = [column for column in ('norm','weight_norm','dot','update_norm') if column in norms]
+        return norms[recorded].astype(float)
+
     def batches(self, steps):
         "How many batches each step had; NaN where outputs were not recorded"
-        df = self.tensors[(self.tensors['kind']=='output')&self.tensors['step'].isin(steps)]
-        return df.groupby('step')['iteration'].nunique().reindex(steps)
+        outputs = self.tensors[(self.tensors['kind']=='output')&self.tensors['step'].isin(steps)]
+        return outputs.groupby('step')['iteration'].nunique().reindex(steps)
 
 # %% ../nbs/06a_differ.ipynb #f3087702
-def _inside(name, module): return module=='(model)' or name==module or name.startswith(module+'.')
+def _is_inside(name, module): return module=='(model)' or name==module or name.startswith(module+'.')
 
 def module_places(sides)->dict: # module -> place
     "Of modules in the order of backward"
-    recorded = max((f.get('backward', []) for side in sides for f in side.facts), key=len, default=[])   # one run may know of more
+    recorded = max((fact.get('backward', []) for side in sides for fact in side.facts), key=len, default=[])   # one run may know of more
     if recorded: return {str(name):place for place,name in enumerate(recorded)}
-    outputs = [set(map(str, side.tensors.loc[side.tensors['kind']=='output','name'].unique())) for side in sides]
-    modules = [name if any(name in o for o in outputs) else module_of(name) for side in sides for name in side.names]
+    with_output = set()
+    for side in sides:
+        is_output = side.tensors['kind']=='output'
+        with_output.update(map(str, side.tensors.loc[is_output,'name'].unique()))
+    modules = [name if name in with_output else module_of(name) for side in sides for name in side.names]
     return {name:place for place,name in enumerate(dict.fromkeys(modules[::-1]))}
 
 def place_of(name, kind, places)->int:
@@ -103,7 +120,7 @@ def place_of(name, kind, places)->int:
     if kind=='output' and name in places: return places[name]
     module = module_of(name)
     if module in places and module!='(model)': return places[module]
-    return max((place for m,place in places.items() if _inside(m, module)), default=len(places))
+    return max((place for inner,place in places.items() if _is_inside(inner, module)), default=len(places))
 
 # %% ../nbs/06a_differ.ipynb #1efcbf3a
 roundoff = dict(bfloat16=2.**-8, float16=2.**-11, tf32=2.**-11, float32=2.**-24, float64=2.**-24)   # statistics are float32
@@ -128,8 +145,30 @@ def explained(norm, numel, around, place, n_modules, unit, age=0):
     return safety*unit*path*(1+age)*(norm*few+around) + drift*age*norm
 
 # %% ../nbs/06a_differ.ipynb #6ab6a28b
+_statistics = ['numel','norm','mean_abs','mean','nonfinite','weight_norm','dot','update_norm']
+
+def paired(sides, steps, places)->tuple: # three frames of as many rows: what is compared, and the statistics of each side
+    "Tensors that either side has at these steps, in the order of steps and of backward"
+    a,b = (side.rows(steps) for side in sides)
+    either = a.index.union(b.index, sort=False)
+    a,b = (df.reindex(index=either, columns=_statistics) for df in (a,b))
+    about = either.to_frame(index=False)
+    of_name = list(zip(about['name'], about['kind']))
+    place = {name_and_kind:place_of(*name_and_kind, places) for name_and_kind in set(of_name)}
+    about['place'] = [place[name_and_kind] for name_and_kind in of_name]
+    about['rank'] = about['name'].map(_ranks(sides))
+    last_call_first = about.assign(call=-about['call'])
+    order = last_call_first.sort_values(['step','place','kind','call','out','rank'], kind='stable').index
+    return tuple(df.iloc[order].reset_index(drop=True) for df in (about,a,b))
+
+def _ranks(sides)->dict: # name -> number
+    "In network order, that of the first side where both know a name"
+    a,b = ({name:rank for rank,name in enumerate(side.names)} for side in sides)
+    return {**b, **a}
+
+# %% ../nbs/06a_differ.ipynb #0f1a0a51
 @np.errstate(all='ignore')
-def _difference(a, b, norm):
+def differences(a, b, norm)->pd.Series:
     "The largest difference of norms, mean absolute values, means and g.w, each on the scale of the norm"
     mean_abs = np.fmin(a['mean_abs'], b['mean_abs'])
     length = np.fmin(a['norm']*a['weight_norm'], b['norm']*b['weight_norm'])
@@ -137,135 +176,156 @@ def _difference(a, b, norm):
              abs(a['mean_abs']-b['mean_abs'])/mean_abs*norm,
              abs(a['mean']-b['mean'])/mean_abs*norm,
              abs(a['dot']-b['dot'])/length*norm]
-    found = [f.replace([np.inf,-np.inf], np.nan) for f in found]
+    found = [difference.replace([np.inf,-np.inf], np.nan) for difference in found]
     return pd.concat(found, axis=1).max(axis=1)
 
-_statistics = ['numel','norm','mean_abs','mean','nonfinite','weight_norm','dot','update_norm']
+def signs(a, b, limit):
+    "-1 where the mean changed its sign, 1 where it did not, 0 where rounding is larger"
+    share = np.fmin(abs(a['mean'])/a['mean_abs'], abs(b['mean'])/b['mean_abs'])
+    return np.where(share>3*limit, np.sign(a['mean']*b['mean']), 0)
 
-def _pairs(sides, steps, places)->tuple: # a frame of each side, with the same rows in the order of steps and of backward; and that of tensors
-    a,b = (side.rows(steps) for side in sides)
-    rows = a.index.union(b.index, sort=False)
-    a,b = (df.reindex(index=rows, columns=_statistics) for df in (a,b))
-    about = rows.to_frame(index=False)
-    rank = {name:i for side in sides[::-1] for i,name in enumerate(side.names)}
-    place = {o:place_of(*o, places) for o in set(zip(about['name'], about['kind']))}
-    about['place'] = [place[o] for o in zip(about['name'], about['kind'])]
-    about['rank'] = about['name'].map(rank)
-    order = about.assign(call=-about['call']).sort_values(['step','place','kind','call','out','rank'], kind='stable').index
-    return [df.iloc[order].reset_index(drop=True) for df in (about,a,b)]
+# %% ../nbs/06a_differ.ipynb #75209cb1
+def weights_explained(rows, weight_norm, unit):
+    "How far norms of weights may lie apart: float32's rounding, that of stored weights, and a share of how far they moved since the first step"
+    numel = np.fmax(rows['numel'].fillna(64), 1)
+    start = safety*(unit/np.sqrt(numel) + 8*roundoff['float32'])
+    began_with = rows['name'].map(_first_norms(rows, weight_norm))
+    moved = abs(weight_norm/began_with-1).clip(upper=1)
+    before = (rows['explained']-drift*rows['age']).clip(lower=0)   # of the gradients that moved them first
+    is_later = rows['age']>0
+    is_noise = before>=.5   # the optimizer may have stepped in any direction
+    of_one = 4/numel        # Adam may turn an element around that is 0 but for rounding
+    of_moves = .1*before*rows['age'] + moved*(of_one+drift*(rows['age']-1))
+    return np.where(is_noise&is_later, np.inf, start+is_later*of_moves)
+
+def _first_norms(rows, weight_norm)->pd.Series: # by name
+    "Norms of parameters before the first step"
+    is_first = (rows['age']==0)&(rows['kind']=='param')
+    return weight_norm[is_first].groupby(rows.loc[is_first,'name']).first()
+
+# %% ../nbs/06a_differ.ipynb #0925e6cc
+other_side    = dict(a='b', b='a')
+only_in       = dict(a='only in a', b='only in b')
+not_finite_in = dict(a='not finite in a', b='not finite in b')
+parted        = ['parts', *only_in.values(), *not_finite_in.values()]   # verdicts of tensors at which two runs part
+
+def verdicts(table, a, b, is_expected):
+    "Of each row: 'same', one of `parted`, or why that cannot be said. `is_expected(side, row)`: should this side have it too?"
+    parts = table['difference']>table['explained']
+    res = pd.Series(np.where(parts, 'parts', 'same'), dtype=object)
+    res[~parts&(table['explained']>=.5)] = 'rounding only'
+    res[a['numel'].notna()&b['numel'].notna()&(a['numel']!=b['numel'])] = 'other shape'
+    is_broken = dict(a=a['nonfinite']>0, b=b['nonfinite']>0)
+    res[is_broken['a']&is_broken['b']] = 'not finite'
+    for side,other in other_side.items(): res[is_broken[side]&~is_broken[other]] = not_finite_in[side]
+    for side,there,missing in (('a',a,b), ('b',b,a)):
+        is_alone = there['norm'].notna()&missing['norm'].isna()&(missing['nonfinite'].fillna(0)==0)
+        other = other_side[side]
+        for row in np.flatnonzero(is_alone):
+            res.iloc[row] = only_in[side] if is_expected(other, table.iloc[row]) else f'not recorded in {other}'
+    return res
+
+# %% ../nbs/06a_differ.ipynb #a41a38be
+def some_steps(steps, n=64):
+    "The first 16, and others further and further apart"
+    if len(steps)<=n: return steps
+    later = np.geomspace(16, len(steps)-1, n-16).astype(int)
+    return steps[np.unique(np.r_[np.arange(16), later])]
+
+def _what_there_is(sides):
+    "What each side has, for somebody whose records have nothing in common"
+    said = []
+    for letter,side in zip('ab', sides):
+        steps = side.step_numbers()
+        which = f'steps {steps[0]} to {steps[-1]}' if len(steps) else 'no step'
+        said.append(f"{letter}: {which}, tensors {', '.join(side.names[:3])} ...")
+    return '; '.join(said)
 
 # %% ../nbs/06a_differ.ipynb #0cd6b829
+class Both(namedtuple('Both', 'a b')):
+    "Something of each of the two runs"
+    def of(self, side): return {'a':self.a, 'b':self.b}[side]
+
 class Comparison:
     "Two records, tensor by tensor at some steps"
-    def __init__(self, a, b, phase, fit, precision):
-        self.sides = Side(a, phase, fit),Side(b, phase, fit)
-        self.precision,self.is_known = self._precision(precision)
+    def __init__(self, records, phase='fit', fit=None, precision=None):
+        self.sides = Both(*(Side(rec, phase, fit) for rec in records))
+        self.is_known = precision is not None or all(any('precision' in fact for fact in side.facts) for side in self.sides)
+        self.precision = precision or self._coarser_precision()
         self.places = module_places(self.sides)
-        common = np.intersect1d(*(side.step_numbers() for side in self.sides))
-        if not len(common): raise NotComparable("grad_diff: the two records have no step in common" + _what_there_is(self.sides))
-        self.steps = _some(common)
-        about,a,b = _pairs(self.sides, self.steps, self.places)
-        if not (a['norm'].notna()&b['norm'].notna()).any():
-            raise NotComparable("grad_diff: the two records have no tensor in common, by name" + _what_there_is(self.sides))
+        common = np.intersect1d(self.sides.a.step_numbers(), self.sides.b.step_numbers())
+        if not len(common): self._nothing_in_common('step')
+        self.steps = some_steps(common)
+        about,a,b = paired(self.sides, self.steps, self.places)
+        if not (a['norm'].notna()&b['norm'].notna()).any(): self._nothing_in_common('tensor', ', by name')
         self.table = self._table(about, a, b)
 
-    def _precision(self, given):
-        "The coarser of both; and is it known?"
-        found = [given] if given else [f['precision'] for side in self.sides for f in side.facts if 'precision' in f]
-        found = found or ['float32']
-        known = bool(given) or all(any('precision' in f for f in side.facts) for side in self.sides)
-        return max(found, key=roundoff.__getitem__),known
+    def _nothing_in_common(self, what, how=''):
+        raise NotComparable(f"grad_diff: the two records have no {what} in common{how}. {_what_there_is(self.sides)}")
+
+    def _coarser_precision(self):
+        "Of both, where they know it"
+        found = [fact['precision'] for side in self.sides for fact in side.facts if 'precision' in fact]
+        return max(found or ['float32'], key=roundoff.__getitem__)
+
+    def _is_expected(self, side, row):
+        "Has this side rows of that kind at the step, and such a tensor?"
+        of_side = self.sides.of(side)
+        return of_side.has_kind(row['kind'], row['step']) and of_side.knows(row['name'])
 
     @np.errstate(all='ignore')
     def _table(self, about, a, b):
         "A row per step and tensor"
         norm = np.fmin(a['norm'], b['norm'])
-        parent = about['kind']+[module_of(n if kind=='output' else module_of(n)) for n,kind in zip(about['name'], about['kind'])]
-        around = np.zeros(len(about))
-        for _,rows in about.groupby('step').indices.items():
-            around[rows] = neighbours(norm.to_numpy()[rows], parent.to_numpy()[rows], about['place'].to_numpy()[rows])
-        age = about['step']-self.steps[0]
         numel = np.fmin(a['numel'], b['numel'])
-        limit = explained(norm, numel, around, about['place'], len(self.places), roundoff[self.precision], age)
-        table = about[tensor_key].assign(place=about['place'], numel=numel, norm_a=a['norm'], norm_b=b['norm'], ratio=b['norm']/a['norm'],
-                                         difference=_difference(a, b, norm)/norm, explained=limit/norm)
-        table['difference'] = table['difference'].where(norm>0, np.where(abs(a['norm']-b['norm'])>limit, np.inf, 0.))
-        table['explained'] = table['explained'].where(norm>0, 0.)
-        table['sign'] = _signs(a, b, table['explained'])
+        age = about['step']-self.steps[0]
+        unit = roundoff[self.precision]
+        limit = explained(norm, numel, self._largest_around(about, norm), about['place'], len(self.places), unit, age)
+        difference = differences(a, b, norm)
+        of_zeros = np.where(abs(a['norm']-b['norm'])>limit, np.inf, 0.)   # where one norm is 0 there is no share of it
+        table = about[tensor_key].assign(
+            place      = about['place'],
+            numel      = numel,
+            norm_a     = a['norm'],
+            norm_b     = b['norm'],
+            ratio      = b['norm']/a['norm'],
+            difference = (difference/norm).where(norm>0, of_zeros),
+            explained  = (limit/norm).where(norm>0, 0.))
+        table['sign'] = signs(a, b, table['explained'])
         table['weights'] = abs(a['weight_norm']-b['weight_norm'])/np.fmax(a['weight_norm'], b['weight_norm'])
-        table['weights_explained'] = self._of_weights(table, about, a, age)
+        table['weights_explained'] = weights_explained(table.assign(age=age), a['weight_norm'], unit)
         table['updates'] = b['update_norm']/a['update_norm']
-        table['verdict'] = self._verdicts(table, a, b)
+        table['verdict'] = verdicts(table, a, b, self._is_expected)
         return table
 
-    def _of_weights(self, table, about, a, age):
-        "How far norms of weights may lie apart: float32's rounding, that of stored weights, and a share of how far they moved since the first step"
-        numel = np.fmax(table['numel'].fillna(64), 1)
-        start = safety*(roundoff[self.precision]/np.sqrt(numel) + 8*roundoff['float32'])
-        first = pd.Series(a['weight_norm'].to_numpy(), about['name'])[(age==0).to_numpy()&(about['kind']=='param').to_numpy()].groupby(level=0).first()
-        moved = abs(a['weight_norm']/about['name'].map(first)-1).clip(upper=1)
-        before = (table['explained']-drift*age).clip(lower=0)   # of the gradients that moved them first
-        is_noise = before>=.5   # the optimizer may have stepped in any direction
-        of_one = 4/numel        # Adam may turn an element around that is 0 but for rounding
-        return np.where(is_noise&(age>0), np.inf, start+(age>0)*(.1*before*age + moved*(of_one+drift*(age-1))))
-
-    def _verdicts(self, table, a, b):
-        "Of each row: 'same', 'parts', or why that cannot be said"
-        res = pd.Series(np.where(table['difference']>table['explained'], 'parts', 'same'), dtype=object)
-        res[table['explained']>=.5] = res.map({'parts':'parts', 'same':'rounding only'})
-        other = (a['numel']!=b['numel'])&a['numel'].notna()&b['numel'].notna()
-        res[other] = 'other shape'
-        broken_a,broken_b = (df['nonfinite']>0 for df in (a,b))
-        res[broken_a&broken_b] = 'not finite'
-        res[broken_a&~broken_b] = 'not finite in a'
-        res[broken_b&~broken_a] = 'not finite in b'
-        for this,that,letter in ((a,b,'a'),(b,a,'b')):
-            alone = this['norm'].notna()&that['norm'].isna()&(that['nonfinite'].fillna(0)==0)
-            res[alone] = f'only in {letter}'
-            side = self.sides['ba'.index(letter)]
-            for i in np.flatnonzero(alone): 
-                if not self._is_expected(side, table.iloc[i]): res.iloc[i] = 'not recorded in ' + 'ba'['ab'.index(letter)]
+    @staticmethod
+    def _largest_around(about, norm):
+        "Of each row the largest norm of its neighbours at the same step"
+        modules = [name if kind=='output' else module_of(name) for name,kind in zip(about['name'], about['kind'])]
+        parents = about['kind']+[module_of(module) for module in modules]
+        res = np.zeros(len(about))
+        for rows in about.groupby('step').indices.values():
+            res[rows] = neighbours(norm.to_numpy()[rows], parents.to_numpy()[rows], about['place'].to_numpy()[rows])
         return res
-
-    def _is_expected(self, side, row):
-        "Has this side rows of that kind at the step, and such a tensor?"
-        return side.has_kind(row['kind'], row['step']) and side.knows(row['name'])
-
-# %% ../nbs/06a_differ.ipynb #a41a38be
-def _signs(a, b, limit):
-    "-1 where the mean changed its sign, 1 where it did not, 0 where rounding is larger"
-    clear = np.fmin(abs(a['mean'])/a['mean_abs'], abs(b['mean'])/b['mean_abs'])>3*limit
-    return np.where(clear, np.sign(a['mean']*b['mean']), 0)
-
-def _some(steps, n=64):
-    "The first 16, and others further and further apart"
-    if len(steps)<=n: return steps
-    places = np.unique(np.r_[np.arange(16), np.geomspace(16, len(steps)-1, n-16).astype(int)])
-    return steps[places]
-
-def _what_there_is(sides):
-    def one(letter, side):
-        steps = side.step_numbers()
-        which = f'steps {steps[0]} to {steps[-1]}' if len(steps) else 'no step'
-        return f"{letter}: {which}, tensors {', '.join(side.names[:3])} ..."
-    return '. ' + '; '.join(map(one, 'ab', sides))
 
 # %% ../nbs/06a_differ.ipynb #dc55400a
 judged = 7    # steps after the first
-_different = ['parts','only in a','only in b','not finite in a','not finite in b']
 
 Parting = namedtuple('Parting', 'step what row')   # `what`: 'weights', 'gradients' or 'updates'; `row` of the table
+
+def _other_weights(rows): return rows[rows['weights']>rows['weights_explained']]
+
+def _other_updates(rows):
+    limit = rows['explained']+1e-5+4/rows['numel'].fillna(64)
+    return rows[(abs(rows['updates']-1)>limit)&(rows['explained']<.5)]
 
 def first_parting(table, steps):
     "Where two runs part, or None"
     for step in steps[steps<=steps[0]+judged]:
         rows = table[table['step']==step]
-        weights = rows[rows['weights']>rows['weights_explained']]
-        if len(weights): return Parting(int(step), 'weights', weights.index[0])
-        gradients = rows[rows['verdict'].isin(_different)]
-        if len(gradients): return Parting(int(step), 'gradients', gradients.index[0])
-        updates = rows[(abs(rows['updates']-1)>rows['explained']+1e-5+4/rows['numel'].fillna(64))&(rows['explained']<.5)]
-        if len(updates): return Parting(int(step), 'updates', updates.index[0])
+        found = dict(weights=_other_weights(rows), gradients=rows[rows['verdict'].isin(parted)], updates=_other_updates(rows))
+        for what,apart in found.items():
+            if len(apart): return Parting(int(step), what, apart.index[0])
 
 # %% ../nbs/06a_differ.ipynb #4d8bec3b
 Factor = namedtuple('Factor', 'value per_module')   # either may be None
@@ -275,19 +335,6 @@ def _is_constant(rows, value):
     apart = abs(rows['ratio']/abs(value)-1)
     return bool((apart<=np.fmax(2*rows['explained'], 2e-3)).all())
 
-def find_factor(rows # those that part, in the order of backward
-               )->Factor:
-    rows = rows[np.isfinite(rows['ratio'])&(rows['ratio']>0)]
-    clear = rows[rows['explained']<.25]
-    if len(clear): rows = clear
-    if not len(rows): return Factor(None, None)
-    sure = rows[rows['explained']<=4*rows['explained'].min()]
-    value = float(sure['ratio'].median())
-    if rows['sign'].sum()<0: value = -value
-    is_factor = abs(abs(value)-1)>rows['explained'].min() or value<0
-    if is_factor and _is_constant(rows, value): return Factor(value, None)
-    return Factor(None, _growth(rows))
-
 def _growth(rows):
     "The factor from module to module, where one explains all"
     if rows['place'].nunique()<4: return None
@@ -296,6 +343,377 @@ def _growth(rows):
     rest = logs-(start+slope*rows['place'])
     is_line = rest.abs().max()<.1*np.ptp(logs) and np.ptp(logs)>np.log(2)
     return float(np.exp(slope)) if is_line else None
+
+def find_factor(rows # those that part, in the order of backward
+               )->Factor:
+    "One factor for all of them, or else one from module to module"
+    rows = rows[np.isfinite(rows['ratio'])&(rows['ratio']>0)]
+    clear = rows[rows['explained']<.25]
+    if len(clear): rows = clear
+    if not len(rows): return Factor(None, None)
+    least = rows['explained'].min()
+    value = float(rows.loc[rows['explained']<=4*least,'ratio'].median())   # of those that rounding blurs least
+    if rows['sign'].sum()<0: value = -value
+    is_factor = abs(abs(value)-1)>least or value<0
+    if is_factor and _is_constant(rows, value): return Factor(value, None)
+    return Factor(None, _growth(rows))
+
+# %% ../nbs/06a_differ.ipynb #42a50cbf
+def find_losses(sides, step)->Both|None:
+    "Both losses of a step that is made of the same batches"
+    rows = [side.steps[side.steps['step']==step] for side in sides]
+    if not all(map(len, rows)): return None
+    batches = Both(*(side.batches([step]).iloc[0] for side in sides))
+    is_unknown = np.isnan(batches).all()
+    if batches.a!=batches.b and not is_unknown: return None
+    losses = Both(*(float(of_side['loss'].iloc[0]) for of_side in rows))
+    return losses if np.isfinite(losses).all() else None
+
+def are_about(losses, factor)->bool:
+    "Have the losses this factor?"
+    return bool(factor and losses and losses.a) and abs(losses.b/losses.a/factor-1)<=.01
+
+def seen_in_the_loss(parting, table, losses):
+    "The loss has the factor too: then all gradients have, also those in which a changed sign cannot be seen"
+    if parting is None or parting.what!='gradients': return parting
+    rows = table[table['step']==parting.step]
+    factor = find_factor(rows[rows['verdict']=='parts']).value
+    return parting._replace(row=rows.index[0]) if are_about(losses, factor) else parting
+
+# %% ../nbs/06a_differ.ipynb #bad47852
+class StepRows:
+    "The tensors of the step that is spoken of: the one at which two runs part, or the first"
+    def __init__(self, comparison, parting=None):
+        table = comparison.table
+        self.step = parting.step if parting else int(comparison.steps[0])
+        self.all = table[table['step']==self.step]
+        self.compared = self._with('same', 'parts', 'rounding only')
+        self.parted = self._with(*parted)
+        self.what = None
+        self.first = None
+        self.factor = Factor(None, None)
+        if parting is None: return
+        self.what = parting.what
+        self.first = table.loc[parting.row]
+        self.before = self.all[self.all.index<parting.row]
+        self.from_first_on = self.all[self.all.index>=parting.row]
+        if parting.what=='gradients': self.factor = find_factor(self.parted[self.parted['verdict']=='parts'])
+
+    def _with(self, *verdicts): return self.all[self.all['verdict'].isin(verdicts)]
+
+    def jump(self)->str|None:
+        "Where forward passes may differ: the output at which the ratio changes most, in the order of backward"
+        if self.what!='gradients': return None
+        outputs = self.parted[(self.parted['verdict']=='parts')&(self.parted['kind']=='output')]
+        if len(outputs)<3 or self.factor.value is not None: return None
+        changes = np.log(outputs['ratio']).abs().diff()   # away from 1, and not back to it
+        is_clear = changes.max()>max(.02, 5*outputs['difference'].iloc[0])   # else the loss itself may be another
+        return str(outputs.loc[changes.idxmax(),'name']) if is_clear else None
+
+# %% ../nbs/06a_differ.ipynb #3d649097
+def _number(x): return f'{x:.4g}'
+
+def label(row)->str:
+    "A tensor's name, with its call and output where it has several"
+    more = [f'{column} {row[column]}' for column in ('call','out') if row[column]]
+    return ', '.join([row['name'], *more])
+
+class Found:
+    "Something that was found"
+    def sentences(self, names): raise NotImplementedError
+
+@dataclass
+class Agreement(Found):
+    "Nothing parts"
+    n_tensors:int
+    n_steps:int          # that were judged
+    step:int             # the first
+    precision:str
+    largest:pd.Series    # the row nearest to what rounding explains; None where there is none
+    n_unsure:int         # tensors in which rounding may be all
+
+    def sentences(self, names):
+        when = f'the first {self.n_steps} steps that both have' if self.n_steps>1 else f'step {self.step}, the only one that both have'
+        yield (f"{names.a} and {names.b} agree: nothing in {counted(self.n_tensors, 'tensor')} differs "
+               f"by more than rounding in {self.precision} explains, at {when}")
+        row = self.largest
+        if row is not None:
+            yield (f"largest: {label(row)} ({row['kind']}) differs by {row['difference']:.1e} of itself at step {self.step}, "
+                   f"rounding explains {row['explained']:.1e}")
+        if self.n_unsure:
+            yield (f"{counted(self.n_unsure, 'tensor')} too small beside the neighbours to tell: "
+                   "rounding alone explains half of it, or all")
+
+def find_agreement(comparison, rows):
+    same = rows.compared[rows.compared['verdict']=='same']
+    nearest = (same['difference']/same['explained']).idxmax() if len(same) else None
+    return Agreement(
+        n_tensors = len(rows.compared),
+        n_steps   = int((comparison.steps<=comparison.steps[0]+judged).sum()),
+        step      = rows.step,
+        precision = comparison.precision,
+        largest   = None if nearest is None else same.loc[nearest],
+        n_unsure  = int((rows.compared['verdict']=='rounding only').sum()))
+
+# %% ../nbs/06a_differ.ipynb #fde07909
+@dataclass
+class OtherWeights(Found):
+    step:int
+    is_start:bool        # is it the first step that both have?
+    first:str            # parameter
+    n:int                # that differ,
+    n_known:int          # of so many
+    largest:str          # the parameter that differs most,
+    difference:float     # by this share of its norm
+
+    def sentences(self, names):
+        more = f' and {self.n-1} more' if self.n>1 else ''
+        which = f'{self.first}{more} of {self.n_known} parameters'
+        amount = f'norms of weights differ by up to {self.difference:.1e} ({self.largest})'
+        if self.is_start:
+            yield f'{names.a} and {names.b} do not start from the same weights: {which} differ before step {self.step}; {amount}'
+            return
+        yield (f'{names.a} and {names.b} have the same gradients up to step {self.step-1}, and other weights after it: {which}; {amount}: '
+               'the optimizers differ, in kind or settings, or somebody else moves weights')
+
+def find_other_weights(comparison, rows):
+    other = _other_weights(rows.all)
+    largest = other.loc[other['weights'].idxmax()]
+    return OtherWeights(
+        step       = rows.step,
+        is_start   = rows.step==comparison.steps[0],
+        first      = rows.first['name'],
+        n          = len(other),
+        n_known    = int(rows.all['weights'].notna().sum()),
+        largest    = largest['name'],
+        difference = largest['weights'])
+
+@dataclass
+class OtherUpdates(Found):
+    step:int
+    first:str            # parameter
+    ratio:float          # how far it moves in b, over a
+
+    def sentences(self, names):
+        yield (f'{names.a} and {names.b} have the same gradients at step {self.step}, and {self.first} moves '
+               f'{_number(self.ratio)} times as far in {names.b}: the optimizers differ, in kind or settings')
+
+# %% ../nbs/06a_differ.ipynb #1a365bf7
+@dataclass
+class OneSided(Found):
+    "A tensor has a gradient in one run only"
+    step:int
+    first:str
+    side:str             # that has it
+    is_frozen:bool       # in the other
+
+    def sentences(self, names):
+        there,missing = names.of(self.side),names.of(other_side[self.side])
+        why = 'it is frozen there' if self.is_frozen else 'a detach(), a no_grad() or a branch that is not taken, between it and the loss'
+        yield f'{self.first} has a gradient in {there} at step {self.step} and none in {missing}: {why}'
+
+@dataclass
+class NotFinite(Found):
+    "A gradient is not finite in one run only"
+    step:int
+    first:str
+    side:str             # where it is not finite
+
+    def sentences(self, names): yield f'{self.first} is not finite in {names.of(self.side)} at step {self.step}'
+
+def find_gap(comparison, rows):
+    "`OneSided` or `NotFinite`, where the first tensor is that; else None"
+    name,verdict = label(rows.first),rows.first['verdict']
+    for side in ('a','b'):
+        if verdict==not_finite_in[side]: return NotFinite(rows.step, name, side)
+        if verdict==only_in[side]:
+            other = comparison.sides.of(other_side[side])
+            return OneSided(rows.step, name, side, other.is_frozen(rows.first['name']))
+
+# %% ../nbs/06a_differ.ipynb #18020c97
+Undivided = namedtuple('Undivided', 'side batches')   # the run whose loss should be divided by the number of its batches
+
+@dataclass
+class OtherGradients(Found):
+    step:int
+    first:str            # tensor
+    is_loss:bool         # does no tensor before it agree?
+    n:int                # tensors that part,
+    n_behind:int         # of so many from the first on
+    factor:Factor
+    losses_alike:bool    # have the losses the factor too?
+    undivided:Undivided  # None where that is not why
+    outputs_agree:bool   # do parameters alone part?
+
+    def sentences(self, names):
+        where = '(loss)' if self.is_loss else self.first
+        place = f'{self.how_many()}, at step {self.step}'
+        value,per_module = self.factor
+        if value is not None and (self.n>1 or not self.is_loss):
+            yield f'{names.b} is {_number(value)} times {names.a} from {where} on, {place}: {self.why(names)}'
+        elif per_module:
+            yield f'{names.b} over {names.a} grows from module to module by {_number(per_module)}, from {where} on, {place}'
+        else: yield f'{names.a} and {names.b} part at {where}, {place}; it is no factor: {self.why_no_factor()}'
+
+    def how_many(self):
+        is_all = self.n==self.n_behind
+        if self.losses_alike and not is_all: return f'in {self.n} of {self.n_behind} tensors (of the others the sign cannot be seen)'
+        if self.n<=1: return 'and nowhere else'
+        if self.is_loss and is_all: return f'in all {self.n} tensors'
+        which = f'all {self.n}' if is_all else f'{self.n} of {self.n_behind}'
+        return f'in {which} tensors from there on'
+
+    def why(self, names):
+        "Where the factor comes from"
+        if self.undivided:
+            count = f'{self.undivided.batches:.0f}'
+            return f'{names.of(self.undivided.side)} has {count} batches in a step, and their loss is not divided by {count}'
+        if self.is_loss: return 'a factor in the loss or in accumulation'
+        if self.n<=1 and self.n_behind!=1: return 'a hook on it'
+        return f'a factor in backward at {self.first}, such as a scale, a hook or a use that is counted again'
+
+    def why_no_factor(self):
+        "What differs then"
+        if self.outputs_agree:
+            return ('gradients of outputs agree, so that these are changed where a parameter gets its own: '
+                    'a penalty on weights in the loss, or a hook')
+        if self.is_loss: return 'the loss, or what the network computes'
+        return f'what backward passes on at {self.first} or right after it in forward'
+
+def find_undivided(sides, step, factor)->Undivided|None:
+    "Is the factor that of the numbers of batches in a step?"
+    batches = Both(*(side.batches([step]).iloc[0] for side in sides))
+    if factor is None or not np.isfinite(batches).all() or batches.a==batches.b: return None
+    if abs(factor/(batches.b/batches.a)-1)>=.01: return None
+    return Undivided('b', batches.b) if batches.b>batches.a else Undivided('a', batches.a)
+
+def find_other_gradients(comparison, rows, losses):
+    outputs = rows.all[rows.all['kind']=='output']
+    is_loss = not len(rows.before)   # of those that come before some have no gradient to compare
+    return OtherGradients(
+        step          = rows.step,
+        first         = label(rows.first),
+        is_loss       = is_loss,
+        n             = len(rows.parted),
+        n_behind      = int(rows.from_first_on['verdict'].isin([*parted,'same']).sum()),
+        factor        = rows.factor,
+        losses_alike  = are_about(losses, rows.factor.value),
+        undivided     = find_undivided(comparison.sides, rows.step, rows.factor.value) if is_loss else None,
+        outputs_agree = len(outputs)>0 and not outputs['verdict'].isin(parted).any())
+
+# %% ../nbs/06a_differ.ipynb #025f0712
+@dataclass
+class Losses(Found):
+    a:float
+    b:float
+    agree:bool
+    have_factor:bool     # that of the gradients
+    jump:str             # the module at which gradients change most; None
+
+    def sentences(self, names):
+        both = f'{self.a:.6g} and {self.b:.6g}'
+        if self.agree: yield f'losses agree ({self.a:.6g}): the forward passes are the same, the difference is in backward'
+        elif self.have_factor: yield f'the loss too: {both}'
+        else:
+            yield f'losses differ already ({both}): what is computed in forward, or the loss, is not the same'
+            if self.jump is not None: yield f'from one module to the next the ratio changes most at {self.jump}: look there first'
+
+def judge_losses(comparison, rows, losses):
+    tolerance = 8*safety*roundoff[comparison.precision]*np.sqrt(len(comparison.places)+1)
+    return Losses(
+        *losses,
+        agree       = abs(losses.a-losses.b)<=tolerance*max(map(abs, losses)),
+        have_factor = are_about(losses, rows.factor.value),
+        jump        = rows.jump())
+
+# %% ../nbs/06a_differ.ipynb #2f81ce72
+@dataclass
+class FirstTensor(Found):
+    row:pd.Series
+    precision:str
+    n_before:int         # tensors before it that agree
+    last_before:pd.Series   # the last of them; None
+
+    def sentences(self, names):
+        row = self.row
+        yield (f"first: {label(row)} ({row['kind']}), norm {row['norm_a']:.4g} and {row['norm_b']:.4g}, "
+               f"differs by {row['difference']:.1e} of itself; rounding in {self.precision} explains {row['explained']:.1e}")
+        if self.n_before: yield f"{counted(self.n_before, 'tensor')} before it in backward agree, up to {label(self.last_before)}"
+
+def find_first_tensor(comparison, rows):
+    agreed = rows.before[rows.before['verdict']=='same']
+    return FirstTensor(rows.first, comparison.precision, len(agreed), agreed.iloc[-1] if len(agreed) else None)
+
+@dataclass
+class Missing(Found):
+    n:int                # tensors with a gradient in one run only
+
+    def sentences(self, names): yield f"{counted(self.n, 'tensor')} with a gradient in one of them only"
+
+@dataclass
+class LaterSteps(Found):
+    n:int                # steps
+    is_same:bool         # has each of them the factor?
+    last_step:int
+    last_ratio:float
+
+    def sentences(self, names):
+        if self.is_same: yield f"the same factor at the {counted(self.n, 'step')} after it"
+        else: yield f"over steps it changes, to {_number(self.last_ratio)} at step {self.last_step}: the two train on from other weights"
+
+def find_later_steps(comparison, rows):
+    "Whether the factor stays; None where no later step is judged"
+    table = comparison.table
+    later = table[(table['step']>rows.step)&(table['step']<=rows.step+judged)]
+    same_tensors = later.merge(rows.parted[tensor_key[1:]], on=tensor_key[1:])
+    ratios = same_tensors.groupby('step')['ratio'].median()
+    if not len(ratios): return None
+    stays = abs(ratios/abs(rows.factor.value)-1)<.02
+    return LaterSteps(len(ratios), stays.all(), ratios.index[-1], ratios.iloc[-1])
+
+# %% ../nbs/06a_differ.ipynb #7d5824dc
+@dataclass
+class AssumedPrecision(Found):
+    precision:str
+
+    def sentences(self, names):
+        yield f'the precision of a run was not recorded: {self.precision} is assumed, `precision=` says otherwise'
+
+@dataclass
+class OtherShapes(Found):
+    tensors:list         # names
+
+    def sentences(self, names):
+        yield f'not compared, since the number of elements differs: {first_names(self.tensors, 5)}'
+
+def find_doubts(comparison, rows):
+    if not comparison.is_known: yield AssumedPrecision(comparison.precision)
+    other_shape = rows.all['verdict']=='other shape'
+    if other_shape.any(): yield OtherShapes(rows.all.loc[other_shape,'name'].tolist())
+
+# %% ../nbs/06a_differ.ipynb #1bb1135e
+def find_all(comparison, rows, losses)->list: # of `Found`
+    "What was found, the main thing first"
+    doubts = find_doubts(comparison, rows)
+    if rows.first is None: return [find_agreement(comparison, rows), *doubts]
+    return [find_main(comparison, rows, losses), *find_evidence(comparison, rows, losses), *doubts]
+
+def find_main(comparison, rows, losses)->Found:
+    "What the two differ in"
+    if rows.what=='weights': return find_other_weights(comparison, rows)
+    if rows.what=='updates': return OtherUpdates(rows.step, rows.first['name'], rows.first['updates'])
+    return find_gap(comparison, rows) or find_other_gradients(comparison, rows, losses)
+
+def find_evidence(comparison, rows, losses):
+    "What else there is to say"
+    is_gradients = rows.what=='gradients'
+    first_parts = rows.first['verdict']=='parts'
+    if is_gradients and losses is not None: yield judge_losses(comparison, rows, losses)
+    if is_gradients and first_parts: yield find_first_tensor(comparison, rows)
+    n_missing = int(rows.parted['verdict'].isin(only_in.values()).sum())
+    if n_missing>1 or n_missing and first_parts: yield Missing(n_missing)
+    later = find_later_steps(comparison, rows) if rows.factor.value is not None else None
+    if later is not None: yield later
 
 # %% ../nbs/06a_differ.ipynb #56521ad0
 @dataclass(repr=False, eq=False)
@@ -316,184 +734,24 @@ class GradDiff:
         "Is all that could be compared explained by rounding?"
         return self.first is None
 
-    def sentence(self)->str: return self.evidence[0]
+    def sentence(self)->str:
+        "What was found, without the evidence"
+        return self.evidence[0]
 
-    def __repr__(self): return '\n'.join(fill(line, 110, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False) for line in self.evidence)
-
-# %% ../nbs/06a_differ.ipynb #a13eef01
-def _number(x): return f'{x:.4g}'
-
-def _label(row):
-    more = [f'{c} {row[c]}' for c in ('call','out') if row[c]]
-    return ', '.join([row['name'], *more])
-
-
-
-class _Words:
-    "Sentences on a comparison"
-    def __init__(self, comparison, parting, losses, names):
-        self.c,self.parting,self.losses = comparison,parting,losses
-        self.a,self.b = names
-        steps = comparison.steps
-        self.step = parting.step if parting else int(steps[0])
-        self.rows = comparison.table[comparison.table['step']==self.step]
-        self.compared = self.rows[self.rows['verdict'].isin(['same','parts','rounding only'])]
-        self.parted = self.rows[self.rows['verdict'].isin(_different)]
-        self.factor = Factor(None, None)
-        if parting and parting.what=='gradients': self.factor = find_factor(self.parted[self.parted['verdict']=='parts'])
-        self.row = None if parting is None else comparison.table.loc[parting.row]
-
-    def lines(self):
-        if self.parting is None: return [*self.of_the_same(), *self.of_doubt()]
-        head = getattr(self, f'of_{self.parting.what}')()
-        return [head, *self.of_loss(), *self.of_first(), *self.of_depth(), *self.of_steps(), *self.of_doubt()]
-
-    def of_the_same(self):
-        n = self.c.table['step'].nunique()
-        rows = self.compared[self.compared['verdict']=='same']
-        judged_steps = int((self.c.steps<=self.c.steps[0]+judged).sum())
-        first = f"{self.a} and {self.b} agree: nothing in {counted(len(self.compared), 'tensor')} differs by more than rounding in {self.c.precision} explains"
-        first += f", at the first {judged_steps} steps that both have" if judged_steps>1 else f", at step {self.step}, the only one that both have"
-        yield first
-        if len(rows):
-            worst = (rows['difference']/rows['explained']).idxmax()
-            row = rows.loc[worst]
-            yield f"largest: {_label(row)} ({row['kind']}) differs by {row['difference']:.1e} of itself at step {self.step}, rounding explains {row['explained']:.1e}"
-        unsure = int((self.compared['verdict']=='rounding only').sum())
-        if unsure: yield f"{counted(unsure, 'tensor')} too small beside the neighbours to tell: rounding alone explains half of it, or all"
-
-    def of_weights(self):
-        rows = self.rows[self.rows['weights']>self.rows['weights_explained']]
-        known = int(self.rows['weights'].notna().sum())
-        more = f" and {len(rows)-1} more" if len(rows)>1 else ''
-        largest = rows.loc[rows['weights'].idxmax()]
-        start = self.step==self.c.steps[0]
-        amount = f"norms of weights differ by up to {largest['weights']:.1e} ({largest['name']})"
-        if start: return f"{self.a} and {self.b} do not start from the same weights: {self.row['name']}{more} of {known} parameters differ before step {self.step}; {amount}"
-        return f"{self.a} and {self.b} have the same gradients up to step {self.step-1}, and other weights after it: {self.row['name']}{more} of {known} parameters; {amount}: the optimizers differ, in kind or settings, or somebody else moves weights"
-
-    def of_updates(self):
-        return f"{self.a} and {self.b} have the same gradients at step {self.step}, and {self.row['name']} moves {_number(self.row['updates'])} times as far in {self.b}: the optimizers differ, in kind or settings"
-
-    def of_gradients(self):
-        name,after = _label(self.row),self.rows[self.rows.index>=self.parting.row]
-        is_start = not (self.rows.index<self.parting.row).any()   # of these; some have no gradient to compare
-        where = '(loss)' if is_start else name
-        verdict = self.row['verdict']
-        if verdict.startswith('only in'):
-            there,gone = (self.a,self.b) if verdict.endswith('a') else (self.b,self.a)
-            side = self.c.sides['ab'.index('b' if verdict.endswith('a') else 'a')]
-            why = 'it is frozen there' if side.is_frozen(self.row['name']) else 'a detach(), a no_grad() or a branch that is not taken, between it and the loss'
-            return f"{name} has a gradient in {there} at step {self.step} and none in {gone}: {why}"
-        if verdict.startswith('not finite'):
-            return f"{name} is not finite in {self.a if verdict.endswith('a') else self.b} at step {self.step}"
-        n,of = len(self.parted),int((after['verdict'].isin(_different+['same'])).sum())
-        how_many = f'in all {n} tensors from there on' if n==of and n>1 else f'in {n} of {of} tensors from there on' if n>1 else 'and nowhere else'
-        if self.is_loss_factor() and n<of: how_many = f'in {n} of {of} tensors (of the others the sign cannot be seen)'
-        if is_start and n==of and n>1: how_many = f'in all {n} tensors'
-        factor,per_module = self.factor
-        if factor is not None and (n>1 or not is_start):
-            return f"{self.b} is {_number(factor)} times {self.a} from {where} on, {how_many}, at step {self.step}: {self.why(factor, is_start, n, of)}"
-        if per_module: return f"{self.b} over {self.a} grows from module to module by {_number(per_module)}, from {where} on, {how_many}, at step {self.step}"
-        return f"{self.a} and {self.b} part at {where if is_start else name}, {how_many}, at step {self.step}; it is no factor: {self.why_not(is_start)}"
-
-    def why(self, factor, is_start, n, of):
-        batches = [side.batches([self.step]).iloc[0] for side in self.c.sides]
-        if not is_start: return f"a factor in backward at {_label(self.row)}, such as a scale, a hook or a use that is counted again" if n>1 or of==1 else 'a hook on it'
-        if all(np.isfinite(batches)) and batches[0]!=batches[1] and abs(factor/(batches[1]/batches[0])-1)<.01:
-            which,count = (self.b,batches[1]) if batches[1]>batches[0] else (self.a,batches[0])
-            return f"{which} has {count:.0f} batches in a step, and their loss is not divided by {count:.0f}"
-        return 'a factor in the loss or in accumulation'
-
-    def why_not(self, is_start):
-        outputs = self.rows[self.rows['kind']=='output']
-        if len(outputs) and not outputs['verdict'].isin(_different).any():
-            return 'gradients of outputs agree, so that these are changed where a parameter gets its own: a penalty on weights in the loss, or a hook'
-        if is_start: return 'the loss, or what the network computes'
-        return f"what backward passes on at {_label(self.row)} or right after it in forward"
-
-    def is_loss_factor(self):
-        "Has the loss the same factor?"
-        value = self.factor.value
-        return bool(value and self.losses and self.losses[0] and abs(self.losses[1]/self.losses[0]/value-1)<.01)
-
-    def of_loss(self):
-        if self.parting.what!='gradients' or self.losses is None: return
-        a,b = self.losses
-        tolerance = 8*safety*roundoff[self.c.precision]*np.sqrt(len(self.c.places)+1)
-        same = abs(a-b)<=tolerance*max(abs(a), abs(b))
-        if same: yield f"losses agree ({a:.6g}): the forward passes are the same, the difference is in backward"
-        elif self.is_loss_factor(): yield f"the loss too: {a:.6g} and {b:.6g}"
-        else:
-            yield f"losses differ already ({a:.6g} and {b:.6g}): what is computed in forward, or the loss, is not the same"
-            jump = self.jump()
-            if jump is not None: yield f"from one module to the next the ratio changes most at {jump}: look there first"
-
-    def jump(self):
-        "The tensor at which the ratio changes most, in the order of backward"
-        if self.parting is None or self.parting.what!='gradients': return None
-        rows = self.parted[(self.parted['verdict']=='parts')&(self.parted['kind']=='output')]
-        if len(rows)<3 or self.factor.value is not None: return None
-        steps = np.log(rows['ratio']).abs().diff()   # away from 1, and not back to it
-        is_clear = steps.max()>max(.02, 5*rows['difference'].iloc[0])   # else the loss itself may be another
-        return str(rows.loc[steps.idxmax(),'name']) if is_clear else None
-
-    def of_first(self):
-        if self.parting.what!='gradients' or not self.row['verdict']=='parts': return
-        row = self.row
-        yield f"first: {_label(row)} ({row['kind']}), norm {row['norm_a']:.4g} and {row['norm_b']:.4g}, differs by {row['difference']:.1e} of itself; rounding in {self.c.precision} explains {row['explained']:.1e}"
-        before = self.rows[(self.rows.index<self.parting.row)&(self.rows['verdict']=='same')]
-        if len(before): yield f"{counted(len(before), 'tensor')} before it in backward agree, up to {_label(before.iloc[-1])}"
-
-    def of_depth(self):
-        gone = [v for v in self.parted['verdict'] if v.startswith('only')]
-        if len(gone)>1 or gone and self.row['verdict']=='parts': yield f"{counted(len(gone), 'tensor')} with a gradient in one of them only"
-
-    def of_steps(self):
-        if self.parting.what!='gradients' or self.factor.value is None: return
-        later = self.c.table[(self.c.table['step']>self.step)&(self.c.table['step']<=self.step+judged)]
-        key = tensor_key[1:]
-        same = later.merge(self.parted[key], on=key)
-        ratios = same.groupby('step')['ratio'].median()
-        if not len(ratios): return
-        value = abs(self.factor.value)
-        if (abs(ratios/value-1)<.02).all(): yield f"the same factor at the {counted(len(ratios), 'step')} after it"
-        else: yield f"over steps it changes, to {_number(ratios.iloc[-1])} at step {ratios.index[-1]}: the two train on from other weights"
-
-    def of_doubt(self):
-        if not self.c.is_known: yield f"the precision of a run was not recorded: {self.c.precision} is assumed, `precision=` says otherwise"
-        left_out = self.rows['verdict'].isin(['other shape'])
-        if left_out.any(): yield f"not compared, since the number of elements differs: {first_names(self.rows.loc[left_out,'name'], 5)}"
-
-# %% ../nbs/06a_differ.ipynb #42a50cbf
-def _losses(sides, step):
-    "Both losses of a step that is made of the same batches, or None"
-    if not all(len(side.steps) for side in sides): return None
-    found = [side.steps[side.steps['step']==step] for side in sides]
-    if not all(len(f) for f in found): return None
-    batches = [side.batches([step]).iloc[0] for side in sides]
-    if batches[0]!=batches[1] and not all(np.isnan(batches)): return None
-    values = [float(f['loss'].iloc[0]) for f in found]
-    return values if np.isfinite(values).all() else None
-
-def _with_loss(parting, table, losses):
-    "The loss has the factor too: then all gradients have, also those in which a changed sign cannot be seen"
-    if parting is None or parting.what!='gradients' or losses is None or not losses[0]: return parting
-    rows = table[table['step']==parting.step]
-    value = find_factor(rows[rows['verdict']=='parts']).value
-    if value is None or abs(losses[1]/losses[0]/value-1)>.01: return parting
-    return parting._replace(row=rows.index[0])
-
-def _two(a, b):
-    "Two records and their names: given apart, or as one comparison"
-    if b is not None: return as_record(a),as_record(b),('a','b')
-    rec = as_record(a)
-    names = [rec.frame(t)['run'].cat.categories for t in ('tensors','steps','params') if 'run' in rec.frame(t)]
-    runs = [str(name) for name in names[0]] if names else []
-    if len(runs)!=2: raise ValueError(f"grad_diff: two records are accepted, or a comparison of two runs, got one of {len(runs) or 1}")
-    return rec.select(run=runs[0]),rec.select(run=runs[1]),tuple(runs)
+    def __repr__(self):
+        wrapped = [fill(line, 110, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False) for line in self.evidence]
+        return '\n'.join(wrapped)
 
 # %% ../nbs/06a_differ.ipynb #c01ca684
+def _two_runs(a, b)->tuple: # records, their names
+    "Two records that are given apart, or as one comparison"
+    if b is not None: return Both(as_record(a), as_record(b)),Both('a', 'b')
+    rec = as_record(a)
+    frames = [rec.frame(table) for table in ('tensors','steps','params')]
+    runs = next((list(map(str, df['run'].cat.categories)) for df in frames if 'run' in df), [])
+    if len(runs)!=2: raise ValueError(f"grad_diff: two records are accepted, or a comparison of two runs, got one of {len(runs) or 1}")
+    return Both(*(rec.select(run=run) for run in runs)),Both(*runs)
+
 def grad_diff(a, # whatever `as_record` takes: a Learner, callbacks, recorder, record, frame or folder; or a `compare` of two runs
               b=None, # the same of the other run
               phase='fit', # 'fit' or 'lr_find'
@@ -502,16 +760,24 @@ def grad_diff(a, # whatever `as_record` takes: a Learner, callbacks, recorder, r
              )->GradDiff: # `.first`, `.factor`, `.table`; prints as a sentence with its evidence
     "Where two trainings part that should be the same: the first tensor in the order of backward that differs by more than rounding explains"
     if precision is not None and precision not in roundoff: raise ValueError(f"precision: accepted are {', '.join(roundoff)}, got {precision!r}")
-    if phase not in ('fit','lr_find'): raise ValueError(f"phase: accepted are 'fit' and 'lr_find', got {phase!r}")
-    a,b,names = _two(a, b)
-    comparison = Comparison(a, b, phase, fit, precision)
+    if phase not in phases: raise ValueError(f"phase: accepted are 'fit' and 'lr_find', got {phase!r}")
+    records,names = _two_runs(a, b)
+    comparison = Comparison(records, phase, fit, precision)
     parting = first_parting(comparison.table, comparison.steps)
-    step = parting.step if parting else int(comparison.steps[0])
-    losses = _losses(comparison.sides, step)
-    parting = _with_loss(parting, comparison.table, losses)
-    words = _Words(comparison, parting, losses, names)
-    columns = ['kind','name','call','out','step','place','numel','norm_a','norm_b','ratio','difference','explained','weights','updates','verdict']
-    all_steps = comparison.table[columns].rename(columns=dict(place='depth'))
-    table = all_steps[all_steps['step']==step].reset_index(drop=True)
-    return GradDiff(None if parting is None else str(words.row['name']), words.factor.value, parting and parting.step, parting and parting.what, words.jump(),
-                    table, all_steps, list(words.lines()), names)
+    losses = find_losses(comparison.sides, parting.step if parting else int(comparison.steps[0]))
+    parting = seen_in_the_loss(parting, comparison.table, losses)
+    rows = StepRows(comparison, parting)
+    found = find_all(comparison, rows, losses)
+    all_steps = comparison.table[_columns].rename(columns=dict(place='depth'))
+    return GradDiff(
+        first     = None if parting is None else str(rows.first['name']),
+        factor    = rows.factor.value,
+        step      = None if parting is None else parting.step,
+        what      = rows.what,
+        jump      = rows.jump(),
+        table     = all_steps[all_steps['step']==rows.step].reset_index(drop=True),
+        all_steps = all_steps,
+        evidence  = [sentence for finding in found for sentence in finding.sentences(names)],
+        names     = tuple(names))
+
+_columns = ['kind','name','call','out','step','place','numel','norm_a','norm_b','ratio','difference','explained','weights','updates','verdict']

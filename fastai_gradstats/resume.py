@@ -19,23 +19,32 @@ from .stores import Break,Hist,phases,where
 # %% ../nbs/03b2_resume.ipynb #c3200010
 Next = namedtuple('Next', 'fits iterations steps')   # by phase: the last fit's number, the next of the others
 
-def _of_rows(df):
-    "The numbers after these rows, of each phase"
+def _next_of_rows(df)->Next:
+    "The numbers after these rows"
     last = df.groupby('phase', observed=False)[['fit','iteration','step']].max().reindex(phases)
     last = last.fillna(-1).astype(int)
-    return Next(last['fit'].tolist(), (last['iteration']+1).tolist(), (last['step']+1).tolist())
+    return Next(fits=last['fit'].tolist(), iterations=(last['iteration']+1).tolist(), steps=(last['step']+1).tolist())
 
-def _of_facts(facts):
+def _next_of_facts(facts)->Next:
+    "Facts know the fits, also one that has no row"
+    nothing = [0]*len(phases)
     fits = [max((fact['fit'] for fact in facts if fact['phase']==phase), default=-1) for phase in range(len(phases))]
-    return Next(fits, [0]*len(phases), [0]*len(phases))
+    return Next(fits=fits, iterations=nothing, steps=nothing)
+
+def _as_live(fact):
+    "A fact from JSON, as a callback notes it"
+    return {**fact, 'params':[tuple(param) for param in fact['params']]}
 
 class Saved:
     "What a folder holds"
     def __init__(self, folder):
+        frames,metas,mark = read_folder(folder)
         self.folder = folder
-        self.frames,self.metas,mark = read_folder(folder)
+        self.frames = frames
+        self.metas = metas     # table -> what its last part says of it
         self.parts = find_parts(folder)
-        self.known = {table:[_as_live(fact) for fact in facts] for table,facts in mark.get('facts', {}).items()}   # of each callback, by its first table
+        self.known = {}        # the first table of a callback -> its facts
+        for table,facts in mark.get('facts', {}).items(): self.known[table] = [_as_live(fact) for fact in facts]
 
     def facts(self, owner):
         "Those of this callback, else of another"
@@ -44,14 +53,10 @@ class Saved:
     @property
     def next(self)->Next:
         "The numbers to go on with"
-        found = [_of_rows(self.frames[table]) for table in ('tensors','steps','params')]
-        found += [_of_facts(facts) for facts in self.known.values()]
+        found = [_next_of_rows(self.frames[table]) for table in ('tensors','steps','params')]
+        found += [_next_of_facts(facts) for facts in self.known.values()]
         found += [Next(**meta['next']) for meta in self.metas.values() if 'next' in meta]
         return Next(*(np.max(numbers, axis=0).tolist() for numbers in zip(*found)))
-
-def _as_live(fact):
-    "A fact from JSON, as a callback notes it"
-    return {**fact, 'params':[tuple(param) for param in fact['params']]}
 
 # %% ../nbs/03b2_resume.ipynb #c3200013
 def _in_words(options): return ', '.join(f'{name}={value!r}' for name,value in options.items())
@@ -62,20 +67,25 @@ def check_options(saved, # `Saved`
                  ):
     "Raise where the record was made with others"
     if owner not in saved.metas: return
-    meta = saved.metas[owner]
-    made_with = meta.get('built_with') or ({'threshold':meta['threshold']} if owner=='tensors' else {})
+    made_with = _made_with(saved.metas[owner], owner)
     other = {name:value for name,value in made_with.items() if name in options and options[name]!=value}
     if not other: return
     given = {name:options[name] for name in other}
     raise ValueError(f"resume: the record in {saved.folder} was made with {_in_words(other)}, not {_in_words(given)}: "
                      "give the same again, begin anew by `overwrite=True`, or name another folder")
 
+def _made_with(meta, owner)->dict:
+    "Options that a part says it was made with. Older ones know the threshold, which only tensors have"
+    if meta.get('built_with'): return meta['built_with']
+    return {'threshold':meta['threshold']} if owner=='tensors' else {}
+
 # %% ../nbs/03b2_resume.ipynb #c3200016
 def _last_fit_names(df):
     "Names in the last fit, whatever phase"
     if not len(df): return set()
     last = df.iloc[-1]
-    return set(df.loc[(df['fit']==last['fit']) & (df['phase']==last['phase']),'name'].astype(str))
+    in_last_fit = (df['fit']==last['fit'])&(df['phase']==last['phase'])
+    return set(df.loc[in_last_fit,'name'].astype(str))
 
 def _some(names): return first_names(sorted(names), 8)
 
@@ -87,57 +97,73 @@ def check_names(saved, # `Saved`
     "Raise where the record is of another network"
     facts = saved.facts(owner)
     known = {name for name,*_ in facts[-1]['params']} if facts else set()
-    found = known | _last_fit_names(saved.frames['tensors' if owner=='tensors' else 'params'])
-    gone = found-set(there)
+    frame = saved.frames['tensors' if owner=='tensors' else 'params']
+    gone = (known|_last_fit_names(frame))-set(there)
     new = set(params)-known if known else set()
     if not gone and not new: return
-    said = [f'only the record has {_some(gone)}'] if gone else []
+    said = []
+    if gone: said.append(f'only the record has {_some(gone)}')
     if new: said.append(f'only the model has {_some(new)}')
     raise ValueError(f"resume: the record in {saved.folder} is of another network: {'; '.join(said)}. "
                      "Begin anew by `overwrite=True`, or name another folder")
 
 # %% ../nbs/03b2_resume.ipynb #c3200019
-def _keys(store, df):
-    "Per row the number of its tensor"
-    names_of = dict(df.groupby('kind', observed=True)['name'].unique()) if 'kind' in store.key_columns else {None:df['name'].unique()}
-    in_order = df['name'].cat.categories.tolist()
+def _network_places(store, df)->dict: # (kind, name) -> place in the network
+    "Tell the store which tensors there are, in network order"
+    kinds = df['kind'].unique() if 'kind' in store.key_columns else [None]
     places = {}
-    for kind,names in names_of.items():
-        present = set(names)
-        network = [name for name in in_order if name in present]
+    for kind in kinds:
+        names = df['name'] if kind is None else df.loc[df['kind']==kind,'name']
+        present = set(names.unique())
+        network = [name for name in df['name'].cat.categories if name in present]
         store.network(network, kind)
         places |= {(kind,name):place for place,name in enumerate(network)}
-    columns = list(store.key_columns)
-    group = df.groupby(columns, sort=False, observed=True).ngroup().to_numpy()
-    first = df.loc[~pd.Series(group).duplicated().to_numpy(), columns]
-    numbers = []
-    for values in first.itertuples(index=False, name=None):
-        of_key = dict(zip(columns, values))
-        place = places[of_key.get('kind'),of_key['name']]
-        numbers.append(store.key(place, *(str(v) if c in ('kind','name') else int(v) for c,v in of_key.items())))
-    return np.array(numbers)[group]
+    return places
 
-def _hist(df, hist):
-    "The histograms of the rows"
+def row_keys(store, df)->np.ndarray: # (rows,)
+    "Per row the number that the store has for its tensor"
+    places = _network_places(store, df)
+    columns = list(store.key_columns)
+    tensor_of = df.groupby(columns, sort=False, observed=True).ngroup()
+    first_rows = df.loc[~tensor_of.duplicated().to_numpy(),columns]
+    numbers = []
+    for values in first_rows.itertuples(index=False, name=None):
+        tensor = dict(zip(columns, values))
+        place = places[tensor.get('kind'),tensor['name']]
+        key = [str(value) if column in ('kind','name') else int(value) for column,value in tensor.items()]
+        numbers.append(store.key(place, *key))
+    return np.array(numbers)[tensor_of.to_numpy()]
+
+# %% ../nbs/03b2_resume.ipynb #336eea09
+def _histograms(df, hist)->Hist:
+    "Those of the rows `df`"
     columns = [*where,'kind','name','out','call']
     def coded(frame): return frame[columns].astype(dict(phase=str, kind=str, name=str))
-    rows = coded(df).assign(row=np.arange(len(df))).drop_duplicates(columns)
-    row = coded(hist).merge(rows, on=columns, how='left')['row'].to_numpy()
+    numbered = coded(df).assign(row=np.arange(len(df))).drop_duplicates(columns)
+    row = coded(hist).merge(numbered, on=columns, how='left')['row'].to_numpy()
     order = np.argsort(row, kind='stable')
-    return Hist(np.bincount(row, minlength=len(df)), hist['octave'].to_numpy()[order], hist['count'].to_numpy()[order])
+    per_row = np.bincount(row, minlength=len(df))
+    return Hist(per_row, hist['octave'].to_numpy()[order], hist['count'].to_numpy()[order])
+
+def _coded_phase(df, column):
+    "A column as stores have it: a phase is its place in `phases`"
+    return df[column].cat.codes.to_numpy() if column=='phase' else df[column].to_numpy()
+
+def _stacked(df, columns, dtype): # (columns, rows)
+    return np.stack([df[column].to_numpy(dtype) for column in columns]) if columns else np.empty((0,len(df)), dtype)
 
 def _refill_rows(store, df, hist=None):
+    "Rows of tensors, or norms per parameter"
     if not len(df): return
-    phase = df['phase'].cat.codes.to_numpy()
-    place = np.stack([phase if column=='phase' else df[column].to_numpy() for column in where])
-    is_first = np.ones(len(df), bool)
-    is_first[1:] = (place[:,1:]!=place[:,:-1]).any(0)
+    places = np.stack([_coded_phase(df, column) for column in where])
+    is_first = np.ones(len(df), bool)   # of an iteration
+    is_first[1:] = (places[:,1:]!=places[:,:-1]).any(0)
     starts = np.flatnonzero(is_first)
-    n = np.diff([*starts, len(df)])
-    counts = np.stack([df[column].to_numpy(np.int64) for column in store.counts]) if store.counts else np.empty((0,len(df)), np.uint32)
-    if not counts.size or counts.max()<2**32: counts = counts.astype(np.uint32)
-    numbers = np.stack([df[column].to_numpy(np.float32) for column in store.floats])
-    store.append(place[:,starts], n, _keys(store, df), numbers, counts, hist)
+    n_rows = np.diff([*starts, len(df)])
+    numbers = _stacked(df, store.floats, np.float32)
+    whole = _stacked(df, store.counts, np.int64)
+    if not whole.size or whole.max()<2**32: whole = whole.astype(np.uint32)
+    store.append(places[:,starts], n_rows, row_keys(store, df), numbers, whole, hist)
     if 'skipped' in df: _refill_skipped(store, df)
 
 def _refill_skipped(store, df):
@@ -146,21 +172,24 @@ def _refill_skipped(store, df):
 
 def _refill_steps(store, df):
     if not len(df): return
-    store.append(**{column:df[column].cat.codes.to_numpy() if column=='phase' else df[column].to_numpy() for column in df})
+    store.append(**{column:_coded_phase(df, column) for column in df})
     _refill_skipped(store, df)
+
+def _refill_breaks(store, df):
+    for fit,phase,iteration,after,before in df.itertuples(index=False, name=None):
+        store.breaks.append(Break(fit, phases.index(phase), iteration, after, before))
 
 def refill(record, # a `GradRecord` with live stores, which are empty
            saved, # `Saved`
            tables # those that a callback writes; the first says whose they are
           ):
     "What a folder holds becomes part of the record"
-    frames = saved.frames
+    frames,stores = saved.frames,record.stores
     if 'tensors' in tables:
-        store = record.stores['tensors']
-        _refill_rows(store, frames['tensors'], _hist(frames['tensors'], frames['hist']) if 'hist' in tables else None)
-        breaks = frames['breaks'].itertuples(index=False, name=None)
-        store.breaks += [Break(fit, phases.index(phase), iteration, after, before) for fit,phase,iteration,after,before in breaks]
-    if 'steps' in tables: _refill_steps(record.stores['steps'], frames['steps'])
-    if 'params' in tables: _refill_rows(record.stores['params'], frames['params'])
+        hist = _histograms(frames['tensors'], frames['hist']) if 'hist' in tables else None
+        _refill_rows(stores['tensors'], frames['tensors'], hist)
+        _refill_breaks(stores['tensors'], frames['breaks'])
+    if 'steps' in tables: _refill_steps(stores['steps'], frames['steps'])
+    if 'params' in tables: _refill_rows(stores['params'], frames['params'])
     if record.facts: return   # one record of two writers
     for fact in saved.facts(tables[0]): record.add_facts(fact)
