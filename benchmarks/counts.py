@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from fastai_gradstats import GradStatsCallback, capture
 from fastai_gradstats.engine import Engine
-from fastai_gradstats.record import GradRecord
 from fastai_gradstats.stores import Rows, counts, floats
 from fastai_gradstats.stats import statistics
 from .models import NoValid, learner, models

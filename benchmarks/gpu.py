@@ -4,7 +4,7 @@ First the checks: numbers, the same bits again, no wait for the device, other st
 Then the tables: what a step costs with the callbacks, by kernels and without; bandwidth; time of the host. Checks and tables run in processes of their own,
 since an access outside of memory is the end of a process, and a process that takes too long is ended. What was found until then is written."""
 import argparse, os, platform, subprocess, sys, threading, time, warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from fastai.basics import *

@@ -43,11 +43,14 @@ def exact_sums(x:np.ndarray, # 1-d, the segments one after the other
         total = each(x)
         m2 = each(np.square(x-np.repeat(total/n, n)))
         above = a>np.repeat(thresholds, n)
-        return np.stack([top, each(a), each(np.square(x)), total, m2, total*total/n, each(x==0), each(~np.isfinite(x)), each(above)], 1)
+        found = [top, each(a), each(np.square(x)), total, m2, total*total/n]
+        counts = [each(x==0), each(~np.isfinite(x)), each(above)]
+        return np.stack(found+counts, 1)
 
 def wide_dot(x, y):
     "sum x*y in float64, block by block"
-    return sum(float(np.multiply(x[i:i+BLOCK], y[i:i+BLOCK], dtype=np.float64).sum()) for i in range(0, len(x), BLOCK))
+    def of_block(i): return np.multiply(x[i:i+BLOCK], y[i:i+BLOCK], dtype=np.float64).sum()
+    return sum(float(of_block(i)) for i in range(0, len(x), BLOCK))
 
 # %% ../nbs/01f_by_blocks.ipynb #ed6190c3
 class Products:
@@ -58,7 +61,9 @@ class Products:
         self.out = np.zeros((len(self.pairs),n+1), np.float32)   # a sum per pair and chunk
         self.chunks = []
         for out,(a,b) in zip(self.out, self.pairs):
-            self.chunks.append((out[:n].reshape(n,1,1), a[:n*CHUNK].reshape(n,1,CHUNK), b[:n*CHUNK].reshape(n,CHUNK,1)))
+            rows = a[:n*CHUNK].reshape(n,1,CHUNK)
+            columns = b[:n*CHUNK].reshape(n,CHUNK,1)
+            self.chunks.append((out[:n].reshape(n,1,1), rows, columns))
         if end: self.out[:,n] = [np.dot(a[-end:], b[-end:]) for a,b in self.pairs]
 
     def read(self, start, end):
@@ -94,8 +99,12 @@ def segment_sums(x:np.ndarray, # 1-d float32, the tensors one after the other
         q = total*total/n
         res = np.stack([top, sum_abs, sum_sq, total, sum_sq-q, q, *np.zeros((3,len(n)))], 1)
         right = (top==0) | (1e-16<top) & (top<1e16) & (q<=.9*sum_sq)
-        for k in np.flatnonzero(low==0): res[k,ZEROS] = n[k]-np.count_nonzero(bits[starts[k]:starts[k+1]])
-        for k in np.flatnonzero(top>thresholds): res[k,ABOVE] = np.count_nonzero(a[starts[k]:starts[k+1]]>floor32(thresholds[k]))
+        for k in np.flatnonzero(low==0):
+            segment = bits[starts[k]:starts[k+1]]
+            res[k,ZEROS] = n[k]-np.count_nonzero(segment)
+        for k in np.flatnonzero(top>thresholds):
+            segment = a[starts[k]:starts[k+1]]
+            res[k,ABOVE] = np.count_nonzero(segment>floor32(thresholds[k]))
         wrong = np.flatnonzero(~right)
         if len(wrong):
             again = np.concatenate([x[starts[k]:starts[k+1]] for k in wrong])
@@ -105,7 +114,8 @@ def segment_sums(x:np.ndarray, # 1-d float32, the tensors one after the other
 def segment_products(x, y, starts, out, wanted=True):
     "sum x*y of each segment, or of those that are `wanted`; in float64 where float32 is too narrow, without BLAS and its threads"
     with np.errstate(all='ignore'):
-        res = np.add.reduceat(np.multiply(x, y, out=out[:len(x)]), starts[:-1]).astype(np.float64)
+        products = np.multiply(x, y, out=out[:len(x)])
+        res = np.add.reduceat(products, starts[:-1]).astype(np.float64)
         right = (1e-25<abs(res)) & (abs(res)<1e37)
         for k in np.flatnonzero(wanted & ~right):
             segment = slice(starts[k], starts[k+1])
@@ -113,7 +123,8 @@ def segment_products(x, y, starts, out, wanted=True):
     return np.where(wanted, res, 0)
 
 # %% ../nbs/01f_by_blocks.ipynb #8d8fb547
-Pooled = namedtuple('Pooled', 'row n threshold weights full')   # a tensor in the pool: its row and elements, the threshold, are weights beside it, are all sums wanted?
+# A tensor in the pool: its row and elements, the threshold, are weights beside it, are all sums wanted?
+Pooled = namedtuple('Pooled', 'row n threshold weights full')
 
 class BlockBuffer(Buffer):
     "Sums on a CPU, by blocks"
@@ -176,7 +187,9 @@ class BlockBuffer(Buffer):
                 self.sum_large(row, g, self.threshold, None, w, products=True, full=full)
         if self.octaves and full:
             for i in small: self.octaves.put(rows[i], flat(gs[i]))
-        if small: self.pool_all([rows[i] for i in small], [gs[i] for i in small], ws and [ws[i] for i in small], full)
+        if small:
+            small_ws = ws and [ws[i] for i in small]
+            self.pool_all([rows[i] for i in small], [gs[i] for i in small], small_ws, full)
 
     def reduce(self):
         self.sum_pool()
@@ -192,7 +205,9 @@ class BlockBuffer(Buffer):
         sizes = [g.numel() for g in gs]
         while sizes:
             fit = len(sizes)
-            if self.used+sum(sizes)>BLOCK: fit = int(np.searchsorted(self.used+np.cumsum(sizes), BLOCK, side='right'))
+            if self.used+sum(sizes)>BLOCK:
+                ends = self.used+np.cumsum(sizes)
+                fit = int(np.searchsorted(ends, BLOCK, side='right'))
             size = sum(sizes[:fit])
             for pool,tensors in zip(self.pool, (gs,ws) if ws else (gs,)):
                 if fit: torch.cat([t.reshape(-1) for t in tensors[:fit]], out=pool[self.used:self.used+size])
@@ -210,7 +225,9 @@ class BlockBuffer(Buffer):
         x,w = (o.numpy()[:starts[-1]] for o in self.pool)
         full = np.array(pooled.full)
         rows = np.array(pooled.row)
-        if full.any(): self.acc[rows[full],:ABOVE+1] = segment_sums(x, starts, pooled.threshold, self.arrays)[full]
+        if full.any():
+            found = segment_sums(x, starts, pooled.threshold, self.arrays)
+            self.acc[rows[full],:ABOVE+1] = found[full]
         if not full.all(): self.pooled_squares(x, rows, starts, ~full)
         if any(pooled.weights):
             weights = np.array(pooled.weights)
@@ -240,7 +257,9 @@ class BlockBuffer(Buffer):
         if found is None: found = self.block_sums(flat(x), threshold, **how)
         self.done.append((row, found))
         if not full: return
-        if self.octaves: self.octaves.put(row, array_of(flat(x)) if x.dtype==torch.float32 else flat(x), scale)
+        if self.octaves:
+            x = flat(x)
+            self.octaves.put(row, array_of(x) if x.dtype==torch.float32 else x, scale)
         if found.zeros: self.some_zero.add(key)   # the next gradient of this tensor will be alike
         else: self.some_zero.discard(key)
 
@@ -253,8 +272,10 @@ class BlockBuffer(Buffer):
                  )->Sums: # None where they would not be right
         "Sums in float32, block by block"
         n = x.numel()
-        if products or not full: by_matmul = Products(array_of(x).reshape(-1), w if w is None else array_of(w.float()))
-        else: by_matmul = None
+        by_matmul = None
+        if products or not full:
+            weights = w if w is None else array_of(w.float())
+            by_matmul = Products(array_of(x).reshape(-1), weights)
         if not full: return self.only_products(by_matmul, n)
         limit = self.limit if threshold==self.threshold else bits_of(floor32(threshold))
         top = zeros = above = 0
@@ -277,7 +298,8 @@ class BlockBuffer(Buffer):
         if by_matmul: sum_sq,w_sq,dot = by_matmul.sums()
         q = total*total/n
         right = top==0 or top>LOW and q<=sum_sq/4
-        return Sums(from_bits(top), sum_abs, sum_sq, total, sum_sq-q, q, zeros, 0, above, w_sq, dot) if right else None
+        if not right: return None
+        return Sums(max=from_bits(top), sum_abs=sum_abs, sum_sq=sum_sq, sum=total, m2=sum_sq-q, q=q, zeros=zeros, above=above, w_sq=w_sq, dot=dot)
 
     def only_products(self, products, n):
         "Nothing but sums of squares and products"
@@ -312,6 +334,7 @@ class BlockBuffer(Buffer):
 
 # %% ../nbs/01f_by_blocks.ipynb #d1655ccd
 def exact_block(x, threshold, w=None)->Sums:
+    "Sums in float64 of one block, and with `w` their products"
     x = array_of(x)
     found = exact_sums(x, [0,len(x)], [threshold])[0].tolist()
     if w is None: return Sums(*found)

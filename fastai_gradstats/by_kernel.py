@@ -34,15 +34,21 @@ def find_kernel():
 # %% ../nbs/01c_by_kernel.ipynb #59734585
 def pieces(g, w=None):
     "Pairs of tensors that the kernel can read, in memory order; None in the place of `w` where there is none"
-
     g = without_lazy_minus(g)
     if w is not None: w = without_lazy_minus(w)
     if not (g.is_contiguous() and (w is None or w.is_contiguous())):
         g,w = (flat(g),None) if w is None else flat_pair(g, w)
-    if g.dtype is torch.float32: return ((g, w if w is None or w.dtype is torch.float32 else w.float()),)
+    if g.dtype is not torch.float32: return _in_float32(g, w)
+    if w is not None and w.dtype is not torch.float32: w = w.float()
+    return ((g, w),)
+
+def _in_float32(g, w):
+    "Block by block"
     g = flat(g)
     if w is not None: w = flat(w)
-    return ((g[i:i+BLOCK].float(), None if w is None else w[i:i+BLOCK].float()) for i in range(0, len(g), BLOCK))
+    for i in range(0, len(g), BLOCK):
+        w_block = None if w is None else w[i:i+BLOCK].float()
+        yield g[i:i+BLOCK].float(),w_block
 
 # %% ../nbs/01c_by_kernel.ipynb #b919d50c
 class KernelBuffer(BlockBuffer):
@@ -71,7 +77,9 @@ class KernelBuffer(BlockBuffer):
             w = ws and ws[i]
             if self.reads(gs[i], w): self.sum_now(rows[i], gs[i], w, full)
             else: rest.append(i)
-        if rest: self.sum_all([rows[i] for i in rest], [gs[i] for i in rest], ws and [ws[i] for i in rest], full)
+        if rest:
+            rest_ws = ws and [ws[i] for i in rest]
+            self.sum_all([rows[i] for i in rest], [gs[i] for i in rest], rest_ws, full)
         return rows
 
     def sum_at_once(self, rows, sizes, gs, ws, full)->np.ndarray: # bool
@@ -84,7 +92,8 @@ class KernelBuffer(BlockBuffer):
             weight_places = np.array([float32_address(w) for w in ws])
             ready &= (weight_places!=0) & [w.numel()==n for w,n in zip(ws, sizes)]
         rows = np.arange(rows.start, rows.stop)
-        self.kernel.read_all(places[ready], weight_places[ready], np.array(sizes)[ready], self.limit, full, bool(ws), self.acc, rows[ready])
+        self.kernel.read_all(places[ready], weight_places[ready], np.array(sizes)[ready],
+                             self.limit, full, bool(ws), self.acc, rows[ready])
         return ready
 
     def sum_now(self, row, g, w=None,
@@ -106,6 +115,7 @@ class KernelBuffer(BlockBuffer):
                 start = (start-n)%step   # in the next piece
 
     def known_finite(self, t):
+        "Is it finite? Also False where the kernel cannot tell"
         if not (t.dtype is torch.float32 and t.layout is torch.strided and has_memory(t)): return False
         if not t.is_contiguous(): t = flat(t.detach())
         return self.kernel.finite(t.data_ptr(), t.numel())

@@ -117,13 +117,15 @@ def save_all(learn, out:Path):
 
 # %% ../nbs/09_demo.ipynb #6f184b41
 def _show(title, df):
-    with pd.option_context('display.width', 160, 'display.max_columns', 20, 'display.precision', 3): print(f"\n{title}\n{df.head()}")
+    wide = ('display.width', 160, 'display.max_columns', 20, 'display.precision', 3)
+    with pd.option_context(*wide): print(f"\n{title}\n{df.head()}")
 
 def _fit(learn, epochs, lr):
     "With a bar in a terminal, elsewhere with a line for each epoch"
     if sys.stdout.isatty(): return learn.fit_one_cycle(epochs, lr)
     names = L('epoch','train_loss','valid_loss','accuracy','time')
-    def print_epoch(values): print(', '.join(f'{name} {value:.3f}' if isinstance(value, float) else f'{name} {value}' for name,value in zip(names, values)))
+    def in_words(value): return f'{value:.3f}' if isinstance(value, float) else str(value)
+    def print_epoch(values): print(', '.join(f'{name} {in_words(value)}' for name,value in zip(names, values)))
     learn.logger = print_epoch
     with learn.no_bar(): learn.fit_one_cycle(epochs, lr)
 
@@ -140,7 +142,8 @@ def _one(model, out, epochs, lr, seed):
     n_params = sum(p.numel() for p in learn.model.parameters())
     print(f"\n{model}: {n_params:,} parameters, {len(learn.dls.train_ds):,} digits")
     _fit(learn, epochs, lr)
-    if (note := _early_loss(learn)): print(note)
+    note = _early_loss(learn)
+    if note: print(note)
     _show('Statistics of each gradient, learn.grad_stats.df', learn.grad_stats.df)
     _show('The norm of each step, learn.grad_norm.df', learn.grad_norm.df)
     print(f"\nA question from the fast.ai forum, why are gradients less than 1?\n{thread_answer(learn)}")

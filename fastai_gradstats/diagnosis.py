@@ -35,8 +35,6 @@ def _not_checked(missed):
     names = [f"{row['rule']} ({row['run']})" if 'run' in row else row['rule'] for row in missed]
     return 'not checked: ' + ', '.join(dict.fromkeys(names))
 
-
-
 def verdict(findings)->str:
     "What was checked, and a plain word"
     checked,rules = findings.attrs.get('checked', 0),findings.attrs.get('rules', 0)
@@ -117,11 +115,11 @@ class Run:
         self.params = self._of_kind('param')
         seen = fits_in(self.tensors)|fits_in(self.steps)
         facts = [{**f, 'phase':phase_name(f['phase'])} for f in self.rec.facts]
-        of_fits = {(f['phase'], f['fit']):f for f in sorted(facts, key=lambda f: len(f['params']))}   # both callbacks may know a fit: that one which names more
+        named_most = sorted(facts, key=lambda f: len(f['params']))   # both callbacks may know a fit: the last of these stays
+        of_fits = {(f['phase'], f['fit']):f for f in named_most}
         self.facts = [f for place,f in sorted(of_fits.items()) if place in seen]
         self.incidents = self.rec.incidents or []
         self.watch = [] if self.rec.incidents is None else [True]   # did somebody watch for them?
-
 
     def _of_kind(self, kind):
         columns = ['fit','phase','iteration','name','numel','max_abs','norm','zeros','nonfinite']   # the others are not copied
@@ -156,7 +154,9 @@ def rule(needs, # attributes of `Run`, with blanks between
     "Adds a function to the list of rules: it gets a `Run`, and thresholds by name, and yields a `Finding` for each thing it finds"
     def add(f):
         f.needs = needs.split()
-        f.meaning,f.do,f.source = meaning,do,source
+        f.meaning = meaning
+        f.do = do
+        f.source = source
         rules.append(f)
         return f
     return add
@@ -186,8 +186,6 @@ def named(df, matches):
     names = df['name'].cat
     ok = [bool(matches(str(name))) for name in names.categories]
     return df[np.array(ok+[False])[names.codes]]
-
-
 
 def param_norms(r):
     "Norms per parameter, of whoever recorded them"
@@ -393,7 +391,8 @@ def frozen(r):
         got = set(map(str, of_fit(param_norms(r), fit)['name'].unique())) if len(param_norms(r)) else set()
         off = [name for name,asks,_ in params if not asks and name not in got]   # some take turns, as in a GAN
         if not off: continue
-        first = next((i for i,(_,asks,dims) in enumerate(params) if asks and dims>1), len(params))   # the first weight that is trained
+        trained = [i for i,(_,asks,dims) in enumerate(params) if asks and dims>1]   # places of weights
+        first = trained[0] if trained else len(params)
         behind = [name for name,_,_ in params[first+1:] if name in off]
         mistake = behind and len(off)<len(params)/2
         evidence = f"{len(off)} of {len(params)} parameters frozen in fit {fit['fit']}"
@@ -485,7 +484,8 @@ def update_ratio(r,
                 ):
     updates = r.updates
     grown = by_tensor(updates['weight_norm'], updates).transform('max')
-    rows = named(updates[(updates['weight_norm']>0)&(updates['weight_norm']>=.5*grown)], lambda name: 'bias' not in name)   # one that began at 0 has no ratio yet
+    has_size = (updates['weight_norm']>0)&(updates['weight_norm']>=.5*grown)   # one that began at 0 has no ratio yet
+    rows = named(updates[has_size], lambda name: 'bias' not in name)
     ratio = by_tensor(rows['update_norm']/rows['weight_norm'], rows).median()
     def say(severity, name, n):
         evidence = f'median |update|/|weight| {ratio[name]:.1e}; {n} of {len(ratio)} tensors'
@@ -531,8 +531,10 @@ def _classes(r):
     last = rows[rows['name']==order[0]]
     if not len(last): return None
     classes = last['numel'].sum()/begun['bs']
+    if classes<2 or classes!=int(classes): return None
     adds_to_0 = (abs(last['mean'])<=.01*last['mean_abs']).all()
-    if classes<2 or classes!=int(classes) or not adds_to_0 or last['max_abs'].max()>1.01/last['numel'].min()*classes: return None
+    most = 1.01/last['numel'].min()*classes   # no element is larger: probability less target, over the batch
+    if not adds_to_0 or last['max_abs'].max()>most: return None
     return int(classes),str(last['name'].iloc[0])
 
 @rule('steps outputs',
@@ -664,18 +666,29 @@ def starved(r,
     is_matrix = np.array([r.dims.get(name, 2)>1 for name in typical.index], bool)
     typical = typical[~typical['is_bias'].to_numpy(bool)&is_matrix]
     rms = (typical['norm']/np.sqrt(typical['numel'].fillna(1))).to_numpy()
+    def beside(i): return rms[max(i-3, 0):i],rms[i+1:i+4]   # three on each side
     found = []
-    for i,name in enumerate(typical.index):
-        before,after = rms[max(i-3, 0):i],rms[i+1:i+4]
-        if len(before) and len(after) and rms[i]<starve*min(np.median(before), np.median(after)): found.append(i)
+    for i in range(len(rms)):
+        before,after = beside(i)
+        if not len(before) or not len(after): continue
+        if rms[i]<starve*min(np.median(before), np.median(after)): found.append(i)
     if not found: return
     i = min(found, key=rms.__getitem__)
-    around = np.median(np.r_[rms[max(i-3, 0):i], rms[i+1:i+4]])
+    around = np.median(np.concatenate(beside(i)))
     others = [typical.index[j] for j in found if j!=i]
     more = f'; so {first_names(others)}' if others else ''
     yield Finding('warning', typical.index[i], '', f'typical element {rms[i]:.1e}, of the weights around it {around:.1e}{more}')
 
 # %% ../nbs/06_diagnosis.ipynb #09383b68
+def _when(its, there):
+    "Which iterations of a fit these are, in words"
+    at = np.searchsorted(its, there)
+    is_gapless = at[-1]-at[0]+1==len(at)
+    if not is_gapless: return f'in {len(there)} of {len(its)} steps'
+    if at[-1]==len(its)-1: return f'from iteration {there[0]} on'
+    if at[0]==0: return f'up to iteration {there[-1]}'
+    return f'from iteration {there[0]} to {there[-1]}'
+
 @rule('params|by_param',
       meaning='these take part in some steps only',
       do='nothing, if that is meant: experts, heads of several tasks, networks that take turns, a layer that is unfrozen later',
@@ -686,10 +699,7 @@ def part_time(r,
     some = []
     for name,its,there in _presence(r):
         if len(its)<10 or not len(there)<=part*len(its): continue
-        at = np.searchsorted(its, there)
-        if at[-1]-at[0]+1==len(at): when = f'from iteration {there[0]} on' if at[-1]==len(its)-1 else f'up to iteration {there[-1]}' if at[0]==0 else f'from iteration {there[0]} to {there[-1]}'
-        else: when = f'in {len(there)} of {len(its)} steps'
-        some.append((name, when))
+        some.append((name, _when(its, there)))
     if not some: return
     name,when = some[0]
     others = [n for n,_ in some[1:]]
@@ -705,8 +715,8 @@ def runs(rec):
 # %% ../nbs/06_diagnosis.ipynb #3e45b7d0
 def _missing(f, r):
     "The first of a rule's needs that has no row, or None"
-    there = lambda need: any(len(getattr(r, name)) for name in need.split('|'))
-    return next((need for need in f.needs if not there(need)), None)
+    def is_there(need): return any(len(getattr(r, name)) for name in need.split('|'))
+    return next((need for need in f.needs if not is_there(need)), None)
 
 def _place(phase, fit):
     "What was asked for, in words, where it is not all of phase 'fit'"
@@ -728,6 +738,11 @@ def n_rules(r)->int:
     "How many there are, but for those on what nobody watched: that is no check which is missing"
     return sum(1 for f in rules if f.needs!=['watch'] or r.watch)
 
+def _ask(f, r, thresholds)->list: # of `Finding`
+    "What a rule finds, given those of the thresholds that are its own"
+    own = {name:value for name,value in thresholds.items() if name in inspect.signature(f).parameters}
+    return [Finding(*o) for o in f(r, **own)]
+
 def _apply(r, thresholds, place=''):
     "What each rule says of one run, and how many rules had something to look at"
     rows,checked,fired = [],0,set()
@@ -735,10 +750,8 @@ def _apply(r, thresholds, place=''):
         need = _missing(f, r)
         if need=='watch' and not r.facts: continue   # rows of which no training is known: nobody could have watched
         if need: found = [Finding('not checked', '', '', f'not recorded{place}: {recorded_by[need]} records it')]
-        else:
-            mine = {name:value for name,value in thresholds.items() if name in inspect.signature(f).parameters}
-            found = [Finding(*o) for o in f(r, **mine)]
-            checked += not any(o.severity=='not checked' for o in found)   # it may not know how to judge
+        else: found = _ask(f, r, thresholds)
+        checked += not any(o.severity=='not checked' for o in found)   # it may not know how to judge
         if any(fired.intersection(follows_from.get(f.__name__, ()))): found = [o for o in found if o.severity=='not checked']
         if any(o.severity in ('error','warning') for o in found): fired.add(f.__name__)
         rows += [(f.__name__, o.severity, o.tensor, o.iterations, o.evidence, f.meaning, o.do or f.do, f.source) for o in found]
@@ -791,5 +804,6 @@ def diagnose(o, # a Learner, callback, list of callbacks, `GradRecord`, frame or
     rank = res['severity'].map(['error','warning','note','not checked'].index)
     res = Findings(res.iloc[np.argsort(rank, kind='stable')].reset_index(drop=True))
     checked,of_rules = min(counts, key=lambda count: count[0]-count[1])   # of the run of which most is missing
-    res.attrs = dict(checked=checked, rules=of_rules, rows=len(res), found=int((res['severity']!='not checked').sum()), trained=_trained(rec, phase, fit))
+    found = int((res['severity']!='not checked').sum())
+    res.attrs = dict(checked=checked, rules=of_rules, rows=len(res), found=found, trained=_trained(rec, phase, fit))
     return res

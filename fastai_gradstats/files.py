@@ -205,7 +205,6 @@ def from_json(o):
     if isinstance(o, dict): return {key:from_json(value) for key,value in o.items()}
     return [from_json(value) for value in o] if isinstance(o, list) else o
 
-
 # %% ../nbs/02a_files.ipynb #9d4f3ce8
 def need_parquet(what):
     "Parquet is at hand, or an error with the line to type"

@@ -321,8 +321,6 @@ def one_kind(kind):
     "A kind that rows are picked by; None where both are meant"
     return kind if kind in kinds else None
 
-
-
 def image(cells, width, height):
     "(tensors, columns) of largest values, at most `height` by `width`: -1 where there was no row, NaN where not finite"
     value,row,table,its = cells

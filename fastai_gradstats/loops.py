@@ -18,15 +18,20 @@ from fastai_gradstats.recorder import GradRecorder, delegate_to_record, stack
 
 # %% ../nbs/04a_loops.ipynb #2271ae3d
 _known_by_frameworks = {'self','model','opt','scaler'}
-_accepted = [n for n in signature(GradRecorder.__init__).parameters if n not in _known_by_frameworks]
+_accepted = [name for name in signature(GradRecorder.__init__).parameters if name not in _known_by_frameworks]
+
+def _check(folder=None, resume=False, overwrite=False, **options):
+    "Raise where a value is not accepted: now, and not when training begins"
+    for cls in (NormOptions,StatsOptions):
+        cls(**{name:value for name,value in options.items() if name in signature(cls).parameters})
+    opening(folder, resume, overwrite)
 
 class RecordsTraining:
     "What both callbacks have: a recorder while there is training, and its record"
     def __init__(self, **options):
-        unknown = [n for n in options if n not in _accepted]
+        unknown = [name for name in options if name not in _accepted]
         if unknown: raise TypeError(f"{unknown[0]}: accepted are {', '.join(_accepted)}")
-        for cls in (NormOptions,StatsOptions): cls(**{n:v for n,v in options.items() if n in signature(cls).parameters})   # raises
-        opening(*(options.get(n, default) for n,default in dict(folder=None, resume=False, overwrite=False).items()))
+        _check(**options)
         self.options = options
         self.recorder = None   # made when training begins
 
@@ -34,12 +39,14 @@ class RecordsTraining:
         "Another training of the same model goes on in the same record"
         self.end()
         if self.recorder is None: self.recorder = GradRecorder(model, **self.options)
-        if self.recorder.loop.model is not model: raise ValueError(f"{type(self).__name__} holds the record of another model: use a new one")
-        self.recorder.loop.all_optimizers = optimizers
-        self.recorder.loop.scaler = scaler
+        loop = self.recorder.loop
+        if loop.model is not model: raise ValueError(f"{type(self).__name__} holds the record of another model: use a new one")
+        loop.all_optimizers = optimizers
+        loop.scaler = scaler
         self.recorder.start()
 
     def end(self):
+        "Training is over, or was cut off"
         if self.recorder is not None: self.recorder.stop()
 
     @property
@@ -95,7 +102,9 @@ def _lightning_callback():
             self.begin(pl_module, list(trainer.optimizers), getattr(trainer.precision_plugin, 'scaler', None))
 
         def on_train_epoch_start(self, trainer, pl_module): self.recorder.epoch = trainer.current_epoch
-        def on_before_backward(self, trainer, pl_module, loss): self.recorder.loss(loss.detach()*trainer.accumulate_grad_batches)   # it was divided by that
+        def on_before_backward(self, trainer, pl_module, loss):
+            whole = loss.detach()*trainer.accumulate_grad_batches   # it was divided by that
+            self.recorder.loss(whole)
         def on_before_optimizer_step(self, trainer, pl_module, optimizer): self.recorder.read(optimizer)
         def on_train_end(self, trainer, pl_module): self.end()
         def on_exception(self, trainer, pl_module, exception): self.end()

@@ -38,7 +38,8 @@ def _in_time(df):
     group = np.zeros(len(df), np.int64)
     for c in ('run','phase'):
         if c in df: group = group*2 + _codes(df[c]).astype(np.int64)
-    if all((np.diff(time[group==g])>=0).all() for g in np.unique(group)): return df
+    def is_in_order(of_group): return (np.diff(time[group==of_group])>=0).all()
+    if all(map(is_in_order, np.unique(group))): return df
     inside = [c for c in ('step','kind','name','call','out','group','octave') if c in df]   # as rows follow each other in an iteration
     order = np.lexsort((*[_codes(df[c]) for c in inside[::-1]], time, group))
     return df.iloc[order].reset_index(drop=True)
@@ -138,7 +139,8 @@ class GradRecord:
         with stores.lock:
             if self._facts:   # lists that did not change are shared
                 last = self._facts[-1]
-                new = {**new, **{k:last[k] for k in ('params','backward') if k in new and last.get(k)==new[k]}}
+                shared = [name for name in ('params','backward') if name in new and last.get(name)==new[name]]
+                new = {**new, **{name:last[name] for name in shared}}
             self._facts.append(new)
 
     def facts_since(self, n):
@@ -617,7 +619,8 @@ def _norms_sentence(steps):
 # %% ../nbs/03_record.ipynb #2cd97b24
 def _parting_sentence(part, phase):
     "Of a comparison of two runs with the same tensors: where they part"
-    runs = {str(run) for t in ('tensors','params') if 'run' in part.frame(t) for run in part.frame(t)['run'].unique()}
+    frames = [part.frame(table) for table in ('tensors','params')]
+    runs = {str(run) for df in frames if 'run' in df for run in df['run'].unique()}
     if len(runs)!=2 or phase is None: return []
     try: return [f'{part.grad_diff(phase=phase).sentence()}.']
     except NotComparable: return []
@@ -642,7 +645,9 @@ def sentence(self:GradRecord,
 
 # %% ../nbs/03_record.ipynb #9605e18b
 @patch
-def __repr__(self:GradRecord): return f"GradRecord: {len(self)} iterations, {len(self.frame('tensors'))} rows, {len(self.frame('steps'))} steps"
+def __repr__(self:GradRecord):
+    rows,steps = (len(self.frame(table)) for table in ('tensors','steps'))
+    return f"GradRecord: {len(self)} iterations, {rows} rows, {steps} steps"
 
 # %% ../nbs/03_record.ipynb #a253f54c
 def _combined(df, by):
@@ -748,7 +753,10 @@ def save(self:GradRecord,
     dfs |= dict(breaks=breaks_frame(now.breaks), hist=now.frame('hist'))
     dfs = {t:conform(df, t) for t,df in dfs.items() if len(df)}
     parts = {t:encode(t, df, self.threshold, format) for t,df in dfs.items()}   # all of them, before anything is written
-    about = {t:{k:v for k,v in describe(t, df, self.threshold).items() if k not in BLANK} for t,df in dfs.items()}
+    about = {}
+    for t,df in dfs.items():
+        described = describe(t, df, self.threshold)
+        about[t] = {name:value for name,value in described.items() if name not in BLANK}
     if format=='csv':
         for t,part in parts.items(): about[t]['csv_crc32'] = crc32(part)
     facts = {'tensors':now.facts} if now.facts else {}
@@ -892,7 +900,8 @@ def compare(runs # name of a run -> whatever `as_record` takes
         lacking = all(r.lacks(t) for r in records.values())
         tables[t] = None if lacking else _joined([r.frame(t) for r in records.values()], names)
     breaks = []
-    for name,r in records.items(): breaks += [RunBreak(*brk._replace(phase=phase_name(brk.phase)), run=name) for brk in r.breaks]
+    for name,r in records.items():
+        for brk in r.breaks: breaks.append(RunBreak(*brk._replace(phase=phase_name(brk.phase)), run=name))
     facts = [{**f, 'run':name} for name,r in records.items() for f in r.facts]
     incidents = None
     if any(r.incidents is not None for r in records.values()):

@@ -23,9 +23,8 @@ from torch import nn, Tensor
 from torch.amp.grad_scaler import OptState
 from torch.autograd import Variable
 from torch.nn.parameter import is_lazy
-from torch.utils.hooks import unserializable_hook
 from fastai_gradstats.capture import OutputHooks, compiled_modules, grad_modules, grad_params, lent_modules, param_grads, silent, tensors, wrapped_child
-from fastai_gradstats.consumers import Consumer, FIT, Keys, LR_FIND, NormConsumer, NormOptions, Note, Readings, Role, Share, StatsConsumer, StatsOptions, engine_columns, opening
+from fastai_gradstats.consumers import FIT, Keys, NormConsumer, NormOptions, Note, Readings, Role, Share, StatsConsumer, StatsOptions, engine_columns, opening
 from fastai_gradstats.engine import Engine, GONE
 from fastai_gradstats.forward import ForwardCheck
 from fastai_gradstats.record import GradRecord, delegated

@@ -11,7 +11,7 @@ __all__ = []
 
 # %% ../nbs/03b2_resume.ipynb #c3200004
 from collections import namedtuple
-import numpy as np, pandas as pd
+import numpy as np
 from .files import find_parts,pick_facts,read_folder
 from .record import first_names
 from .stores import Break,Hist,phases,where

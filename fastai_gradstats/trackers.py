@@ -98,7 +98,8 @@ def label_of(name:str, group:int, by:str)->str:
     if by=='param': return name
     return f'group {group}' if by=='group' else module_of(name)
 
-StepNorms = namedtuple('StepNorms', 'step values squares')   # `values`: its row of `GradRecord.steps`, as a dict; `squares`: label -> squared norm
+# One step: its number, its row of `GradRecord.steps` as a dict, and label -> squared norm
+StepNorms = namedtuple('StepNorms', 'step values squares')
 
 def mean(values)->float: # NaN where there are none
     return float(np.mean(values)) if len(values) else np.nan
@@ -106,15 +107,19 @@ def mean(values)->float: # NaN where there are none
 def entry(steps:list # `StepNorms`
          )->dict: # name -> number
     "What is logged of some steps"
-    taken = [s for s in steps if not s.values['skipped']]
-    def of_taken(column): return np.array([s.values[column] for s in taken])
-    values = {'norm':mean(of_taken('norm')), 'norm_max':float(np.max([s.values['norm'] for s in steps])),
-              'clipped_norm':mean(of_taken('clipped_norm')), 'clip_share':mean(of_taken('clip_coef')<1),
-              'skipped':len(steps)-len(taken), 'nonfinite':int(sum(s.values['nonfinite'] for s in steps))}
-    values = {f'grad/{name}':value for name,value in values.items()}
-    labels = dict.fromkeys(label for s in taken for label in s.squares)
-    for label in labels:
-        values[f'grad_norm/{label}'] = mean(np.sqrt([s.squares[label] for s in taken if label in s.squares]))
+    taken = [step for step in steps if not step.values['skipped']]
+    def column(name, steps): return np.array([step.values[name] for step in steps])
+    totals = dict(
+        norm         = mean(column('norm', taken)),
+        norm_max     = float(np.max(column('norm', steps))),
+        clipped_norm = mean(column('clipped_norm', taken)),
+        clip_share   = mean(column('clip_coef', taken)<1),
+        skipped      = len(steps)-len(taken),
+        nonfinite    = int(sum(column('nonfinite', steps))))
+    values = {f'grad/{name}':value for name,value in totals.items()}
+    for label in dict.fromkeys(label for step in taken for label in step.squares):
+        squares = [step.squares[label] for step in taken if label in step.squares]
+        values[f'grad_norm/{label}'] = mean(np.sqrt(squares))
     return values
 
 # %% ../nbs/03b1_trackers.ipynb #99e9dfc5
@@ -126,6 +131,7 @@ class NormLog:
                  by,    # 'param', 'module' or 'group'; None: totals only
                  next_step=0 # of the record, which may have rows already
                 ):
+        self.log = log
         self.made_of = log,every,by
         self.tracker = tracker_of(log)
         self.every = every
@@ -151,10 +157,11 @@ class NormLog:
              ):
         "Send the intervals that are over"
         last = math.inf if next_step is None else next_step//self.every
-        due = [s for s in self.waiting if s.step//self.every<last]
+        def interval(step): return step.step//self.every
+        due = [step for step in self.waiting if interval(step)<last]
         self.waiting = self.waiting[len(due):]   # first: what is interrupted is not sent twice
         if next_step is not None: self.interval = last
-        for _,steps in groupby(due, lambda s: s.step//self.every): self.attempt(list(steps))
+        for _,steps in groupby(due, interval): self.attempt(list(steps))
         if next_step is None: self.end()
 
     def attempt(self, steps):
@@ -163,11 +170,11 @@ class NormLog:
             if not self.begun: self.begin()
             self.tracker.send(entry(steps), steps[-1].step)
         except Exception as e:
-            if not self.failed: warn(f"log: {self.made_of[0]!r} failed ({type(e).__name__}: {e}). Training goes on, and the record has what is not logged")
+            if not self.failed: warn(f"log: {self.log!r} failed ({type(e).__name__}: {e}). Training goes on, and the record has what is not logged")
             self.failed = True
 
     def end(self):
         if not self.begun: return
         self.begun = False
         try: self.tracker.flush()
-        except Exception as e: warn(f"log: {self.made_of[0]!r} could not be flushed ({type(e).__name__}: {e})")
+        except Exception as e: warn(f"log: {self.log!r} could not be flushed ({type(e).__name__}: {e})")

@@ -3,7 +3,7 @@ import gc,tracemalloc
 from random import Random
 import numpy as np,pytest,torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from fastai_gradstats import GradStatsCallback,GradRecord,digits_learner,engine
+from fastai_gradstats import GradStatsCallback,GradRecord,digits_learner
 from fastai_gradstats.engine import Engine
 from fastai_gradstats.histogram import DROP,LOWEST,SAMPLE,octaves,stride_of
 from fastai_gradstats.stats import SUM_SQ

@@ -1,5 +1,4 @@
 "Cancelled, raised, interrupted: complete steps stay, half ones leave no row, and the next fit is recorded."
-import signal,sys
 import numpy as np,pandas as pd,pytest,torch
 from fastai.basics import *
 from fastai.callback.all import *

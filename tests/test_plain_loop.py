@@ -1,13 +1,12 @@
 "`GradRecorder` in a plain loop: the callbacks' numbers, and what a loop may do."
-import copy
 import numpy as np,pandas as pd,pytest,torch
 from fastai.basics import *
 from fastai.callback.all import *
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
 from fastai_gradstats import GradRecorder,diagnose,save_report
-from helpers.callbacks import CPUAmp,Overflow,TrainOnly
-from helpers.training import both_callbacks,fit,image_data,dropout_convnet,same_values,seeded_mlp,vector_batches,warned
+from helpers.callbacks import TrainOnly
+from helpers.training import both_callbacks,fit,image_data,dropout_convnet,same_values,seeded_mlp
 
 def optim_wrapper_sgd(params, lr, **kwargs): return OptimWrapper(params, torch.optim.SGD, lr=lr)
 

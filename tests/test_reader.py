@@ -1,5 +1,5 @@
 "What a reader holds in his hands: a thread that reads while training, frames that are edited, networks that change, numbers at the edges of their types."
-import copy,os,pickle,sys,threading,time
+import copy,os,pickle,threading,time
 import numpy as np,pandas as pd,pytest,torch
 from torch import nn
 from fastai.basics import Callback,Learner,SGD

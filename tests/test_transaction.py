@@ -2,7 +2,6 @@
 import threading
 import numpy as np,pytest,torch
 
-from fastai_gradstats.by_rows import RowBuffer
 from fastai_gradstats.engine import Engine
 from fastai_gradstats.histogram import octaves
 from fastai_gradstats.stats import DOT,MAX,SCALE,SUM,SUM_SQ,W_SQ,ZEROS

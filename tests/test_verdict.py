@@ -1,12 +1,12 @@
 "A verdict: sick runs of a new user are found with their cause, healthy ones of all kinds get nothing above a note, and what could not be judged is said."
 import math
 from contextlib import nullcontext
-import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
+import pytest, torch, torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from fastai_gradstats import GradRecord, GradRecorder, diagnose
 from helpers.records import calm_steps
-from helpers.twins import Block, TwinTransformer
+from helpers.twins import Block
 
 # --- a plain loop over digits
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from unittest import mock
 import torch
 from triton.runtime import interpreter
-from fastai_gradstats import by_gpu_kernel,engine
+from fastai_gradstats import engine
 from fastai_gradstats.by_gpu_kernel import GpuBuffer
 from fastai_gradstats.gpu_launch import DTYPES,InterpretedKernels
 
