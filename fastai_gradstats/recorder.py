@@ -1093,14 +1093,14 @@ class LoopReader(Reader):
 
     def forward_begins(self, output)->bool:
         "A module was called. Is it to be recorded?"
-        if self.steps_under_way(): return False            # a step with a closure begins when the closure was evaluated once: that is the iteration, later evaluations are none
+        if any([w.running() for w in self.watches]): return False   # a step with a closure begins when the closure was evaluated once: that is the iteration, later evaluations are none
         if _in_backward(): return self.batch is not None   # a checkpoint computes it again
         if self.batch is None or self.task is not None:
             if self.goes_on is not None and not self.goes_on():   # it ended by an exception, and nobody told
                 self.guarded('the end', self.stop)
                 return False
-            self.loop.current_loss = None
             self.next_batch()
+            self.loop.current_loss = None   # the last batch may have been settled only now
             self.loop.batch_size = _batch_size(output)
         return self.batch is not None
 

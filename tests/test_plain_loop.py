@@ -160,6 +160,7 @@ def mlp_recorder(make_opt=lambda ps: torch.optim.SGD(ps, lr=.1), **kw):
     x,y = torch.randn(8,6, generator=torch.Generator().manual_seed(1)),torch.arange(8)%3
     return model,opt,GradRecorder(model, opt, **kw),lambda: F.cross_entropy(model(x), y)
 
+def norm_of(model): return nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
 def total(loss, model): return nn.utils.get_total_norm(torch.autograd.grad(loss, list(model.parameters()))).item()
 
 def test_lbfgs():
@@ -303,22 +304,42 @@ def test_interrupted(exc):
     assert rec.steps['fit'].tolist()==[0,1] and rec.steps['step'].tolist()==[0,1]
 
 def test_an_optimizer_that_raises():
-    "A step that raised is over: the next one is recorded"
+    "A step that raised is over, and none that was taken: it is there as skipped, with its loss, and the batch after it has all its rows"
     class Fails(torch.optim.SGD):
         fails = False
         def step(self, closure=None):
             if self.fails: raise ZeroDivisionError
             return super().step()
     model,opt,rec,loss = mlp_recorder(lambda ps: Fails(ps, lr=.1))
+    want = []
     with rec:
-        for i in range(3):
+        for i in range(4):
             opt.fails = i==1
-            loss().backward()
+            rec.loss(l := loss())
+            l.backward()
+            want.append(norm_of(model))
             try: opt.step()
             except ZeroDivisionError: pass
             opt.zero_grad()
-    assert rec.steps['skipped'].tolist() in ([False,False],[False,True,False])
-    assert rec.df[rec.df['kind']=='param'].groupby('step').size().tolist()[0]==4
+    assert rec.steps['skipped'].tolist()==[False,True,False,False] and rec.steps['iteration'].tolist()==[0,1,2,3]
+    np.testing.assert_allclose(rec.norms, want, rtol=1e-6)
+    assert rec.steps['loss'].notna().all()
+    assert rec.df.groupby('iteration').size().tolist()==[6]*4
+
+def test_a_step_left_out_by_hand():
+    "Read, found wanting and cleared: a skipped step with its own loss and samples"
+    model,opt,rec,loss = mlp_recorder()
+    losses = []
+    with rec:
+        for i in range(3):
+            rec.loss(l := loss())
+            losses.append(l.item())
+            l.backward()
+            rec.read()
+            if i!=1: opt.step()
+            opt.zero_grad()
+    assert rec.steps['skipped'].tolist()==[False,True,False] and rec.steps['bs'].tolist()==[8]*3
+    np.testing.assert_allclose(rec.steps['loss'], losses, rtol=1e-6)
 
 # --- the rest of the package
 
