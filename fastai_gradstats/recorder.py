@@ -1030,7 +1030,7 @@ class PlainLoop(Loop):
     @property
     def optimizer(self): return self.stepping or (self.all_optimizers[-1] if self.all_optimizers else None)
     def lr(self): return last_lr(self.optimizer)
-    def param_groups(self): return [group['params'] for opt in self.all_optimizers for group in opt.param_groups]
+    def param_groups(self): return [params for opt in self.all_optimizers for params in groups_of(opt)]
 
     def scale(self):
         return scale_of(self.scaler) if self.scaler is not None and self.scaler.is_enabled() else None
@@ -1072,6 +1072,12 @@ class LoopReader(Reader):
     no_task = -1            # what torch gives outside of a backward
     step_was_taken = False  # since the scaler began its step
     goes_on = None          # a function: is the training that began still under way? None: until `stop`
+    saw_backward = False    # in this fit
+    saw_step = False
+
+    def fit_begins(self, *args, **kwargs):
+        super().fit_begins(*args, **kwargs)
+        self.saw_backward = self.saw_step = False
 
     def start(self):
         super().start()
@@ -1119,6 +1125,7 @@ class LoopReader(Reader):
         "The first gradient of a backward has come"
         if self.batch is None or self.batch.backward: self.begin_again()
         self.task = torch._C._current_graph_task_id()
+        self.saw_backward = True
         self.before_backward()
         Variable._execution_engine.queue_callback(lambda: self.guarded('after_backward', self.after_backward))
 
@@ -1141,6 +1148,7 @@ class LoopReader(Reader):
 
     def optimizer_steps(self):
         running = [w.opt() for w in self.watches if w.running()]
+        self.saw_step = True
         if len(running)==1:
             self.loop.stepping = running[0]
             self.need_batch()
@@ -1163,6 +1171,10 @@ class LoopReader(Reader):
         self.stepped()
         self.step_is_over()
 
+    def tell_no_step(self):
+        if self.saw_step or not self.saw_backward or not self.loop.optimizers() or sys.exc_info()[0] is not None: return
+        self.say(f"No step of {self.loop.optimizer_name()} was seen: gradients of parameters and norms are not recorded. Give the optimizer that steps in this loop", 'no step')
+
     def step_is_over(self):
         self.loop.stepping = None
         if self.hooks: return
@@ -1173,7 +1185,7 @@ class LoopReader(Reader):
         "Of several optimizers, each has its own parameters"
         found = super().param_grads()
         if len(self.loop.all_optimizers)<2 or self.loop.stepping is None: return found
-        own = {id(p) for group in self.loop.stepping.param_groups for p in group['params']}
+        own = {id(p) for params in groups_of(self.loop.stepping) for p in params}
         return [o for o in found if id(o[1]) in own]
 
 # %% ../nbs/03d_recorder.ipynb #2a1bd93a
@@ -1207,7 +1219,16 @@ def _optimizers(opt)->list:
     many = list(opt) if isinstance(opt, (list,tuple)) else [opt]
     for o in many:
         if not hasattr(o, 'step'): raise TypeError(f"opt: an optimizer, or a list of optimizers, is accepted, got {type(o).__name__}")
-    return many
+    return [innermost(o) for o in many]
+
+def groups_of(opt)->list:
+    "Lists of an optimizer's parameters; none where it does not say"
+    return [group['params'] for group in getattr(opt, 'param_groups', [])]
+
+def innermost(opt):
+    "The optimizer inside accelerate's, whose `step` does nothing where gradients only accumulate"
+    while type(opt).__module__.startswith('accelerate.') and hasattr(opt, 'optimizer'): opt = opt.optimizer
+    return opt
 
 # %% ../nbs/03d_recorder.ipynb #c03ddd08
 @delegate_to_record
@@ -1247,6 +1268,7 @@ class GradRecorder:
             consumer.record = self._record
             self.reader.join(consumer)
         self._scaler_watch = None
+        self._entered = 0
 
     def start(self):
         "Hooks go on. Each start is a `fit` of its own in the record"
@@ -1255,6 +1277,7 @@ class GradRecorder:
         for consumer in self.reader.consumers:
             open_folder(consumer)
             consumer.begin_log()
+        if not self.loop.optimizers() and self._wants_params(): self.reader.say(self._no_optimizer)
         self.reader.fit_begins()
         self.reader.start()
         scaler = self.loop.scaler
@@ -1264,15 +1287,28 @@ class GradRecorder:
                                              lambda: guarded('the scaler\'s step', self.reader.scaler_stepped))
         return self
 
+    _no_optimizer = "No optimizer was given (`opt`): gradients of parameters and norms are read as it steps, and are not recorded"
+    def _wants_params(self): return any(c.full and c.options.kind!='output' for c in self.reader.consumers)
+
     def stop(self):
         "Hooks come off, and what is half done is discarded. May be called twice"
         self.reader.guarded('the end', self.reader.stop)
+        self.reader.tell_no_step()
         if self._scaler_watch is not None: self._scaler_watch.remove()
         self._scaler_watch = None
         for consumer in self.reader.consumers: consumer.write(everything=True)
 
-    def __enter__(self): return self.start()
-    def __exit__(self, *exception): self.stop()
+    def __enter__(self):
+        self.start()
+        self._entered += 1   # one `with` may be inside another: the outermost stops
+        return self
+
+    def __exit__(self, *exception):
+        self._entered -= 1
+        if not self._entered: self.stop()
+
+    def __reduce_ex__(self, proto):
+        raise TypeError("GradRecorder belongs to the training of its model and is not copied; its record can be: `rec.record`, or `rec.save(folder)`")
 
     @property
     def record(self)->GradRecord:
@@ -1290,11 +1326,12 @@ class GradRecorder:
     def read(self, opt=None # of several optimizers, the one that is about to step
             ):
         "Read gradients now: ahead of your own clipping, so that `norm` is the one before it"
+        if not self.loop.all_optimizers: return self.reader.say(f"read(): {self._no_optimizer}")
         several = len(self.loop.all_optimizers)>1
         if several and opt is None:
             self.reader.say("read(): with several optimizers, name the one that is about to step: `rec.read(opt)`. Norms are those that the optimizer got")
             return
-        if several: self.loop.stepping = opt
+        if several: self.loop.stepping = innermost(opt)
         self.reader.guarded('read', self.reader.read)
 
     def loss(self, loss # a tensor or number

@@ -4,7 +4,7 @@ import numpy as np,pytest,torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader,TensorDataset
-from fastai_gradstats import loops
+from fastai_gradstats import GradRecorder,loops
 from helpers.training import same_tensors,seeded_mlp,vector_data
 
 SAMPLES,BATCH_SIZE = 48,8
@@ -142,6 +142,24 @@ def test_trainer_of_another_model(tmp_path):
     grads = loops.GradTrainerCallback()
     hf_trainer(tmp_path, grads).train()
     with pytest.raises(ValueError, match='another model'): hf_trainer(tmp_path, grads).train()
+
+@needs_trainer
+def test_a_loop_with_accelerate():
+    "The prepared optimizer's `step` does nothing while gradients accumulate: that is no step"
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = seeded_mlp()
+    model,opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=.1))
+    norms = []
+    with GradRecorder(model, opt) as rec:
+        for batch in DataLoader(TensorDataset(*vector_data(SAMPLES)), BATCH_SIZE):
+            with accelerator.accumulate(model):
+                accelerator.backward(F.cross_entropy(model(batch[0]), batch[1]))
+                if accelerator.sync_gradients: norms.append(norm_of_params(model))
+                opt.step()
+                opt.zero_grad()
+    check_rows_of(rec, norms, per_step=2)
+    assert nothing_stays(opt)
 
 # --- Lightning
 

@@ -1,5 +1,5 @@
 "`GradRecorder` in a plain loop: the callbacks' numbers, and what a loop may do."
-import copy
+import pickle,warnings
 import numpy as np,pandas as pd,pytest,torch
 from fastai.basics import *
 from fastai.callback.all import *
@@ -340,6 +340,64 @@ def test_a_step_left_out_by_hand():
             opt.zero_grad()
     assert rec.steps['skipped'].tolist()==[False,True,False] and rec.steps['bs'].tolist()==[8]*3
     np.testing.assert_allclose(rec.steps['loss'], losses, rtol=1e-6)
+
+class StepsOnly:
+    "An optimizer that has a `step`, and nothing else"
+    def __init__(self, params): self.params = list(params)
+    @torch.no_grad()
+    def step(self):
+        for p in self.params: p -= .1*p.grad
+
+def test_an_optimizer_that_only_steps():
+    model,opt,rec,loss = mlp_recorder(StepsOnly, update_every=1)
+    want = []
+    with rec:
+        for _ in range(3):
+            loss().backward()
+            want.append(norm_of(model))
+            opt.step()
+            model.zero_grad()
+    np.testing.assert_allclose(rec.norms, want, rtol=1e-6)
+    np.testing.assert_allclose(rec.steps['update_norm'], .1*np.array(want), rtol=1e-4)
+    assert 'step' not in opt.__dict__
+
+def test_no_step_is_seen():
+    "Without an optimizer, or with one that does not step, outputs are recorded and a sentence says what is not"
+    model,opt,_,loss = mlp_recorder()
+    def train(rec, read):
+        with rec:
+            for _ in range(2):
+                loss().backward()
+                if read: rec.read()
+                opt.step()
+                opt.zero_grad()
+        assert not len(rec.steps) and rec.kinds_recorded()==['output']
+    for other,read,says in ((None,False,'No optimizer was given'), (None,True,'read.*No optimizer'), (torch.optim.Adam(seeded_mlp().parameters()),False,'No step of Adam')):
+        with pytest.warns(UserWarning, match=says): train(GradRecorder(model, other), read)
+    with warnings.catch_warnings(action='error'):
+        with GradRecorder(model, kind='output'): loss().backward()
+        with pytest.raises(KeyboardInterrupt), GradRecorder(model, opt):   # no time for one
+            loss().backward()
+            raise KeyboardInterrupt
+
+def test_with_inside_with():
+    "The outermost stops it"
+    model,opt,rec,loss = mlp_recorder()
+    def epoch():
+        with rec: loss().backward(); opt.step(); opt.zero_grad()
+    with rec:
+        for _ in range(2): epoch()
+    assert rec.steps['fit'].tolist()==[0,0] and not _global_forward_hooks
+    epoch()
+    assert rec.steps['fit'].tolist()==[0,0,1]
+
+@pytest.mark.parametrize('copies', (copy, deepcopy, pickle.dumps))
+def test_a_recorder_is_not_copied(copies):
+    "Its record is"
+    model,opt,rec,loss = mlp_recorder()
+    with rec: loss().backward(); opt.step()
+    with pytest.raises(TypeError, match='rec.record'): copies(rec)
+    assert pickle.loads(pickle.dumps(rec.record)).df.equals(rec.df)
 
 # --- the rest of the package
 
