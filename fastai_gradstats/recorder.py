@@ -1099,7 +1099,7 @@ class LoopReader(Reader):
 
     def forward_begins(self, output)->bool:
         "A module was called. Is it to be recorded?"
-        if any([w.running() for w in self.watches]): return False   # a step with a closure begins when the closure was evaluated once: that is the iteration, later evaluations are none
+        if self.is_stepping(): return False                # a step with a closure begins when the closure was evaluated once: that is the iteration, later evaluations are none
         if _in_backward(): return self.batch is not None   # a checkpoint computes it again
         if self.batch is None or self.task is not None:
             if self.goes_on is not None and not self.goes_on():   # it ended by an exception, and nobody told
@@ -1142,7 +1142,12 @@ class LoopReader(Reader):
         self.next_batch()
         self.task = self.no_task
 
+    def is_stepping(self)->bool:
+        "Is a step under way? One with a closure is when that was evaluated once: what it does again is not recorded"
+        return any([w.running() for w in self.watches])
+
     def read(self):
+        if self.is_stepping(): return
         self.need_batch()
         super().read()
 
@@ -1218,7 +1223,7 @@ def _optimizers(opt)->list:
     if opt is None: return []
     many = list(opt) if isinstance(opt, (list,tuple)) else [opt]
     for o in many:
-        if not hasattr(o, 'step'): raise TypeError(f"opt: an optimizer, or a list of optimizers, is accepted, got {type(o).__name__}")
+        if not hasattr(o, 'step') or isinstance(o, type): raise TypeError(f"opt: an optimizer, or a list of optimizers, is accepted, got {type(o).__name__}")
     return [innermost(o) for o in many]
 
 def groups_of(opt)->list:
@@ -1255,6 +1260,8 @@ class GradRecorder:
                  overwrite:bool=False # begin anew where the folder holds a record
                 ):
         if not isinstance(model, nn.Module): raise TypeError(f"model: an nn.Module is accepted, got {type(model).__name__}")
+        if scaler is not None and not all(hasattr(scaler, name) for name in ('scale','step','is_enabled')):
+            raise TypeError(f"scaler: a `torch.amp.GradScaler` is accepted, got {type(scaler).__name__}")
         options = StatsOptions(kind, modules, include, every, threshold, hist, keep, extra)
         check_model(model, options.kind)
         self.loop = PlainLoop(model, _optimizers(opt), scaler)
@@ -1337,7 +1344,7 @@ class GradRecorder:
     def loss(self, loss # a tensor or number
             ):
         "The loss of this iteration, for the column `loss` and for findings. Nothing waits for it"
-        self.loop.current_loss = loss.detach() if isinstance(loss, Tensor) else loss
+        if not self.reader.is_stepping(): self.loop.current_loss = loss.detach() if isinstance(loss, Tensor) else loss
         return loss
 
     def __repr__(self): return f'GradRecorder: {self.record!r}'

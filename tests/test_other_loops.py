@@ -270,6 +270,17 @@ def test_lightning_is_stopped(error):
 
 @needs_lightning
 @pytest.mark.filterwarnings('ignore')
+def test_lightning_lbfgs():
+    "Lightning's event comes at each evaluation of the closure: the first is recorded, with its loss"
+    module,grads = lit_module(),loops.GradLightningCallback()
+    module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters(), max_iter=3)
+    lit_fit(module, grads)
+    first = [i for i,loss in enumerate(module.losses) if np.isin(np.float32(loss), grads.steps['loss'].astype(np.float32))]
+    assert len(module.norms)>N_STEPS==len(grads.steps) and first[0]==0
+    check_rows_of(grads, [module.norms[i] for i in first])
+
+@needs_lightning
+@pytest.mark.filterwarnings('ignore')
 def test_lightning_of_another_model():
     grads = loops.GradLightningCallback()
     lit_fit(lit_module(), grads)

@@ -163,20 +163,25 @@ def mlp_recorder(make_opt=lambda ps: torch.optim.SGD(ps, lr=.1), **kw):
 def norm_of(model): return nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
 def total(loss, model): return nn.utils.get_total_norm(torch.autograd.grad(loss, list(model.parameters()))).item()
 
-def test_lbfgs():
-    "One step, one iteration: the first evaluation, at the weights from which the step starts"
-    model,opt,rec,loss = mlp_recorder(lambda ps: torch.optim.LBFGS(ps, max_iter=4))
+@pytest.mark.parametrize('kind', ('both','param'))
+@pytest.mark.parametrize('reads', (False,True))
+def test_lbfgs(reads, kind):
+    "One step, one iteration: the first evaluation, at the weights from which the step starts, with its loss; whatever the closure calls again"
+    model,opt,rec,loss = mlp_recorder(lambda ps: torch.optim.LBFGS(ps, max_iter=4), kind=kind)
     def closure():
         opt.zero_grad()
-        l = loss()
+        l = rec.loss(loss())
         l.backward()
+        if reads: rec.read()
         return l
-    want = []
+    want,losses = [],[]
     with rec:
         for _ in range(3):
             want.append(total(loss(), model))
+            losses.append(loss().item())
             opt.step(closure)
     np.testing.assert_allclose(rec.norms, want, rtol=1e-6)
+    np.testing.assert_allclose(rec.steps['loss'], losses, rtol=1e-6)
     params = rec.df[rec.df['kind']=='param']
     assert params.groupby('step').size().tolist()==[4,4,4]
 
@@ -417,7 +422,7 @@ def test_plots_findings_report_files(tmp_path):
 
 def test_bad_arguments():
     model = nn.Linear(2,1)
-    for f,msg in ((lambda: GradRecorder('model', None), 'model'), (lambda: GradRecorder(model, 3), 'opt'), (lambda: GradRecorder(model, kind='all'), 'kind'),
+    for f,msg in ((lambda: GradRecorder('model', None), 'model'), (lambda: GradRecorder(model, 3), 'opt'), (lambda: GradRecorder(model, torch.optim.SGD), 'opt'), (lambda: GradRecorder(model, scaler=3), 'scaler'), (lambda: GradRecorder(model, kind='all'), 'kind'),
                   (lambda: GradRecorder(model, include='nothing'), 'include'), (lambda: GradRecorder(model, every=2, update_every=3), 'update_every'),
                   (lambda: GradRecorder(model, modules=[nn.Linear(2,1)]), 'modules')):
         with pytest.raises((TypeError,ValueError), match=msg): f()
