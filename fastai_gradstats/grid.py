@@ -13,7 +13,7 @@ __all__ = []
 from collections import namedtuple
 from difflib import get_close_matches
 import numpy as np, pandas as pd
-from .record import NotRecorded,check_fit,nothing_there
+from .record import NotRecorded,nothing_there
 from .stores import kinds,phases
 
 # %% ../nbs/04c_grid.ipynb #ee13dfe1
@@ -63,6 +63,16 @@ def check_which(kind=None, phase=None):
 def several(value):
     "Is it a list of numbers, or one?"
     return pd.api.types.is_list_like(value)
+
+def check_fit(df, fit, phase='fit'):
+    "Raises where one of the fits that are asked for is not in the frame"
+    if fit is None: return
+    known = (df['fit'] if phase is None else df.loc[df['phase']==phase,'fit']).unique()
+    missing = [f for f in (fit if several(fit) else [fit]) if f not in known]
+    if not len(known) or not missing: return
+    of_phase = f" in phase '{phase}'" if phase else ''
+    known = f'between {known.min()} and {known.max()}'
+    raise ValueError(f"fit: accepted are those recorded{of_phase}, {known}, a list of them, and None for all, got {missing[0]!r}")
 
 # %% ../nbs/04c_grid.ipynb #dc170acc
 def matching(df, **want):

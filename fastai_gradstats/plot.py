@@ -19,13 +19,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation,MaxNLocator
 from matplotlib.transforms import ScaledTranslation
-from .grid import (Cells,absolute,at_iteration,boundaries,boundary_name,cells,check_stat,check_which,colour_range,image,
+from .grid import (Cells,absolute,at_iteration,boundaries,boundary_name,cells,check_fit,check_stat,check_which,colour_range,image,
                                    iterations,kinds_there,matching,need_norms,need_octaves,need_tensors,no_norms,no_tensors,
                                    norm_steps,octaves,per_iteration,places,points,printed,run_name,shortened,tensor_label,
                                    tensors,words,
                                    worst)
 from .differ import GradDiff,grad_diff
-from .record import as_record,check_fit
+from .record import as_record
 from .stores import kinds
 
 # %% ../nbs/05_plot.ipynb #2f39a621

@@ -287,28 +287,6 @@ def select(self:GradRecord,
     if incidents is not None: incidents = [o for o in incidents if _matches(o, wanted, ('fit','phase','epoch','run'))]
     return _of_stores(tables, self.threshold, breaks, facts, self.kinds_recorded(), self._asked, incidents)
 
-# %% ../nbs/03_record.ipynb #f17c0a5e
-def check_fit(df, fit, phase='fit'):
-    "Raises where one of the fits that are asked for is not in the frame"
-    if fit is None: return
-    known = (df['fit'] if phase is None else df.loc[df['phase']==phase,'fit']).unique()
-    missing = [f for f in _among(fit) if f not in known]
-    if not len(known) or not missing: return
-    of_phase = f" in phase '{phase}'" if phase else ''
-    known = f'between {known.min()} and {known.max()}'
-    raise ValueError(f"fit: accepted are those recorded{of_phase}, {known}, a list of them, and None for all, got {missing[0]!r}")
-
-def check_fits(rec, fit, phase='fit'):
-    "The same for a whole record"
-    if fit is None: return
-    known = [rec.frame(t)[['phase','fit']].drop_duplicates() for t in ('tensors','steps','params')]
-    check_fit(pd.concat([df.astype({'phase':object}) for df in known]), fit, phase)
-
-def _part(rec, phase, fit, kind='both'):
-    "What a view is about"
-    check_fits(rec, fit, phase)
-    return rec.select(kind=kind, phase=phase, fit=fit)
-
 # %% ../nbs/03_record.ipynb #a012b3d9
 class _Iterations(Sequence):
     "The iterations of `df`, each an `L` of dicts"
@@ -404,7 +382,7 @@ def per_iteration(self:GradRecord,
     self._need('tensors')
     if reduce not in ('max','mean'): raise ValueError(f"reduce: accepted are 'max' and 'mean', got {reduce!r}")
     if kind is None: kind = self.default_kind() if len(self.frame('tensors')) else 'both'
-    df = _part(self, phase, fit, kind).frame('tensors')
+    df = self.select(kind=kind, phase=phase, fit=fit).frame('tensors')
     _check_stat(stat, df)
     values = df.groupby(['phase','fit','iteration'], sort=False, observed=True)[stat]
     return getattr(values, reduce)(skipna=False).reset_index()[['iteration',stat]]
@@ -431,7 +409,7 @@ def share_above(self:GradRecord,
                ): # float, or a Series
     "Share of gradient elements with absolute value above the threshold"
     self._need('tensors')
-    df = _part(self, phase, fit, kind).frame('tensors')
+    df = self.select(kind=kind, phase=phase, fit=fit).frame('tensors')
     if by is None:
         n = df['numel'].sum()
         return df['above'].sum()/n if n else np.nan
@@ -449,7 +427,7 @@ def top(self:GradRecord,
        )->pd.DataFrame:
     "The rows with the largest `stat`; NaN comes first, then inf"
     self._need('tensors')
-    df = _part(self, phase, fit, kind).df
+    df = self.select(kind=kind, phase=phase, fit=fit).df
     _check_stat(stat, df)
     values = df[stat].fillna(np.inf)
     n = int(n)   # a numpy integer may have no sign
@@ -564,7 +542,7 @@ def first_nonfinite(self:GradRecord,
     then it is in the batch or in the weights of `before`, which give the same pair. 'after backward' is from '(outputs)', all finite in this process, to '(parameters)', or to
     the first one where they are all of one module. Where iterations were left out (`every`), it may have begun after the one before"""
     self._need('tensors')
-    part = _part(self, phase, fit)
+    part = self.select(phase=phase, fit=fit)
     df = part.frame('tensors')
     bad = np.flatnonzero(df['nonfinite']>0)
     first = bad[0] if len(bad) else len(df)
@@ -650,7 +628,7 @@ def sentence(self:GradRecord,
              fit=None # number of a `fit` of its phase, or a list; None for all
             )->str:
     "What the record says about the thread's question: how large the gradients were, and how often above the threshold"
-    part = _part(self, phase, fit)
+    part = self.select(phase=phase, fit=fit)
     df = part.frame('tensors')
     df = df[['phase','fit','iteration','kind','name','max_abs','above','nonfinite']]
     res = []
@@ -685,7 +663,7 @@ def by(self:GradRecord,
     "Gradient and weight norms per step, and `dot`, the sum of gradient times weight; over several parameters norms combine as the root of the sum of squares"
     if what not in ('param','module','group'): raise ValueError(f"what: accepted are 'param', 'module' and 'group', got {what!r}")
     self._need('params')
-    df = _part(self, phase, fit).frame('params')
+    df = self.select(phase=phase, fit=fit).frame('params')
     first = [*where,'name','group']
     df = df[first+[c for c in df if c not in first]]
     if what=='param': return _handed(df)
@@ -713,8 +691,9 @@ def suggest_clip(self:GradRecord,
     "A `max_norm` for `GradientClip`: a quantile of the finite norms before clipping, without steps that were skipped"
     if not isinstance(q, (int,float,np.number)) or not 0<q<=1: raise ValueError(f"q: a number above 0, up to 1 is accepted, got {q!r}")
     self._need('steps')
-    steps = _part(self, phase, fit).frame('steps')
-    if not len(steps): raise ValueError(f"no norms recorded{'' if phase is None else f' in phase {phase!r}'}: GradNormCallback() records them")
+    steps = self.select(phase=phase, fit=fit).frame('steps')
+    if not len(self.frame('steps')): raise ValueError("no norms recorded: GradNormCallback() records them")
+    if not len(steps): raise ValueError(f"no norms recorded where phase={phase!r} and fit={fit!r}")
     norms = steps.loc[~steps['skipped'].astype(bool)&~nothing_there(steps),'norm']
     if not len(norms): raise ValueError(f"no gradient was left at the step in {len(steps)} steps, so there is no norm: diagnose() says more")
     finite = norms[np.isfinite(norms)]
@@ -943,7 +922,7 @@ def summary(self:GradRecord,
            )->str:
     "A table for the terminal: each tensor's largest gradient, where it was, its median norm and shares of elements"
     sentence = self.sentence(phase, fit)
-    df = _part(self, phase, fit).frame('tensors')
+    df = self.select(phase=phase, fit=fit).frame('tensors')
     if self.lacks('tensors'): return f"{sentence}\n\nNo table of tensors: GradStatsCallback() records them."
     if not len(df): return sentence
     table = _by_tensor(df, self.threshold)

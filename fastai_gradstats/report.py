@@ -20,10 +20,10 @@ from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
 from .diagnosis import diagnose,runs
 from .differ import grad_diff
-from .grid import (boundaries,boundary_name,cells,check_which,colour_range,image,image_columns,kinds_there,
+from .grid import (boundaries,boundary_name,cells,check_fit,check_which,colour_range,image,image_columns,kinds_there,
                                    matching,no_tensors,places,printed,run_name,tensors,words)
 from .plot import beyond,draw_heatmap,draw_training,lr_changes,plot_grad_diff,plot_grad_flow,plot_grad_norm
-from .record import GradRecord,NotComparable,NotRecorded,as_record,check_fits
+from .record import GradRecord,NotComparable,NotRecorded,as_record
 
 # %% ../nbs/07_report.ipynb #6c4580ef
 columns,most = 800,700_000   # columns, and values in all: 2.8 MB
@@ -445,7 +445,8 @@ def _incidents_html(rec, phase, fit):
 def _check(rec, phase, fit):
     "Raises where the phase or a fit is not one of those there are"
     check_which(phase=phase)
-    check_fits(rec, fit, phase)
+    known = [rec.frame(t)[['phase','fit']].drop_duplicates() for t in ('tensors','steps')]
+    check_fit(pd.concat(known), fit, phase)
 
 # %% ../nbs/07_report.ipynb #b3aafb83
 def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradRecord`, frame or folder

@@ -158,16 +158,12 @@ def test_one_fit():
     assert rec.summary(fit=0).splitlines()[0]==rec.sentence(fit=0) and rec.first_nonfinite(fit=1) is None
     assert rec.df['iteration'].tolist()[::4]==[w.iteration for w in plan]   # in the order of time, phases between each other
 
-def test_a_fit_that_was_not_recorded():
-    "Views name those that were; a part is empty"
-    rec = GradRecord(tensor_rows(plan), step_rows(plan), norm_rows(plan))
-    views = rec.log10_max,rec.top,rec.share_above,rec.per_iteration,rec.sentence,rec.summary,rec.first_nonfinite,rec.by,rec.elasticity,rec.radial,rec.suggest_clip
-    for view in views:
-        for fit,phase,there in ((2,'fit','0 and 1'), ('a','fit','0 and 1'), ([0,5],'lr_find','0 and 1'), (7,None,'0 and 1')):
-            with pytest.raises(ValueError, match=f'fit: accepted are those recorded.*between {there}.*got'): view(fit=fit, phase=phase)
-    assert len(rec.select(fit=2).df)==0 and len(GradRecord().log10_max(fit=2))==0
-    only_fits = GradRecord(steps=step_rows(four))
-    with pytest.raises(ValueError, match="in phase 'lr_find'"): only_fits.suggest_clip(phase='lr_find')
+def test_clip_of_a_fit_that_was_not_recorded():
+    "The message does not send one to a callback that was there"
+    rec = GradRecord(steps=step_rows(four))
+    for asked in (dict(phase='lr_find'), dict(fit=7)):
+        with pytest.raises(ValueError, match='no norms recorded where phase='): rec.suggest_clip(**asked)
+    with pytest.raises(ValueError, match='GradNormCallback'): GradRecord().suggest_clip()
 
 def test_same_number_other_phase():
     "Fit 0 of lr_find is not fit 0: neither the skipped step nor the NaN of one is the other's"
