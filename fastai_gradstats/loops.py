@@ -14,7 +14,7 @@ from functools import cache
 from inspect import signature
 from fastai_gradstats.consumers import NormOptions, StatsOptions, opening
 from fastai_gradstats.record import GradRecord
-from fastai_gradstats.recorder import GradRecorder, delegate_to_record, stack
+from fastai_gradstats.recorder import GradRecorder, delegate_to_record, innermost, stack
 
 # %% ../nbs/04a_loops.ipynb #2271ae3d
 _known_by_frameworks = {'self','model','opt','scaler'}
@@ -58,11 +58,6 @@ def _missing(package, name, error):
     return ImportError(f"{name}: {package} is needed and cannot be imported ({error}). `pip install {package}`")
 
 # %% ../nbs/04a_loops.ipynb #1f8e688e
-def _innermost(opt):
-    "The optimizer of torch inside accelerate's"
-    while hasattr(opt, 'optimizer'): opt = opt.optimizer
-    return opt
-
 def _goes_on(name):
     "A function: is the call of `name` that runs now still under way? None where none runs"
     code = next((f.f_code for f in stack() if f.f_code.co_name==name), None)
@@ -78,7 +73,7 @@ def _trainer_callback():
         "Records gradients while Hugging Face's Trainer trains. Arguments are those of `GradRecorder`"
 
         def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-            self.begin(model, [_innermost(optimizer)], getattr(optimizer, 'scaler', None))   # accelerate's has it
+            self.begin(model, [innermost(optimizer)], getattr(optimizer, 'scaler', None))   # accelerate's has it
             self.recorder.reader.goes_on = _goes_on('_inner_training_loop')
 
         def on_epoch_begin(self, args, state, control, **kwargs): self.recorder.epoch = int(state.epoch or 0)

@@ -697,7 +697,8 @@ def suggest_clip(self:GradRecord,
     if not isinstance(q, (int,float,np.number)) or not 0<q<=1: raise ValueError(f"q: a number above 0, up to 1 is accepted, got {q!r}")
     self._need('steps')
     steps = self.select(phase=phase, fit=fit).frame('steps')
-    if not len(steps): raise ValueError("no norms recorded: GradNormCallback() records them")
+    if not len(self.frame('steps')): raise ValueError("no norms recorded: GradNormCallback() records them")
+    if not len(steps): raise ValueError(f"no norms recorded where phase={phase!r} and fit={fit!r}")
     norms = steps.loc[~steps['skipped'].astype(bool)&~nothing_there(steps),'norm']
     if not len(norms): raise ValueError(f"no gradient was left at the step in {len(steps)} steps, so there is no norm: diagnose() says more")
     finite = norms[np.isfinite(norms)]

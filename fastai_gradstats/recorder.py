@@ -1029,7 +1029,7 @@ class PlainLoop(Loop):
     @property
     def optimizer(self): return self.stepping or (self.all_optimizers[-1] if self.all_optimizers else None)
     def lr(self): return last_lr(self.optimizer)
-    def param_groups(self): return [group['params'] for opt in self.all_optimizers for group in opt.param_groups]
+    def param_groups(self): return [params for opt in self.all_optimizers for params in groups_of(opt)]
 
     def scale(self):
         return scale_of(self.scaler) if self.scaler is not None and self.scaler.is_enabled() else None
@@ -1071,6 +1071,12 @@ class LoopReader(Reader):
     no_task = -1            # what torch gives outside of a backward
     step_was_taken = False  # since the scaler began its step
     goes_on = None          # a function: is the training that began still under way? None: until `stop`
+    saw_backward = False    # in this fit
+    saw_step = False
+
+    def fit_begins(self, *args, **kwargs):
+        super().fit_begins(*args, **kwargs)
+        self.saw_backward = self.saw_step = False
 
     def start(self):
         super().start()
@@ -1092,14 +1098,14 @@ class LoopReader(Reader):
 
     def forward_begins(self, output)->bool:
         "A module was called. Is it to be recorded?"
-        if self.steps_under_way(): return False            # a step with a closure begins when the closure was evaluated once: that is the iteration, later evaluations are none
+        if self.is_stepping(): return False                # a step with a closure begins when the closure was evaluated once: that is the iteration, later evaluations are none
         if _in_backward(): return self.batch is not None   # a checkpoint computes it again
         if self.batch is None or self.task is not None:
             if self.goes_on is not None and not self.goes_on():   # it ended by an exception, and nobody told
                 self.guarded('the end', self.stop)
                 return False
-            self.loop.current_loss = None
             self.next_batch()
+            self.loop.current_loss = None   # the last batch may have been settled only now
             self.loop.batch_size = _batch_size(output)
         return self.batch is not None
 
@@ -1118,6 +1124,7 @@ class LoopReader(Reader):
         "The first gradient of a backward has come"
         if self.batch is None or self.batch.backward: self.begin_again()
         self.task = torch._C._current_graph_task_id()
+        self.saw_backward = True
         self.before_backward()
         Variable._execution_engine.queue_callback(lambda: self.guarded('after_backward', self.after_backward))
 
@@ -1134,12 +1141,18 @@ class LoopReader(Reader):
         self.next_batch()
         self.task = self.no_task
 
+    def is_stepping(self)->bool:
+        "Is a step under way? One with a closure is when that was evaluated once: what it does again is not recorded"
+        return any([w.running() for w in self.watches])
+
     def read(self):
+        if self.is_stepping(): return
         self.need_batch()
         super().read()
 
     def optimizer_steps(self):
         running = [w.opt() for w in self.watches if w.running()]
+        self.saw_step = True
         if len(running)==1:
             self.loop.stepping = running[0]
             self.need_batch()
@@ -1162,6 +1175,10 @@ class LoopReader(Reader):
         self.stepped()
         self.step_is_over()
 
+    def tell_no_step(self):
+        if self.saw_step or not self.saw_backward or not self.loop.optimizers() or sys.exc_info()[0] is not None: return
+        self.say(f"No step of {self.loop.optimizer_name()} was seen: gradients of parameters and norms are not recorded. Give the optimizer that steps in this loop", 'no step')
+
     def step_is_over(self):
         self.loop.stepping = None
         if self.hooks: return
@@ -1172,7 +1189,7 @@ class LoopReader(Reader):
         "Of several optimizers, each has its own parameters"
         found = super().param_grads()
         if len(self.loop.all_optimizers)<2 or self.loop.stepping is None: return found
-        own = {id(p) for group in self.loop.stepping.param_groups for p in group['params']}
+        own = {id(p) for params in groups_of(self.loop.stepping) for p in params}
         return [o for o in found if id(o[1]) in own]
 
 # %% ../nbs/03d_recorder.ipynb #2a1bd93a
@@ -1205,8 +1222,17 @@ def _optimizers(opt)->list:
     if opt is None: return []
     many = list(opt) if isinstance(opt, (list,tuple)) else [opt]
     for o in many:
-        if not hasattr(o, 'step'): raise TypeError(f"opt: an optimizer, or a list of optimizers, is accepted, got {type(o).__name__}")
-    return many
+        if not hasattr(o, 'step') or isinstance(o, type): raise TypeError(f"opt: an optimizer, or a list of optimizers, is accepted, got {type(o).__name__}")
+    return [innermost(o) for o in many]
+
+def groups_of(opt)->list:
+    "Lists of an optimizer's parameters; none where it does not say"
+    return [group['params'] for group in getattr(opt, 'param_groups', [])]
+
+def innermost(opt):
+    "The optimizer inside accelerate's, whose `step` does nothing where gradients only accumulate"
+    while type(opt).__module__.startswith('accelerate.') and hasattr(opt, 'optimizer'): opt = opt.optimizer
+    return opt
 
 # %% ../nbs/03d_recorder.ipynb #c03ddd08
 @delegate_to_record
@@ -1233,6 +1259,8 @@ class GradRecorder:
                  overwrite:bool=False # begin anew where the folder holds a record
                 ):
         if not isinstance(model, nn.Module): raise TypeError(f"model: an nn.Module is accepted, got {type(model).__name__}")
+        if scaler is not None and not all(hasattr(scaler, name) for name in ('scale','step','is_enabled')):
+            raise TypeError(f"scaler: a `torch.amp.GradScaler` is accepted, got {type(scaler).__name__}")
         options = StatsOptions(kind, modules, include, every, threshold, hist, keep, extra)
         check_model(model, options.kind)
         self.loop = PlainLoop(model, _optimizers(opt), scaler)
@@ -1246,6 +1274,7 @@ class GradRecorder:
             consumer.record = self._record
             self.reader.join(consumer)
         self._scaler_watch = None
+        self._entered = 0
 
     def start(self):
         "Hooks go on. Each start is a `fit` of its own in the record"
@@ -1254,6 +1283,7 @@ class GradRecorder:
         for consumer in self.reader.consumers:
             open_folder(consumer)
             consumer.begin_log()
+        if not self.loop.optimizers() and self._wants_params(): self.reader.say(self._no_optimizer)
         self.reader.fit_begins()
         self.reader.start()
         scaler = self.loop.scaler
@@ -1263,15 +1293,28 @@ class GradRecorder:
                                              lambda: guarded('the scaler\'s step', self.reader.scaler_stepped))
         return self
 
+    _no_optimizer = "No optimizer was given (`opt`): gradients of parameters and norms are read as it steps, and are not recorded"
+    def _wants_params(self): return any(c.full and c.options.kind!='output' for c in self.reader.consumers)
+
     def stop(self):
         "Hooks come off, and what is half done is discarded. May be called twice"
         self.reader.guarded('the end', self.reader.stop)
+        self.reader.tell_no_step()
         if self._scaler_watch is not None: self._scaler_watch.remove()
         self._scaler_watch = None
         for consumer in self.reader.consumers: consumer.write(everything=True)
 
-    def __enter__(self): return self.start()
-    def __exit__(self, *exception): self.stop()
+    def __enter__(self):
+        self.start()
+        self._entered += 1   # one `with` may be inside another: the outermost stops
+        return self
+
+    def __exit__(self, *exception):
+        self._entered -= 1
+        if not self._entered: self.stop()
+
+    def __reduce_ex__(self, proto):
+        raise TypeError("GradRecorder belongs to the training of its model and is not copied; its record can be: `rec.record`, or `rec.save(folder)`")
 
     @property
     def record(self)->GradRecord:
@@ -1289,17 +1332,18 @@ class GradRecorder:
     def read(self, opt=None # of several optimizers, the one that is about to step
             ):
         "Read gradients now: ahead of your own clipping, so that `norm` is the one before it"
+        if not self.loop.all_optimizers: return self.reader.say(f"read(): {self._no_optimizer}")
         several = len(self.loop.all_optimizers)>1
         if several and opt is None:
             self.reader.say("read(): with several optimizers, name the one that is about to step: `rec.read(opt)`. Norms are those that the optimizer got")
             return
-        if several: self.loop.stepping = opt
+        if several: self.loop.stepping = innermost(opt)
         self.reader.guarded('read', self.reader.read)
 
     def loss(self, loss # a tensor or number
             ):
         "The loss of this iteration, for the column `loss` and for findings. Nothing waits for it"
-        self.loop.current_loss = loss.detach() if isinstance(loss, Tensor) else loss
+        if not self.reader.is_stepping(): self.loop.current_loss = loss.detach() if isinstance(loss, Tensor) else loss
         return loss
 
     def __repr__(self): return f'GradRecorder: {self.record!r}'

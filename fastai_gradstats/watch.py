@@ -103,7 +103,7 @@ class StepWatch:
 
     def use_methods(self, opt):
         self.handles.append(MethodWatch(opt, 'step', lambda: self.before_step(sys._getframe(1)), self.after_step))
-        self.handles.append(MethodWatch(opt, 'zero_grad', after=lambda: self.tell('optimizer_cleared')))
+        if hasattr(opt, 'zero_grad'): self.handles.append(MethodWatch(opt, 'zero_grad', after=lambda: self.tell('optimizer_cleared')))
 
     def before_hook(self, opt, args, kwargs):
         frame = sys._getframe(1)

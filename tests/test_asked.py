@@ -158,6 +158,13 @@ def test_one_fit():
     assert rec.summary(fit=0).splitlines()[0]==rec.sentence(fit=0) and rec.first_nonfinite(fit=1) is None
     assert rec.df['iteration'].tolist()[::4]==[w.iteration for w in plan]   # in the order of time, phases between each other
 
+def test_clip_of_a_fit_that_was_not_recorded():
+    "The message does not send one to a callback that was there"
+    rec = GradRecord(steps=step_rows(four))
+    for asked in (dict(phase='lr_find'), dict(fit=7)):
+        with pytest.raises(ValueError, match='no norms recorded where phase='): rec.suggest_clip(**asked)
+    with pytest.raises(ValueError, match='GradNormCallback'): GradRecord().suggest_clip()
+
 def test_same_number_other_phase():
     "Fit 0 of lr_find is not fit 0: neither the skipped step nor the NaN of one is the other's"
     rows = tensor_rows(plan, bad=[3])   # iteration 1 of the first lr_find

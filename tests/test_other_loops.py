@@ -4,7 +4,7 @@ import numpy as np,pytest,torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader,TensorDataset
-from fastai_gradstats import loops
+from fastai_gradstats import GradRecorder,loops
 from helpers.training import same_tensors,seeded_mlp,vector_data
 
 SAMPLES,BATCH_SIZE = 48,8
@@ -143,6 +143,24 @@ def test_trainer_of_another_model(tmp_path):
     hf_trainer(tmp_path, grads).train()
     with pytest.raises(ValueError, match='another model'): hf_trainer(tmp_path, grads).train()
 
+@needs_trainer
+def test_a_loop_with_accelerate():
+    "The prepared optimizer's `step` does nothing while gradients accumulate: that is no step"
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = seeded_mlp()
+    model,opt = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=.1))
+    norms = []
+    with GradRecorder(model, opt) as rec:
+        for batch in DataLoader(TensorDataset(*vector_data(SAMPLES)), BATCH_SIZE):
+            with accelerator.accumulate(model):
+                accelerator.backward(F.cross_entropy(model(batch[0]), batch[1]))
+                if accelerator.sync_gradients: norms.append(norm_of_params(model))
+                opt.step()
+                opt.zero_grad()
+    check_rows_of(rec, norms, per_step=2)
+    assert nothing_stays(opt)
+
 # --- Lightning
 
 needs_lightning = pytest.mark.skipif(not importlib.util.find_spec('lightning'), reason='lightning is not installed')
@@ -249,6 +267,17 @@ def test_lightning_is_stopped(error):
     check_rows_of(grads, module.norms)
     lit_fit(module, grads)
     assert grads.steps['fit'].tolist()==[0]*3+[1]*N_STEPS
+
+@needs_lightning
+@pytest.mark.filterwarnings('ignore')
+def test_lightning_lbfgs():
+    "Lightning's event comes at each evaluation of the closure: the first is recorded, with its loss"
+    module,grads = lit_module(),loops.GradLightningCallback()
+    module.configure_optimizers = lambda: torch.optim.LBFGS(module.parameters(), max_iter=3)
+    lit_fit(module, grads)
+    first = [i for i,loss in enumerate(module.losses) if np.isin(np.float32(loss), grads.steps['loss'].astype(np.float32))]
+    assert len(module.norms)>N_STEPS==len(grads.steps) and first[0]==0
+    check_rows_of(grads, [module.norms[i] for i in first])
 
 @needs_lightning
 @pytest.mark.filterwarnings('ignore')

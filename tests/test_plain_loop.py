@@ -1,4 +1,5 @@
 "`GradRecorder` in a plain loop: the callbacks' numbers, and what a loop may do."
+import pickle,warnings
 import numpy as np,pandas as pd,pytest,torch
 from fastai.basics import *
 from fastai.callback.all import *
@@ -159,22 +160,28 @@ def mlp_recorder(make_opt=lambda ps: torch.optim.SGD(ps, lr=.1), **kw):
     x,y = torch.randn(8,6, generator=torch.Generator().manual_seed(1)),torch.arange(8)%3
     return model,opt,GradRecorder(model, opt, **kw),lambda: F.cross_entropy(model(x), y)
 
+def norm_of(model): return nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
 def total(loss, model): return nn.utils.get_total_norm(torch.autograd.grad(loss, list(model.parameters()))).item()
 
-def test_lbfgs():
-    "One step, one iteration: the first evaluation, at the weights from which the step starts"
-    model,opt,rec,loss = mlp_recorder(lambda ps: torch.optim.LBFGS(ps, max_iter=4))
+@pytest.mark.parametrize('kind', ('both','param'))
+@pytest.mark.parametrize('reads', (False,True))
+def test_lbfgs(reads, kind):
+    "One step, one iteration: the first evaluation, at the weights from which the step starts, with its loss; whatever the closure calls again"
+    model,opt,rec,loss = mlp_recorder(lambda ps: torch.optim.LBFGS(ps, max_iter=4), kind=kind)
     def closure():
         opt.zero_grad()
-        l = loss()
+        l = rec.loss(loss())
         l.backward()
+        if reads: rec.read()
         return l
-    want = []
+    want,losses = [],[]
     with rec:
         for _ in range(3):
             want.append(total(loss(), model))
+            losses.append(loss().item())
             opt.step(closure)
     np.testing.assert_allclose(rec.norms, want, rtol=1e-6)
+    np.testing.assert_allclose(rec.steps['loss'], losses, rtol=1e-6)
     params = rec.df[rec.df['kind']=='param']
     assert params.groupby('step').size().tolist()==[4,4,4]
 
@@ -302,22 +309,100 @@ def test_interrupted(exc):
     assert rec.steps['fit'].tolist()==[0,1] and rec.steps['step'].tolist()==[0,1]
 
 def test_an_optimizer_that_raises():
-    "A step that raised is over: the next one is recorded"
+    "A step that raised is over, and none that was taken: it is there as skipped, with its loss, and the batch after it has all its rows"
     class Fails(torch.optim.SGD):
         fails = False
         def step(self, closure=None):
             if self.fails: raise ZeroDivisionError
             return super().step()
     model,opt,rec,loss = mlp_recorder(lambda ps: Fails(ps, lr=.1))
+    want = []
     with rec:
-        for i in range(3):
+        for i in range(4):
             opt.fails = i==1
-            loss().backward()
+            rec.loss(l := loss())
+            l.backward()
+            want.append(norm_of(model))
             try: opt.step()
             except ZeroDivisionError: pass
             opt.zero_grad()
-    assert rec.steps['skipped'].tolist() in ([False,False],[False,True,False])
-    assert rec.df[rec.df['kind']=='param'].groupby('step').size().tolist()[0]==4
+    assert rec.steps['skipped'].tolist()==[False,True,False,False] and rec.steps['iteration'].tolist()==[0,1,2,3]
+    np.testing.assert_allclose(rec.norms, want, rtol=1e-6)
+    assert rec.steps['loss'].notna().all()
+    assert rec.df.groupby('iteration').size().tolist()==[6]*4
+
+def test_a_step_left_out_by_hand():
+    "Read, found wanting and cleared: a skipped step with its own loss and samples"
+    model,opt,rec,loss = mlp_recorder()
+    losses = []
+    with rec:
+        for i in range(3):
+            rec.loss(l := loss())
+            losses.append(l.item())
+            l.backward()
+            rec.read()
+            if i!=1: opt.step()
+            opt.zero_grad()
+    assert rec.steps['skipped'].tolist()==[False,True,False] and rec.steps['bs'].tolist()==[8]*3
+    np.testing.assert_allclose(rec.steps['loss'], losses, rtol=1e-6)
+
+class StepsOnly:
+    "An optimizer that has a `step`, and nothing else"
+    def __init__(self, params): self.params = list(params)
+    @torch.no_grad()
+    def step(self):
+        for p in self.params: p -= .1*p.grad
+
+def test_an_optimizer_that_only_steps():
+    model,opt,rec,loss = mlp_recorder(StepsOnly, update_every=1)
+    want = []
+    with rec:
+        for _ in range(3):
+            loss().backward()
+            want.append(norm_of(model))
+            opt.step()
+            model.zero_grad()
+    np.testing.assert_allclose(rec.norms, want, rtol=1e-6)
+    np.testing.assert_allclose(rec.steps['update_norm'], .1*np.array(want), rtol=1e-4)
+    assert 'step' not in opt.__dict__
+
+def test_no_step_is_seen():
+    "Without an optimizer, or with one that does not step, outputs are recorded and a sentence says what is not"
+    model,opt,_,loss = mlp_recorder()
+    def train(rec, read):
+        with rec:
+            for _ in range(2):
+                loss().backward()
+                if read: rec.read()
+                opt.step()
+                opt.zero_grad()
+        assert not len(rec.steps) and rec.kinds_recorded()==['output']
+    for other,read,says in ((None,False,'No optimizer was given'), (None,True,'read.*No optimizer'), (torch.optim.Adam(seeded_mlp().parameters()),False,'No step of Adam')):
+        with pytest.warns(UserWarning, match=says): train(GradRecorder(model, other), read)
+    with warnings.catch_warnings(action='error'):
+        with GradRecorder(model, kind='output'): loss().backward()
+        with pytest.raises(KeyboardInterrupt), GradRecorder(model, opt):   # no time for one
+            loss().backward()
+            raise KeyboardInterrupt
+
+def test_with_inside_with():
+    "The outermost stops it"
+    model,opt,rec,loss = mlp_recorder()
+    def epoch():
+        with rec: loss().backward(); opt.step(); opt.zero_grad()
+    with rec:
+        for _ in range(2): epoch()
+    assert rec.steps['fit'].tolist()==[0,0] and not _global_forward_hooks
+    epoch()
+    assert rec.steps['fit'].tolist()==[0,0,1]
+
+@pytest.mark.parametrize('copies', (copy, deepcopy, pickle.dumps))
+def test_a_recorder_is_not_copied(copies):
+    "Its record is"
+    model,opt,rec,loss = mlp_recorder()
+    with rec: loss().backward(); opt.step()
+    with pytest.raises(TypeError, match='rec.record'): copies(rec)
+    assert pickle.loads(pickle.dumps(rec.record)).df.equals(rec.df)
 
 # --- the rest of the package
 
@@ -337,7 +422,7 @@ def test_plots_findings_report_files(tmp_path):
 
 def test_bad_arguments():
     model = nn.Linear(2,1)
-    for f,msg in ((lambda: GradRecorder('model', None), 'model'), (lambda: GradRecorder(model, 3), 'opt'), (lambda: GradRecorder(model, kind='all'), 'kind'),
+    for f,msg in ((lambda: GradRecorder('model', None), 'model'), (lambda: GradRecorder(model, 3), 'opt'), (lambda: GradRecorder(model, torch.optim.SGD), 'opt'), (lambda: GradRecorder(model, scaler=3), 'scaler'), (lambda: GradRecorder(model, kind='all'), 'kind'),
                   (lambda: GradRecorder(model, include='nothing'), 'include'), (lambda: GradRecorder(model, every=2, update_every=3), 'update_every'),
                   (lambda: GradRecorder(model, modules=[nn.Linear(2,1)]), 'modules')):
         with pytest.raises((TypeError,ValueError), match=msg): f()
