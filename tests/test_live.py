@@ -333,6 +333,7 @@ def until(f, seconds=60):
         assert time.monotonic()<end, 'waited in vain'
         time.sleep(.05)
 
+@pytest.mark.slow
 def test_watch_beside_a_process_that_writes(tmp_path):
     "The command: started before the run, it follows what this process writes, and ends at Ctrl-C with the verdict"
     command = [sys.executable, '-m', 'fastai_gradstats', 'report', str(tmp_path/'a'), '--watch', '--seconds', '.1']
