@@ -24,6 +24,7 @@ Modules:
 - `fastai_gradstats.kernel`: Everything about a gradient in one read, on a CPU
 - `fastai_gradstats.kernel_gpu`: Everything about a gradient in one read, on a GPU
 - `fastai_gradstats.layouts`: The elements of a tensor, however they are stored
+- `fastai_gradstats.live`: Heatmap and norms in a notebook's cell, redrawn while a fit goes on
 - `fastai_gradstats.loops`: The same recorder in Hugging Face's Trainer and in Lightning
 - `fastai_gradstats.plot`: A record in, Axes out
 - `fastai_gradstats.probe`: Gradients away from the training path: along rays through weight space, and sample by sample

@@ -14,10 +14,12 @@ import sys, weakref
 import fastai
 from copy import deepcopy
 from functools import cache, partial
+from numbers import Real
 from torch.autograd import Variable
 from torch.utils.hooks import unserializable_hook
 from fastai.basics import *
 from fastai.callback.fp16 import GradScaler, MixedPrecision, NonNativeMixedPrecision
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientClip
 from fastai_gradstats.consumers import FIT, LR_FIND, NormConsumer, NormOptions, StatsConsumer, StatsOptions, opening
 from fastai_gradstats.record import GradRecord
@@ -337,7 +339,49 @@ def _leave(learn, consumer):
     if events.reader.consumers: return
     guard = _guard_of(learn)
     if guard is not None and _frame(learn, '_do_epoch_train') is None: guard.remove()
-    learn.remove_cbs([c for c in learn.cbs if isinstance(c, (_Early,_GradEvents))])
+    learn.remove_cbs([c for c in learn.cbs if isinstance(c, (_Early,_Live,_GradEvents))])
+
+# %% ../nbs/04_callback.ipynb #71fe1002
+def live_seconds(live)->float: # None where nothing is drawn
+    "Seconds from picture to picture, at least"
+    if live is None or live is False: return None
+    if live is True: return 2.
+    if isinstance(live, Real) and 0<live<math.inf: return float(live)
+    raise ValueError(f"live: accepted are True, False and a number of seconds above 0, got {live!r}")
+
+def _live_view(learn, reader):
+    "What draws those of the Learner's callbacks that ask for it; None where there is no cell to draw in"
+    watched = [c for c in learn.cbs if isinstance(c, RecordCallback) and live_seconds(c.live) is not None]
+    if not watched or reader.rank: return None   # of several processes the first draws
+    from fastai_gradstats.live import LiveView, Source, in_notebook
+    if in_notebook():
+        sources = [Source(partial(getattr, c, 'record'), c._consumer.counts.fit) for c in watched]
+        return LiveView(sources, min(live_seconds(c.live) for c in watched))
+    folder = next((c.folder for c in watched if c.folder is not None), None)
+    streamed = '' if folder else "`folder='runs/a'` keeps the record in files, and "
+    reader.say(f"live: this is no notebook, so there is no cell to draw in. {streamed}`fastai-gradstats report {folder or 'runs/a'} --watch` in another terminal makes a page of them that refreshes itself", 'live')
+
+class _Live(Helper):
+    "Draws, while a fit goes on, what callbacks with `live` record"
+    order = ProgressCallback.order+1   # below its table
+    view = None
+    def before_fit(self):
+        if _sent_by(self.learn)=='fit': self.close()   # of a fit that was interrupted
+    def before_train(self):
+        if self.view is None and 'lr_finder' not in self.learn.__dict__: self.view = _live_view(self.learn, self.reader)
+    def after_batch(self):
+        if self.view is not None: self.view.update()
+    def after_fit(self):
+        if _sent_by(self.learn)!='fit': return   # of a `validate` within
+        self.close()
+        self.learn.remove_cb(self)
+
+    def close(self):
+        view,self.view = self.view,None
+        if view is not None: view.finish()
+
+def _draw_live(learn, reader):
+    if not any(isinstance(c, _Live) for c in learn.cbs): learn.add_cb(_Live(reader))
 
 # %% ../nbs/04_callback.ipynb #cee5ad73
 class RecordCallback(_Ours, Callback):
@@ -346,6 +390,7 @@ class RecordCallback(_Ours, Callback):
     run_valid = False
     resume = False      # of a folder that holds a record: go on with it,
     overwrite = False   # or begin anew
+    live = False        # is it drawn while a fit goes on?
     _learn = None
 
     def _options(self): raise NotImplementedError   # from the attributes, which may have been changed
@@ -354,6 +399,10 @@ class RecordCallback(_Ours, Callback):
         self.folder = folder
         self.resume = resume
         self.overwrite = overwrite
+
+    def _set_live(self, live):
+        live_seconds(live)   # raises
+        self.live = live
 
     def _set_up(self, consumer):
         self._consumer = consumer
@@ -411,6 +460,7 @@ class RecordCallback(_Ours, Callback):
         self._check_names()
         open_folder(consumer)
         consumer.begin_log()
+        if live_seconds(self.live) is not None: _draw_live(self.learn, consumer.reader)
 
     def _check_names(self):
         "Do `modules` and `include` name something?"
@@ -451,11 +501,13 @@ class GradStatsCallback(RecordCallback):
                  extra:dict=None, # name -> f(gradient) -> 0-d tensor: one more float column each
                  folder=None, # stream to files in this folder while training; one that holds no record yet, unless
                  resume:bool=False, # it is to go on with that record,
-                 overwrite:bool=False # or to begin anew
+                 overwrite:bool=False, # or to begin anew
+                 live=False # draw the heatmap in the notebook's cell while training: True, or seconds from picture to picture
                 ):
         options = StatsOptions(kind, modules, include, every, threshold, hist, keep, extra)
         for name,value in vars(options).items(): setattr(self, name, value)
         self._set_folder(folder, resume, overwrite)
+        self._set_live(live)
         self._set_up(StatsConsumer(options, type(self).__name__, folder, opening(folder, resume, overwrite)))
 
     def _options(self):
@@ -484,12 +536,14 @@ class GradNormCallback(RecordCallback):
                  log_every:int=50, # steps in one entry
                  log_by:str='module', # norms of what go with them: 'param', 'module', 'group' or None
                  resume:bool=False, # go on with the record that the folder holds,
-                 overwrite:bool=False # or begin anew there
+                 overwrite:bool=False, # or begin anew there
+                 live=False # draw the norms in the notebook's cell while training: True, or seconds from picture to picture
                 ):
         options = NormOptions(every, update_every, log, log_every, log_by)
         for name,value in vars(options).items(): setattr(self, name, value)
         self.show = show
         self._set_folder(folder, resume, overwrite)
+        self._set_live(live)
         self._set_up(NormConsumer(options, type(self).__name__, folder, opening(folder, resume, overwrite)))
 
     def _options(self): return NormOptions(self.every, self.update_every, self.log, self.log_every, self.log_by)

@@ -271,7 +271,7 @@ def encode(table, df, threshold=1., format='parquet', **more):
     return writers[format](df, describe(table, df, threshold, **more))
 
 # %% ../nbs/02a_files.ipynb #1d9d2e4c
-def _put(file, content):
+def put_whole(file, content):
     "Write the bytes: all, or none"
     tmp = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
     try:
@@ -290,7 +290,7 @@ def part_name(table, rank, number, format, last=None):
 def put_part(path, table, content, number=0, rank=0, format='parquet'):
     "Write the bytes of part `number` of `table`: complete, or not at all"
     file = Path(path)/part_name(table, rank, number, format)
-    _put(file, content)
+    put_whole(file, content)
     return file
 
 def write_part(path, table, df, number=0, rank=0, threshold=1., format='parquet', **more):
@@ -401,7 +401,7 @@ def _take(path, **info):
     except FileExistsError:
         raise ValueError(f"folder: {path} was taken by another process just now; each run needs a folder of its own") from None
     new = _new_mark(**info)
-    try: _put(mark, _json(**new))
+    try: put_whole(mark, _json(**new))
     except BaseException:
         mark.unlink(missing_ok=True)
         raise
@@ -636,7 +636,7 @@ def write_facts(path, table, facts):
     mark = _mark(path)
     if mark is None: raise FileNotFoundError(f"{path/MARK} is gone")
     known = mark.get('facts', {})|{table:facts}
-    _put(path/MARK, _json(**mark|dict(facts=known)))
+    put_whole(path/MARK, _json(**mark|dict(facts=known)))
 
 # %% ../nbs/02a_files.ipynb #b5b27220
 class _Merged(Exception): "A part went into a larger one since it was listed"
@@ -740,11 +740,11 @@ def _take_over(path, tables, mode, **info):
     new = _new_mark(**info)
     kept = {name:value for name,value in left.items() if name not in ('run','process')}
     if 'recorded' in kept: kept['recorded'] = list(dict.fromkeys([*kept['recorded'], *tables]))   # `save` wrote it
-    _put(path/MARK, _json(**new|kept))
+    put_whole(path/MARK, _json(**new|kept))
     _remove_leftovers(path)
     if mode=='overwrite':
         for part in sorted(parts, key=lambda part: -part.number): part.file.unlink(missing_ok=True)
-        _put(path/MARK, _json(**new))
+        put_whole(path/MARK, _json(**new))
     return new['run']
 
 def _check_ours(parts, mark):
@@ -798,6 +798,6 @@ def merge_parts(parts:list # consecutive ones
     facts = facts_of(metas)
     more = of_last|dict(facts=facts) if facts else of_last
     file = first.file.with_name(part_name(first.table, first.rank, first.number, 'parquet', last.last))
-    _put(file, encode(first.table, df, metas[-1]['threshold'], **more))
+    put_whole(file, encode(first.table, df, metas[-1]['threshold'], **more))
     for part in parts: part.file.unlink(missing_ok=True)
     return Part(first.rank, first.number, last.last, file, first.table)

@@ -12,6 +12,7 @@ __all__ = []
 # %% ../nbs/04c_grid.ipynb #6ad5d425
 from collections import namedtuple
 from difflib import get_close_matches
+from pathlib import Path
 import numpy as np, pandas as pd
 from .record import NotRecorded,nothing_there
 from .stores import kinds,phases
@@ -40,6 +41,15 @@ def run_name(run, n=40):
     if folders: return f'…{end}'
     name = name[name.rfind('/')+1:]
     return name if len(name)<=n else f'{name[:n//2-1]}…{name[-n//2:]}'
+
+# %% ../nbs/04c_grid.ipynb #ca9710a2
+def caption(rec)->str: # '' where nothing is known
+    "Run, model and optimizer in a line"
+    facts = rec.facts
+    known = [{f[what] for f in facts if f.get(what)} for what in ('model','optimizer')]
+    words = ', '.join(printed(found.pop()) for found in known if len(found)==1)
+    run = run_name(Path(rec.folder).resolve().name) if rec.folder else ''
+    return ': '.join(filter(None, [run,words]))
 
 # %% ../nbs/04c_grid.ipynb #89c47750
 def check_choice(argument, value, choices):

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogFormatterSciNotation,MaxNLocator
 from matplotlib.transforms import ScaledTranslation
-from .grid import (Cells,absolute,at_iteration,boundaries,boundary_name,cells,check_fit,check_stat,check_which,colour_range,image,
+from .grid import (Cells,absolute,at_iteration,boundaries,boundary_name,caption,cells,check_fit,check_stat,check_which,colour_range,image,
                                    iterations,kinds_there,matching,need_norms,need_octaves,need_tensors,no_norms,no_tensors,
                                    norm_steps,octaves,per_iteration,places,points,printed,run_name,shortened,tensor_label,
                                    tensors,words,
@@ -45,12 +45,22 @@ def _log_label(stat, before='', after=''):
     return f"log10 {before}{printed(stat)}{after}", as_text
 
 # %% ../nbs/05_plot.ipynb #a842ef39
-def _axes(ax, figsize, height=3.2):
+def title_above(fig, title):
+    "A line above all axes of a figure, at its left edge"
+    fig.suptitle(title, x=.006, ha='left', fontsize=9, color='0.35', **as_text)
+
+def _axes(ax, figsize, height=3.2,
+          title=None, # above the figure
+          of=None # the record that is drawn: a new figure says which it is, unless there is a `title`
+         ):
     "`ax`, or the Axes of a new figure, `height` inches high where `figsize` does not say"
-    if ax is not None: return ax
-    width,height = figsize = figsize or (9,height)
-    roomy = width>=3 and height>=2   # in less the layout warns that the axes have no room
-    return plt.subplots(figsize=figsize, layout='constrained' if roomy else None)[1]
+    if ax is None:
+        width,height = figsize = figsize or (9,height)
+        roomy = width>=3 and height>=2   # in less the layout warns that the axes have no room
+        ax = plt.subplots(figsize=figsize, layout='constrained' if roomy else None)[1]
+        if title is None and of is not None and roomy: title = shortened(caption(of), int(width*12))
+    if title: title_above(ax.figure, title)
+    return ax
 
 Pixels = namedtuple('Pixels', 'width height')
 
@@ -275,13 +285,15 @@ def plot_grad_log10(o, # whatever `as_record` takes
                     reduce='max', # over tensors: 'max' or 'mean'
                     phase='fit', # 'fit', 'lr_find' or None for all
                     fit=None, # number of a fit, or a list; None for all
-                    ax=None, figsize=None):
+                    ax=None, figsize=None,
+                    title=None # above the figure; None: above a new one run and model, where they are known; '' for nothing
+                   ):
     "log10 of a statistic per iteration; 0 is a gradient of 1. Ticks at the top edge: not finite, at the bottom edge: all zero"
     rec = as_record(o)
     df = rec.frame('tensors')
     if reduce not in ('max','mean'): raise ValueError(f"reduce: accepted are 'max' and 'mean', got {reduce!r}")
     _check(rec, stat, kind, phase, fit)
-    ax = _axes(ax, figsize)
+    ax = _axes(ax, figsize, title=title, of=rec)
     ks = kinds_there(df, kind, phase, fit)
     if not ks: return _say_empty(ax, no_tensors(rec, kind, phase, fit))
     its = _log_lines(ax, df, _by_kind(df, ks), stat, reduce, dict(phase=phase, fit=fit))
@@ -387,10 +399,13 @@ def plot_grad_heatmap(o, # whatever `as_record` takes
                       kind='both', # 'output', 'param' or 'both'
                       phase='fit', # 'fit', 'lr_find' or None for all
                       fit=None, # number of a fit, or a list; None for all
-                      ax=None, figsize=None):
+                      ax=None, figsize=None,
+                      title=None # above the figure; None: above a new one run and model, where they are known; '' for nothing
+                     ):
     "Tensors in network order by iteration, colour is log10 of a statistic. Blank: took no part; red: not finite; black: all zero"
-    def axes(height): return _axes(ax, figsize, height)
-    return draw_heatmap(as_record(o), axes, stat, kind, phase, fit)
+    rec = as_record(o)
+    def axes(height): return _axes(ax, figsize, height, title, rec)
+    return draw_heatmap(rec, axes, stat, kind, phase, fit)
 
 # %% ../nbs/05_plot.ipynb #ddf4ed59
 def _counted(steps):
@@ -432,12 +447,14 @@ def _norm_lines(ax, steps, label, color, edge):
 def plot_grad_norm(o, # whatever `as_record` takes
                    phase='fit', # 'fit', 'lr_find' or None for all
                    fit=None, # number of a fit, or a list; None for all
-                   ax=None, figsize=None):
+                   ax=None, figsize=None,
+                   title=None # above the figure; None: above a new one run and model, where they are known; '' for nothing
+                  ):
     "Total gradient norm per step, before and after clipping; steps that were clipped, skipped or not finite are marked"
     rec = as_record(o)
     steps = norm_steps(rec, phase, fit)
     need_norms(rec)
-    ax = _axes(ax, figsize)
+    ax = _axes(ax, figsize, title=title, of=rec)
     if steps['absent'].all(): return _say_empty(ax, no_norms(rec, phase))
     its = []
     for i,part in enumerate(_by_run(steps, 'gradient norm')):
@@ -522,13 +539,15 @@ def plot_grad_flow(o, # whatever `as_record` takes
                    kind=None, # 'output', 'param' or 'both'; None: outputs where recorded, else parameters
                    phase='fit', # 'fit', 'lr_find' or None for all
                    fit=None, # number of a fit, or a list; None for all
-                   ax=None, figsize=None):
+                   ax=None, figsize=None,
+                   title=None # above the figure; None: above a new one run and model, where they are known; '' for nothing
+                  ):
     "Mean and largest absolute gradient of each tensor, in network order"
     rec = as_record(o)
     df = rec.frame('tensors')
     _check(rec, 'max_abs', kind, phase, fit)
     ks = kinds_there(df, kind, phase, fit)
-    if not ks: return _say_empty(_axes(ax, figsize, 4), no_tensors(rec, kind, phase, fit))
+    if not ks: return _say_empty(_axes(ax, figsize, 4, title, rec), no_tensors(rec, kind, phase, fit))
     if kind is None: ks = ks[:1]
     wanted = matching(df, kind=ks, phase=phase, fit=fit)
     used = 'run','fit','phase','epoch','iteration','kind','name','out','call','nonfinite','max_abs','mean_abs'
@@ -539,7 +558,7 @@ def plot_grad_flow(o, # whatever `as_record` takes
     if not parts:
         known = f"between {df['iteration'].min()} and {df['iteration'].max()}"
         raise ValueError(f'iteration: accepted are those recorded, {known}, and -1 for the last, got {iteration}')
-    ax = _axes(ax, figsize, 4)
+    ax = _axes(ax, figsize, 4, title, rec)
     table = _flow_lines(ax, parts)
     _finite(ax)
     ax.axhline(1, color=grey, lw=1, ls='--', zorder=1, label='gradient 1')
@@ -568,12 +587,14 @@ def _lr_lines(ax, right, steps, label, color, loss_label, loss_color):
 def plot_grad_lr(o, # whatever `as_record` takes
                  phase='lr_find', # 'lr_find', 'fit' or None for all
                  fit=None, # number of a fit; None: the last
-                 ax=None, figsize=None):
+                 ax=None, figsize=None,
+                 title=None # above the figure; None: above a new one run and model, where they are known; '' for nothing
+                ):
     "Gradient norm and loss against the learning rate of the last `lr_find`"
     rec = as_record(o)
     steps = norm_steps(rec, phase, fit)
     need_norms(rec)
-    ax = _axes(ax, figsize)
+    ax = _axes(ax, figsize, title=title, of=rec)
     if steps['absent'].all(): return _say_empty(ax, no_norms(rec, phase))
     right = ax.twinx()
     parts = _by_run(steps, 'gradient norm')
@@ -617,14 +638,16 @@ def plot_grad_hist(o, # whatever `as_record` takes, recorded with `hist=True`
                    name, # of a module or parameter
                    phase='fit', # 'fit', 'lr_find' or None for all
                    fit=None, # number of a fit, or a list; None for all
-                   ax=None, figsize=None):
+                   ax=None, figsize=None,
+                   title=None # above the figure; None: above a new one run and model, where they are known; '' for nothing
+                  ):
     "How many elements of a gradient are in each octave of |gradient|, per iteration"
     rec = as_record(o)
     check_which(phase=phase)
     need_octaves(rec)
-    if not len(rec.frame('tensors')): return _say_empty(_axes(ax, figsize, 3.6), no_tensors(rec))
+    if not len(rec.frame('tensors')): return _say_empty(_axes(ax, figsize, 3.6, title, rec), no_tensors(rec))
     lowest,counts = octaves(rec, name, phase, fit)
-    ax = _axes(ax, figsize, 3.6)
+    ax = _axes(ax, figsize, 3.6, title, rec)
     if not len(counts):
         of_phase = f" in phase '{phase}'" if phase else ''
         return _say_empty(ax, f'{shortened(printed(name))}: no finite gradient other than 0{of_phase}')
@@ -657,10 +680,12 @@ def _diff_points(ax, all_steps, tensors):
 # %% ../nbs/05_plot.ipynb #76bfe2b6
 def plot_grad_diff(a, # whatever `grad_diff` takes, or its answer
                    b=None, # the other run
-                   ax=None, figsize=None):
+                   ax=None, figsize=None,
+                   title=None # above the figure
+                  ):
     "Ratio of the gradients of two runs, tensor by tensor in the order of backward, at the first steps; the band is what rounding explains"
     diff = a if isinstance(a, GradDiff) else grad_diff(a, b)
-    ax = _axes(ax, figsize, 4)
+    ax = _axes(ax, figsize, 4, title)
     table = diff.table.reset_index(drop=True)
     tensors = table[['kind','name','call','out']].assign(x=table.index)
     limit = np.clip(table['explained'], 0, .99)
@@ -723,11 +748,13 @@ def _write_beside(ax, texts):
 # %% ../nbs/05_plot.ipynb #ec0c245e
 def plot_ray(frame, # of `grad_along_ray`: `scale`, statistics, and `run` or `label` where there are several lines
              stat='norm', # 'norm', 'max_abs' or 'loss'
-             ax=None, figsize=None):
+             ax=None, figsize=None,
+             title=None # above the figure
+            ):
     "A statistic against the scale of the weights, on log-log axes; the far slope is beside each line"
     miss = [c for c in ('scale',stat) if c not in frame]
     if miss: raise ValueError(f"a frame of grad_along_ray is accepted; missing: {', '.join(miss)}")
-    ax = _axes(ax, figsize, 3.6)
+    ax = _axes(ax, figsize, 3.6, title)
     frame = frame[frame['scale']>0]
     if not len(frame): return _say_empty(ax, 'Nothing measured along this ray')
     if 'label' in frame: frame = frame.assign(run=frame['label'])

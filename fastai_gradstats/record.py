@@ -108,6 +108,7 @@ class GradRecord:
         self._kinds = None   # of the record that this one is a part of
         self._asked = tuple(asked)
         self.incidents = incidents
+        self.folder = None   # where it was read from, or is written to
 
     def lacks(self, table # 'tensors', 'steps', 'params' or 'hist'
              )->bool:
@@ -152,7 +153,7 @@ class GradRecord:
         with stores.lock:
             now = {table:o.still() if isinstance(o, (Rows,Steps)) else o for table,o in self.stores.items()}
             incidents = None if self.incidents is None else [dict(o) for o in self.incidents]
-            return _of_stores(now, self.threshold, self._breaks, self._facts, self._kinds, self._asked, incidents)
+            return _of_stores(now, self.threshold, self._breaks, self._facts, self._kinds, self._asked, incidents, self.folder)
 
     def __getstate__(self): return self.__dict__ | self.still().__dict__
 
@@ -161,11 +162,12 @@ def _as_break(o):
     if isinstance(o, (Break,RunBreak)): return o
     return Break(*o) if len(o)==len(Break._fields) else RunBreak(*o)
 
-def _of_stores(tables, threshold=1., breaks=(), facts=(), kinds=None, asked=(), incidents=None):
+def _of_stores(tables, threshold=1., breaks=(), facts=(), kinds=None, asked=(), incidents=None, folder=None):
     "A record of stores and frames that are right already"
     res = GradRecord(threshold=threshold, breaks=breaks, facts=facts, asked=asked, incidents=incidents)
     res.stores = dict.fromkeys(_recorded_by) | tables
     res._kinds = kinds
+    res.folder = folder
     return res
 
 # %% ../nbs/03_record.ipynb #c6b922c8
@@ -287,7 +289,7 @@ def select(self:GradRecord,
     facts = [f for f in self.facts if _matches(f, wanted)]
     incidents = self.incidents
     if incidents is not None: incidents = [o for o in incidents if _matches(o, wanted, ('fit','phase','epoch','run'))]
-    return _of_stores(tables, self.threshold, breaks, facts, self.kinds_recorded(), self._asked, incidents)
+    return _of_stores(tables, self.threshold, breaks, facts, self.kinds_recorded(), self._asked, incidents, self.folder)
 
 # %% ../nbs/03_record.ipynb #a012b3d9
 class _Iterations(Sequence):
@@ -800,7 +802,7 @@ def load(cls:GradRecord,
     facts = pick_facts([info.get('facts', {}).get(t, []) for t in ('tensors','steps')])
     incidents = info.get('incidents')
     if incidents is not None: incidents = from_json(incidents)
-    return _of_stores(tables, threshold, breaks.itertuples(index=False, name=None), facts, incidents=incidents)
+    return _of_stores(tables, threshold, breaks.itertuples(index=False, name=None), facts, incidents=incidents, folder=folder)
 
 # %% ../nbs/03_record.ipynb #c947184c
 _plots = ('plot_grad_log10','plot_grad_heatmap','plot_grad_hist','plot_grad_norm','plot_grad_flow','plot_grad_lr')
@@ -840,9 +842,11 @@ def _merged(records):
     with_tensors_first = sorted(records[::-1], key=lambda r: not len(r.frame('tensors')))
     facts = pick_facts([r.facts for r in with_tensors_first])
     incidents = _all_incidents(records)
-    if of_tensors is None: return _of_stores(tables, facts=facts, incidents=incidents)
+    folders = {r.folder for r in records}-{None}
+    folder = folders.pop() if len(folders)==1 else None
+    if of_tensors is None: return _of_stores(tables, facts=facts, incidents=incidents, folder=folder)
     tables['hist'] = of_tensors.stores['hist']
-    return _of_stores(tables, of_tensors.threshold, of_tensors.breaks, facts, asked=of_tensors._asked, incidents=incidents)
+    return _of_stores(tables, of_tensors.threshold, of_tensors.breaks, facts, asked=of_tensors._asked, incidents=incidents, folder=folder)
 
 def _has_record(o): return isinstance(getattr(type(o), 'record', None), property)
 def _is_callback(o): return _has_record(o) or hasattr(type(o), 'order')   # ours, or another of fastai's

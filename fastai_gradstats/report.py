@@ -1,6 +1,6 @@
 """A record in, one HTML page out
 
-The page needs no network and no other file. `python -m fastai_gradstats.report RUN` prints a summary of a folder that a callback or `save` wrote; `--html FILE` writes the page.
+The page needs no network and no other file. `python -m fastai_gradstats.report RUN` prints a summary of a folder that a callback or `save` wrote; `--html FILE` writes the page, `--watch` writes it anew while the run goes on.
 
 Docs: https://fastai-gradstats.github.io/fastai-gradstats/report.html.md"""
 
@@ -10,8 +10,9 @@ Docs: https://fastai-gradstats.github.io/fastai-gradstats/report.html.md"""
 __all__ = ['save_report']
 
 # %% ../nbs/07_report.ipynb #129e49d9
-import base64,json,os,re,sys
+import base64,json,os,re,sys,time
 from collections import namedtuple
+from contextlib import suppress
 from html import escape
 from io import BytesIO,StringIO
 from pathlib import Path
@@ -20,8 +21,10 @@ from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
 from .diagnosis import diagnose,runs
 from .differ import grad_diff
+from .files import put_whole
 from .grid import (boundaries,boundary_name,cells,check_fit,check_which,colour_range,image,image_columns,kinds_there,
                                    matching,no_tensors,places,printed,run_name,tensors,words)
+from .live import Pace
 from .plot import beyond,draw_heatmap,draw_training,lr_changes,plot_grad_diff,plot_grad_flow,plot_grad_norm
 from .record import GradRecord,NotComparable,NotRecorded,as_record
 
@@ -382,7 +385,7 @@ page = """<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport c
 <h2>Gradient norm per step</h2><div class=scroll>{norm}</div>{training}
 <h2>Gradient flow, median of the last epoch</h2><div class=scroll>{flow}</div>
 <h2>Tensors</h2>{tensors}
-<footer><p>fastai-gradstats</footer><script>{js}</script></html>
+<footer><p>fastai-gradstats{note}</footer><script>{js}</script></html>
 """
 
 # %% ../nbs/07_report.ipynb #92ac4bc1
@@ -449,16 +452,13 @@ def _check(rec, phase, fit):
     check_fit(pd.concat(known), fit, phase)
 
 # %% ../nbs/07_report.ipynb #b3aafb83
-def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradRecord`, frame or folder
-                path='grads.html', # of the page; its folder must exist
-                phase='fit', # 'fit', 'lr_find' or None for all
-                title='Gradients', # of the page
-                fit=None # number of a fit, or a list; None for all
-               )->Path:
-    "Write one HTML page: what the gradients were, findings, heatmap, norms, flow and a table of tensors"
-    rec = as_record(o)
+def _html(rec, phase, title, fit,
+          note='', # at the end of the page
+          js=() # more scripts
+         )->str:
+    "The page of a record"
     _check(rec, phase, fit)
-    html = page.format(title=escape(printed(title)),
+    return page.format(title=escape(printed(title)),
                        css=css,
                        about=_about_html(rec, phase, fit),
                        sentence=_sentences(rec, phase, fit, ' class=lead'),
@@ -470,9 +470,18 @@ def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradReco
                        training=_training_html(rec, phase, fit),
                        flow=_picture(plot_grad_flow, rec, 4.2, iteration='last epoch', phase=phase, fit=fit),
                        tensors=_tensors_html(rec, phase, fit),
-                       js=f'{heat_js}\n{sort_js}')
+                       note=note,
+                       js='\n'.join([heat_js, sort_js, *js]))
+
+def save_report(o, # whatever `as_record` takes: a Learner, callbacks, `GradRecord`, frame or folder
+                path='grads.html', # of the page; its folder must exist
+                phase='fit', # 'fit', 'lr_find' or None for all
+                title='Gradients', # of the page
+                fit=None # number of a fit, or a list; None for all
+               )->Path:
+    "Write one HTML page: what the gradients were, findings, heatmap, norms, flow and a table of tensors"
     path = Path(path)
-    path.write_text(html, encoding='utf-8')
+    path.write_text(_html(as_record(o), phase, title, fit), encoding='utf-8')
     return path
 
 # %% ../nbs/07_report.ipynb #eb36a580
@@ -501,8 +510,88 @@ def glance(rec):
     if kinds_there(rec.frame('tensors')): html += _heat_png(rec)
     return html
 
+# %% ../nbs/07_report.ipynb #71fe2002
+refresh_js = r"""const kept = 'scrolled '+location.pathname
+scrollTo(0, sessionStorage.getItem(kept) ?? 0)
+setInterval(() => {
+  if(document.hidden) return
+  sessionStorage.setItem(kept, scrollY)
+  location.reload()
+}, SECONDS*1000)"""
+
+def _files_now(folder)->dict: # name -> size and time
+    "What changes when a record does"
+    found = {}
+    with suppress(FileNotFoundError,NotADirectoryError):   # not there yet; or a file that was merged into another one meanwhile
+        for file in folder.iterdir():
+            about = file.stat()
+            found[file.name] = about.st_size,about.st_mtime_ns
+    return found
+
+# %% ../nbs/07_report.ipynb #71fe2003
+class PageWatch:
+    "Writes the page of a folder whenever the folder changed"
+    share = 1/5   # of the time, so that a training beside it has the machine
+
+    def __init__(self,
+                 run, # the folder; it need not exist yet
+                 html=None, # where the page goes; None: beside the folder
+                 phase='fit', fit=None,
+                 skip=False, # leave out parts that cannot be read?
+                 seconds=5., # between two looks
+                 tell=print):
+        check_which(phase=phase)
+        if not seconds>0: raise ValueError(f"seconds: a number above 0 is accepted, got {seconds!r}")
+        self.folder = Path(run).expanduser().resolve()
+        self.page = Path(html).expanduser() if html else self.folder.with_name(f'{self.folder.name}.html')
+        self.phase = phase
+        self.fit = fit
+        self.errors = 'skip' if skip else 'raise'
+        self.seconds = seconds
+        self.tell = tell
+        self.seen = None      # the files of which the page is
+        self.told = None      # what was said last
+
+    def say(self, text):
+        "Once, until there is something else to say"
+        if text!=self.told: self.tell(text)
+        self.told = text
+
+    def write(self, note='', js=())->GradRecord:
+        "The page as a whole: whoever loads it meanwhile gets the one before"
+        rec = GradRecord.load(self.folder, self.errors)
+        put_whole(self.page, _html(rec, self.phase, self.folder.name, self.fit, note, js).encode('utf-8', 'replace'))
+        return rec
+
+    def look(self):
+        "Write the page, if there is something new"
+        files = _files_now(self.folder)
+        if files==self.seen: return
+        note = f", written {time.strftime('%H:%M:%S')}. The page follows the run while `--watch` does"
+        try: self.write(note, [refresh_js.replace('SECONDS', f'{self.seconds:g}')])
+        except (ValueError,OSError) as e: return self.say(f'Waiting: {e}')   # half there, or not yet
+        self.seen = files
+        self.say(f'{self.page} follows the run, and refreshes itself in a browser. Ctrl-C ends this')
+
+    def finish(self)->GradRecord: # None where there never was one
+        "A last page, which stays as it is"
+        return None if self.seen is None else self.write()
+
+    def run(self):
+        "Look again and again, until Ctrl-C"
+        pace = Pace(self.seconds, self.share)
+        with suppress(KeyboardInterrupt):
+            while True:
+                with pace.work(): self.look()
+                time.sleep(pace.wait())
+        rec = self.finish()
+        if rec is None: return self.tell(f'\nNothing was recorded in {self.folder}')
+        self.tell(f'\n{self.page}\n{diagnose(rec, self.phase, self.fit).verdict}')
+
 # %% ../nbs/07_report.ipynb #c904d619
 OK,FOUND,NOTHING = 0,1,2   # exit statuses of `--check`
+
+def _print_now(text): print(text, flush=True)
 
 def _tell(run, html, phase, fit, skip)->int: # exit status of a check
     "Print what a folder holds, and write its page where one is asked for; the last line is the verdict"
@@ -524,10 +613,16 @@ def main(run:str, # Folder that a callback with `folder=` or `save` wrote
          phase:str='fit', # fit or lr_find
          fit:int=None, # Number of a fit, counted from 0
          skip:store_true=False, # Leave out parts that cannot be read
-         check:store_true=False # Exit with 0 where nothing wrong was found, 1 with findings, 2 where nothing could be judged
+         check:store_true=False, # Exit with 0 where nothing wrong was found, 1 with findings, 2 where nothing could be judged
+         watch:store_true=False, # Write the report anew whenever the folder changed, until Ctrl-C; without --html beside the folder
+         seconds:float=5. # Of --watch: between two looks at the folder
         ):
     "Print a summary of a run's gradients and what `diagnose` found, the verdict last; write an HTML report"
-    try: status = _tell(run, html, phase, fit, skip)
+    if check and watch: sys.exit('--watch: accepted without --check')
+    try:
+        if watch: return PageWatch(run, html, phase, fit, skip, seconds, _print_now).run()
+        status = _tell(run, html, phase, fit, skip)
+    except KeyboardInterrupt: sys.exit(130)
     except BrokenPipeError:   # whoever reads has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

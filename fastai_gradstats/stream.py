@@ -38,6 +38,7 @@ class Stream:
                 ):
         self.record = record
         self.folder = check_free(folder, tables, mode)
+        record.folder = self.folder
         self.mode = mode
         self.about = about
         self.tables = tables

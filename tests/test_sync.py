@@ -91,13 +91,14 @@ IMPORT_TABLE = dict(
     forward   = 'torch .layouts',
     consumers = 'torch numpy fastcore .stats .histogram .capture .files .stores .record .resume .stream .trackers',
     recorder  = 'torch numpy .stats .capture .consumers .engine .forward .record .stores .watch',
-    callback  = 'fastai torch .consumers .record .recorder',
+    callback  = 'fastai torch .consumers .live .record .recorder',
     loops     = 'transformers lightning pytorch_lightning .consumers .record .recorder',
     grid      = 'numpy pandas .stores .record',
     differ    = 'numpy pandas .stores .record',
     plot      = 'numpy pandas matplotlib fastcore .stores .record .grid .differ',
+    live      = 'matplotlib IPython .grid .plot',
     diagnosis = 'numpy pandas fastcore .stores .record',
-    report    = 'numpy pandas matplotlib fastcore .stores .record .grid .plot .diagnosis .differ',
+    report    = 'numpy pandas matplotlib fastcore .files .stores .record .grid .plot .live .diagnosis .differ',
     probe     = 'torch numpy pandas fastcore .stats',
     rerun     = 'torch numpy pandas .capture .probe',
     incident  = 'torch numpy pandas safetensors .files .probe .rerun',
@@ -141,7 +142,7 @@ def test_one_table_points_up():
     assert set(views.values())=={'plot','diagnosis','differ','report'}
     for name,mod in views.items(): assert callable(getattr(importlib.import_module(f'{PKG}.{mod}'), name))
 
-@pytest.mark.parametrize('mod', [m for m in ('files', 'stores', 'record', 'stream', 'resume', 'grid', 'differ', 'plot', 'diagnosis', 'report') if m in MODULES])
+@pytest.mark.parametrize('mod', [m for m in ('files', 'stores', 'record', 'stream', 'resume', 'grid', 'differ', 'plot', 'live', 'diagnosis', 'report') if m in MODULES])
 def test_reads_without_torch(mod):
     "A record is read, drawn and diagnosed in a process that imports neither torch nor fastai."
     run_command(sys.executable, '-c', f"import sys, {PKG}.{mod}; bad={{'torch', 'fastai'}} & sys.modules.keys(); assert not bad, bad")
