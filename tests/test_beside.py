@@ -1,0 +1,48 @@
+"Libraries that build on fastai, with learners as their users make them: random weights, small data."
+import pytest
+from fastai.basics import *
+from fastai.vision.all import CrossEntropyLossFlat,vision_learner
+from helpers.learners import check_watched,picture_loaders,watched_learner
+from helpers.training import KeepsLosses,both_callbacks,fit,same_tensors
+
+pytestmark = pytest.mark.slow
+
+def timm_learner(**kw):
+    "An architecture that is named, and not torchvision's"
+    pytest.importorskip('timm')
+    return vision_learner(picture_loaders(), 'resnet18d', pretrained=False, n_out=2, loss_func=CrossEntropyLossFlat(), **kw)
+
+def tsai_learner(arch, **kw):
+    "Series of three variables in two classes"
+    tsai = pytest.importorskip('tsai.all')
+    g = np.random.default_rng(0)
+    x = g.normal(size=(16,3,20)).astype(np.float32)
+    y = np.array(['no','yes']*8)
+    dls = tsai.get_ts_dls(x, y, splits=(list(range(12)),list(range(12,16))), tfms=[None,tsai.TSClassification()], bs=4, num_workers=0)
+    return tsai.ts_learner(dls, arch, **kw)
+
+def fastmonai_learner(**kw):
+    "Volumes, and a U-Net of MONAI that marks a voxel in each"
+    vision = pytest.importorskip('fastMONAI.vision_all')
+    return None
+
+learners = dict(timm=timm_learner, inception_time=partial(tsai_learner, 'InceptionTimePlus'), time_series_transformer=partial(tsai_learner, 'TSTPlus'))
+each_learner = pytest.mark.parametrize('make', learners.values(), ids=learners)
+
+@each_learner
+def test_rows(make):
+    "Each output's row is autograd's, each parameter's is the optimizer's, and no hook is left"
+    learn,twin,spy = watched_learner(make)
+    fit(learn, 2)
+    check_watched(learn, twin, spy)
+
+def trained_by(make, *cbs):
+    "Losses and weights after two epochs"
+    set_seed(0)
+    learn = fit(make(cbs=[*cbs, (seen := KeepsLosses())]), 2)
+    return [*seen.losses, *(p.detach() for p in learn.model.parameters())]
+
+@each_learner
+def test_same_bits(make):
+    "Losses and weights are those of a training without the callbacks"
+    assert same_tensors(trained_by(make), trained_by(make, *both_callbacks()))
