@@ -22,11 +22,29 @@ def tsai_learner(arch, **kw):
     return tsai.ts_learner(dls, arch, **kw)
 
 def fastmonai_learner(**kw):
-    "Volumes, and a U-Net of MONAI that marks a voxel in each"
+    "Volumes in files, a mask for each, and a U-Net of MONAI"
     vision = pytest.importorskip('fastMONAI.vision_all')
-    return None
+    from monai.losses import DiceLoss
+    from monai.networks.nets import UNet
+    from torchio import LabelMap,ScalarImage
+    folder = Path('volumes')
+    folder.mkdir(exist_ok=True)
+    g = torch.Generator().manual_seed(0)
+    def saved(image, name):
+        image.save(folder/name)
+        return str(folder/name)
+    rows = []
+    for i in range(6):
+        volume = torch.randn(1,8,8,8, generator=g)
+        rows.append(dict(image=saved(ScalarImage(tensor=volume), f'{i}.nii.gz'), valid=i>=4,
+                         mask=saved(LabelMap(tensor=(volume>1).to(torch.uint8)), f'{i}-mask.nii.gz')))
+    dls = vision.MedImageDataLoaders.from_df(pd.DataFrame(rows), fn_col='image', label_col='mask', valid_col='valid',
+                                             y_block=vision.MedMaskBlock(), bs=2, num_workers=0)
+    model = UNet(spatial_dims=3, in_channels=1, out_channels=1, channels=(4,8), strides=(2,), num_res_units=1)
+    return Learner(dls, model, loss_func=vision.CustomLoss(DiceLoss(sigmoid=True)), **kw)
 
-learners = dict(timm=timm_learner, inception_time=partial(tsai_learner, 'InceptionTimePlus'), time_series_transformer=partial(tsai_learner, 'TSTPlus'))
+learners = dict(timm=timm_learner, inception_time=partial(tsai_learner, 'InceptionTimePlus'), time_series_transformer=partial(tsai_learner, 'TSTPlus'),
+                fastmonai=fastmonai_learner)
 each_learner = pytest.mark.parametrize('make', learners.values(), ids=learners)
 
 @each_learner
