@@ -14,7 +14,7 @@ def timm_learner(**kw):
 
 def tsai_learner(arch, **kw):
     "Series of three variables in two classes"
-    tsai = pytest.importorskip('tsai.all')
+    tsai = pytest.importorskip('tsai.basics')
     g = np.random.default_rng(0)
     x = g.normal(size=(16,3,20)).astype(np.float32)
     y = np.array(['no','yes']*8)
