@@ -21,7 +21,7 @@ test: $(STAMP)-dev
 # On the oldest stack that settings.ini admits. scikit-learn 1.2 has no wheel for a Python after 3.11
 OLDEST ?= .venv-oldest
 test-oldest:
-	$(MAKE) VENV="$(OLDEST)" CONSTRAINTS=tests/oldest.txt on-this-stack
+	PIP_NO_COMPILE=1 $(MAKE) VENV="$(OLDEST)" CONSTRAINTS=tests/oldest.txt on-this-stack
 
 # Left out: what needs nbdev, which wants today's fastcore (notebooks, generated files); what reads this project's own files (archives,
 # pages, the site, the tests' shape); the benchmarks, and Triton's kernels, which nobody uses without asking for them
