@@ -18,7 +18,7 @@ from numbers import Real
 from torch.autograd import Variable
 from torch.utils.hooks import unserializable_hook
 from fastai.basics import *
-from fastai.callback.fp16 import GradScaler, MixedPrecision, NonNativeMixedPrecision
+from fastai.callback.fp16 import MixedPrecision, NonNativeMixedPrecision
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientClip
 from fastai_gradstats.consumers import FIT, LR_FIND, NormConsumer, NormOptions, StatsConsumer, StatsOptions, opening
@@ -46,7 +46,7 @@ def _batch_size(learn):
 def scaler_of(learn):
     "The gradient scaler in use, or None"
     scaler = learn.__dict__.get('scaler')   # not `learn.scaler`, which may be the model's
-    if not isinstance(scaler, GradScaler) or not scaler.is_enabled(): return None
+    if not isinstance(scaler, torch.amp.GradScaler) or not scaler.is_enabled(): return None
     if any(isinstance(c, MixedPrecision) for c in learn.cbs): _of_fastai.add(scaler)
     elif scaler in _of_fastai: return None   # left behind by an interrupted fit, and nobody scales with it any more
     return scaler

@@ -273,8 +273,6 @@ def _is_script(module):
     return isinstance(module, torch.jit.ScriptModule) and not isinstance(module, torch.jit.TopLevelTracedModule)
 
 # %% ../nbs/02_capture.ipynb #ad43244f
-_is_compiling = getattr(getattr(torch, 'compiler', None), 'is_compiling', lambda: False)
-
 def _recording(): return torch.is_grad_enabled() and not torch.jit.is_tracing()
 
 class _HookOfAll:
@@ -282,7 +280,7 @@ class _HookOfAll:
     def __init__(self, hooks): self.hooks = ref(hooks)
 
     def __call__(self, module, inp, out):
-        if _is_compiling(): return   # of a function around the module
+        if torch.compiler.is_compiling(): return   # of a function around the module
         hooks = self.hooks()
         if hooks is None or not hooks.live: return
         i = hooks.index.get(id(module))

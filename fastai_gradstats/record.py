@@ -388,8 +388,11 @@ def per_iteration(self:GradRecord,
     if kind is None: kind = self.default_kind() if len(self.frame('tensors')) else 'both'
     df = self.select(kind=kind, phase=phase, fit=fit).frame('tensors')
     _check_stat(stat, df)
-    values = df.groupby(['phase','fit','iteration'], sort=False, observed=True)[stat]
-    return getattr(values, reduce)(skipna=False).reset_index()[['iteration',stat]]
+    keys = [df[key] for key in ('phase','fit','iteration')]
+    def by_iteration(column): return column.groupby(keys, sort=False, observed=True)
+    values = getattr(by_iteration(df[stat]), reduce)()   # pandas before 3 always leaves NaN out
+    has_nan = by_iteration(df[stat].isna()).any()
+    return values.mask(has_nan).reset_index()[['iteration',stat]]
 
 @patch
 def log10_max(self:GradRecord,

@@ -4,6 +4,7 @@ from configparser import ConfigParser
 from importlib import metadata
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 from helpers.project import PKG,checkout,run_command
 
 NAME = 'fastai-gradstats'
@@ -33,6 +34,18 @@ def test_requirements(settings):
     def extra(r): return m[1] if (m := re.search(r'extra == "(\w+)"', str(r.marker))) else ''
     got = [Requirement(r) for r in metadata.requires(NAME)]
     assert {plain(extra(r), r) for r in got} == {plain(*o) for o in want}
+
+def test_oldest_stack(root, settings):
+    "What `make test-oldest` installs is each lower bound of settings.ini, and every package of a user has one."
+    lines = (root/'tests/oldest.txt').read_text(encoding='utf-8').splitlines()
+    pins = [Requirement(l) for l in lines if l and not l.startswith('#')]
+    tested = {r.name:r.specifier for r in pins}
+    of_users = 'requirements','parquet_requirements','cpu_requirements','alerts_requirements'
+    for r in [Requirement(r) for name in of_users for r in settings[name].split()]:
+        bound, = r.specifier
+        assert bound.operator=='>=', r
+        pin, = tested[r.name]
+        assert pin.operator=='==' and Version(pin.version)==Version(bound.version), r.name
 
 def test_metadata(root, settings):
     meta = metadata.metadata(NAME)
