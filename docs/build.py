@@ -86,6 +86,32 @@ def expand(contents, nbs):
         else: res.append({**c, 'href': staged(c['href']).as_posix()})
     return res
 
+# --- search: what people type, and which pages come first
+
+def ranks(contents, section=''):
+    "Page -> 0 for a page of answers, 1 of reference, 2 of how the package is built, or of what was"
+    order = {'Reference':1, 'How it is built':2}
+    res = {}
+    for c in contents:
+        if isinstance(c, dict) and 'contents' in c: res |= ranks(c['contents'], c['section'])
+        else:
+            page = c if isinstance(c, str) else c['href']
+            res[str(Path(page).with_suffix('.html'))] = 2 if page.startswith(('changelog','cite')) else order.get(section, 0)
+    return res
+
+def search_index(site, cfg):
+    "Each entry of the index with its page's rank; what people type for a page (search.yml) goes to the first entry of it"
+    rank = ranks(config(cfg)['website']['sidebar']['contents'])
+    typed = yaml.safe_load((ROOT/'docs'/'search.yml').read_text(encoding='utf-8'))
+    entries = json.loads((site/'search.json').read_text(encoding='utf-8'))
+    for e in entries:
+        page,_,anchor = e['href'].partition('#')
+        e['rank'] = rank.get(page, 2)
+        if not anchor: e['typed'] = typed.pop(page, [])
+    (site/'search.json').write_text(json.dumps(entries, ensure_ascii=False), encoding='utf-8')
+    shutil.copy(ROOT/'docs'/'search.js', site/'site_libs'/'fuse'/'fuse.min.js')
+    return [f'docs/search.yml: no page {page}' for page in typed]
+
 # --- finish: pages that work offline, Markdown copies where nbdev's docstrings say, no dead link
 
 def local_katex(site):
@@ -107,10 +133,11 @@ def local_katex(site):
         p.write_text(cdn.sub(up, p.read_text(encoding='utf-8')), encoding='utf-8')
 
 def markdown_copies(site):
-    "`stats.llms.md` as `stats.html.md`, which is the address nbdev writes into each module's docstring."
+    "`stats.llms.md` as `stats.html.md`, which is the address nbdev writes into each module's docstring; pictures in base64 are left out."
     for p in sorted(site.rglob('*.llms.md')): p.rename(p.with_name(p.name.replace('.llms.md', '.html.md')))
     for p in site.rglob('*.html.md'):
-        p.write_text(p.read_text(encoding='utf-8').replace('.llms.md', '.html.md'), encoding='utf-8')
+        text = p.read_text(encoding='utf-8').replace('.llms.md', '.html.md')
+        p.write_text(re.sub(r'data:image/[\w+]+;base64,[\w+/=]+', 'picture', text), encoding='utf-8')
 
 def entry(site, url, page):
     "A page's line in llms.txt: title, address, description"
@@ -162,7 +189,7 @@ def main():
     local_katex(site)
     markdown_copies(site)
     llms_txt(site, cfg)
-    problems = [*res.warnings, *dead_links(site)]
+    problems = [*res.warnings, *search_index(site, cfg), *dead_links(site)]
     for p in problems: print(f'warning: {p}', file=sys.stderr)
     print(f'{len(res.pages)} pages in {site.relative_to(ROOT)}/, {len(problems)} warnings')
     sys.exit(bool(problems))

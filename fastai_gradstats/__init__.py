@@ -1,4 +1,4 @@
-"""See the gradients of any fastai Learner: one callback, tidy rows, plots and a plain answer
+"""See the gradients of any fastai Learner: one callback, tidy rows, plots and a plain-English summary
 
 Modules:
 

@@ -1,6 +1,6 @@
 "What a notebook needs: `from fastai_gradstats.all import *`. All other public names come from the package by name"
 from fastai_gradstats.stats import decade, measure
-from fastai_gradstats.record import GradRecord, compare
+from fastai_gradstats.record import GradRecord, as_record, compare
 from fastai_gradstats.recorder import GradRecorder
 from fastai_gradstats.callback import GradNormCallback, GradStatsCallback
 from fastai_gradstats.alert import GradAlert

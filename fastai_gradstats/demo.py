@@ -86,9 +86,11 @@ def _largest(rows):
     return first['max_abs'].max(),first.loc[first['max_abs'].idxmax(),'name']
 
 def _as_the_thread(gradient):
-    "What the thread's helper makes of it"
+    "The same as a power of ten: as the forum's author computed it, and rounded down"
     power = abs_10_power(tensor([gradient]))[0]
-    return f"The thread's helper gives it the power {power} (it truncates, so anything from 0.1 to 10 shows as 0); its decade is {int(decade(tensor(gradient)))}."
+    rounded = int(decade(tensor(gradient)))
+    return (f"As a power of ten that is 1e{rounded} (rounded down). The forum's author took int(log10(x)), which gives {power}: "
+            f"it truncates, so anything from 0.1 to 10 shows as 0.")
 
 def thread_answer(learn)->str:
     "Are gradients less than 1? In this Learner's training, in plain words"
@@ -146,10 +148,10 @@ def _one(model, out, epochs, lr, seed):
     if note: print(note)
     _show('Statistics of each gradient, learn.grad_stats.df', learn.grad_stats.df)
     _show('The norm of each step, learn.grad_norm.df', learn.grad_norm.df)
-    print(f"\nA question from the fast.ai forum, why are gradients less than 1?\n{thread_answer(learn)}")
+    print(f"\nAre gradients less than 1? (A question from the fast.ai forum, forums.fast.ai/t/81494; names are modules and parameters of learn.model)\n{thread_answer(learn)}")
     save_all(learn, out/model)
-    print(f"\ndiagnose(learn)\n{diagnose(learn)}")
-    print(f"\nReport, plots and tables: {out/model/'report.html'} and beside it")
+    print(f"\nIs anything wrong? print(diagnose(learn)) says\n{diagnose(learn)}")
+    print(f"\nOpen {out/model/'report.html'} in a browser: plots, findings and a table of all tensors (PNG and CSV files are beside it)")
 
 # %% ../nbs/09_demo.ipynb #45963d01
 @call_parse

@@ -79,6 +79,9 @@ class Findings(pd.DataFrame):
     def verdict(self)->str:
         "One line: how many rules had something to look at, and what they found"
         return verdict(self)
+    def tensors(self, rule)->list:
+        "Names of all tensors that a rule's findings are about, where the evidence names the first of them"
+        return list(self.attrs.get('tensors', {}).get(rule, []))
     def __repr__(self): return _text(self) if {*told}<={*self} else super().__repr__()
 
 def _findings(*args, **kwargs):
@@ -144,7 +147,8 @@ class Run:
 # %% ../nbs/06_diagnosis.ipynb #d1a6000a
 rules = []
 
-Finding = namedtuple('Finding', 'severity tensor iterations evidence do', defaults=('',))   # `do`: what to try here, where the rule's own advice is too general
+# `do`: what to try here, where the rule's own advice is too general; `tensors`: all it is about, where that is not `tensor` alone
+Finding = namedtuple('Finding', 'severity tensor iterations evidence do tensors', defaults=('',()))
 
 def rule(needs, # attributes of `Run`, with blanks between
          meaning, # of its findings
@@ -297,7 +301,7 @@ def depth(r,
     first,last = rows['name'].iloc[0],rows['name'].iloc[-1]
     gap = rms[0]-rms[-1]
     what = 'vanishing' if gap<0 else 'exploding'
-    evidence = f'{what}: rms 1e{rms[0]:.1f} at {first}, 1e{rms[-1]:.1f} at {last}'
+    evidence = f'{what}: typical element {10**rms[0]:.0e} at {first}, {10**rms[-1]:.0e} at {last}'
     if abs(gap)>decades: yield Finding('warning', first, span(rows['iteration']), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #d8ef5169
@@ -312,12 +316,12 @@ def _nearest_loss(r, names):
 
 # %% ../nbs/06_diagnosis.ipynb #d1a6000e
 @rule('params',
-      meaning='a unit that is silent on the whole batch has a bias gradient of exactly 0 and cannot learn',
+      meaning='a unit that outputs 0 on the whole batch has a bias gradient of exactly 0 and cannot learn',
       do='lower the learning rate, He initialisation, LeakyReLU',
       source='Lu et al. 2019, Dying ReLU and initialization')
 def dead_units(r,
                dead=.4, # share of zeros in a bias gradient, median of the last quarter of steps; healthy: at most .15
-               batch=8 # in smaller batches a silent unit is no sign
+               batch=8 # in smaller batches a unit that outputs 0 on all of them says little: a note
               ):
     biases = named(_late(r.params), lambda name: name.rpartition('.')[2]=='bias')
     takes_part = biases['zeros']<biases['numel']
@@ -331,9 +335,9 @@ def dead_units(r,
     small = len(r.steps) and r.steps['bs'].median()<batch
     evidence = f'{silent[name]:.0%} of its units output 0 on the whole batch (dead)'
     others = [o for o in silent.index if o!=name]
-    if others: evidence += f'; so {first_names(others)}'
+    if others: evidence += f'; also in {first_names(others)}'
     if small: evidence += f'; batches smaller than {batch}'
-    yield Finding('note' if small else 'warning', name, span(its), evidence)
+    yield Finding('note' if small else 'warning', name, span(its), evidence, tensors=(name,*others))
 
 # %% ../nbs/06_diagnosis.ipynb #d1a6000f
 @rule('steps',
@@ -356,8 +360,8 @@ def _missing_by_rows(r):
         yield Finding('warning', '(all)', span(rows['iteration']), evidence)
 
 @rule('steps|asked',
-      meaning='the optimizer finds nothing to use, and nothing of it could be looked at',
-      do='zero_grad before the step, a detached loss, or an optimizer that steps inside backward (a hook on the parameters), which leaves nothing to record',
+      meaning='parameters have no gradient when the optimizer steps: they do not learn, and nothing could be recorded',
+      do='look for zero_grad() between backward and step, a detached loss, or an optimizer that steps inside backward (a hook on the parameters), which leaves nothing to record',
       source='docs.pytorch.org: register_post_accumulate_grad_hook')
 def no_gradient(r):
     if not len(r.steps): yield from _missing_by_rows(r)
@@ -370,15 +374,15 @@ def no_gradient(r):
 
 # %% ../nbs/06_diagnosis.ipynb #3e45b7cf
 @rule('facts params',
-      meaning='these parameters ask for a gradient and no loss depends on them',
-      do='use them in forward, or take them out; if they are used, a detach(), no_grad() or .data cuts them off, or a reentrant checkpoint whose input needs no gradient',
+      meaning='these parameters require a gradient and get none: the loss does not depend on them',
+      do='if forward uses them: look for a detach(), no_grad() or .data after them, or a reentrant checkpoint whose input requires no gradient; if not: use them, or remove them',
       source='docs.pytorch.org: find_unused_parameters')
 def unused(r):
     for fit in r.facts:
         got = set(of_fit(r.params, fit)['name'].unique())
         idle = [name for name,asks,_ in fit['params'] if asks and name not in got]
         if not got or not idle: continue
-        yield Finding('warning', idle[0], '', f"no gradient in fit {fit['fit']}: {first_names(idle, 5)}")
+        yield Finding('warning', idle[0], '', f"no gradient in fit {fit['fit']}: {first_names(idle, 5)}", tensors=idle)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60010
 @rule('facts',
@@ -397,7 +401,7 @@ def frozen(r):
         mistake = behind and len(off)<len(params)/2
         evidence = f"{len(off)} of {len(params)} parameters frozen in fit {fit['fit']}"
         if behind: evidence += f', {len(behind)} of them behind {params[first][0]}, which is trained'
-        yield Finding('warning' if mistake else 'note', (behind if mistake else off)[0], '', evidence)
+        yield Finding('warning' if mistake else 'note', (behind if mistake else off)[0], '', evidence, tensors=off)
 
 # %% ../nbs/06_diagnosis.ipynb #7289fb03
 @rule('facts params',
@@ -416,8 +420,9 @@ def fp16_flush(r,
         largest = by_tensor(weights['max_abs'], weights).median()
         gone = zeros[(zeros>flush)&(largest<small)]
         if not len(gone): continue
-        evidence = f'{gone.iloc[0]:.0%} of its gradient exactly 0 in fp16 without a scaler; {len(gone)} tensors so'
-        yield Finding('warning', gone.index[0], span(weights['iteration']), evidence)
+        evidence = f'{gone.iloc[0]:.0%} of its gradient is exactly 0, in fp16 without a scaler'
+        if len(gone)>1: evidence += f'; also in {first_names(gone.index[1:])}'
+        yield Finding('warning', gone.index[0], span(weights['iteration']), evidence, tensors=gone.index)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60012
 def _before(values, window):
@@ -476,7 +481,7 @@ def loss_rose(r,
 # %% ../nbs/06_diagnosis.ipynb #d1a60014
 @rule('updates',
       meaning='the step is too large or too small for the weights; healthy: 1e-3 to 1e-2',
-      do='change the learning rate of this layer',
+      do='a smaller learning rate for these layers',
       source='Karpathy 2022, Building makemore part 3')
 def update_ratio(r,
                  low=1e-4, # a note below this; a warning where it is all tensors
@@ -487,18 +492,18 @@ def update_ratio(r,
     has_size = (updates['weight_norm']>0)&(updates['weight_norm']>=.5*grown)   # one that began at 0 has no ratio yet
     rows = named(updates[has_size], lambda name: 'bias' not in name)
     ratio = by_tensor(rows['update_norm']/rows['weight_norm'], rows).median()
-    def say(severity, name, n):
-        evidence = f'median |update|/|weight| {ratio[name]:.1e}; {n} of {len(ratio)} tensors'
-        return Finding(severity, str(name), span(rows['iteration']), evidence)
+    def say(severity, name, hit, do=''):
+        evidence = f'median |update|/|weight| {ratio[name]:.1e}; {hit.sum()} of {len(ratio)} tensors: {first_names(ratio.index[hit])}'
+        return Finding(severity, str(name), span(rows['iteration']), evidence, do, ratio.index[hit])
     large,small = ratio>high,ratio<low
     small &= ratio>0   # without a gradient nothing moves, and other rules say why
-    if large.any(): yield say('warning', ratio.idxmax(), large.sum())
-    if small.any(): yield say('warning' if small.all() else 'note', ratio.idxmin(), small.sum())
+    if large.any(): yield say('warning', ratio.idxmax(), large)
+    if small.any(): yield say('warning' if small.all() else 'note', ratio.idxmin(), small, 'a larger learning rate for these layers, if the loss does not fall')
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60015
 @rule('by_param',
       meaning='the scale of these weights does not matter (a normalisation follows)',
-      do='compare |g||w| instead of |g|',
+      do='nothing; to compare their gradients with others, use |g||w| instead of |g|',
       source='van Laarhoven 2017')
 def scale_invariant(r,
                     cos=1e-4 # |cosine| of gradient and weight
@@ -506,18 +511,18 @@ def scale_invariant(r,
     rows = r.rec.radial(phase=None)
     angle = by_tensor(rows['radial'].abs(), rows).median()
     free = angle[angle<cos]
-    if len(free): yield Finding('note', str(free.index[0]), '', f'{counted(len(free), "weight")} scale-invariant (followed by a normalisation); nothing to fix: {first_names(free.index)}')
+    if len(free): yield Finding('note', str(free.index[0]), '', f'{counted(len(free), "weight")} scale-invariant (followed by a normalisation); nothing to fix: {first_names(free.index)}', tensors=free.index)
 
 # %% ../nbs/06_diagnosis.ipynb #fa01738c
 @rule('steps',
-      meaning='clipping is part of this training; alone it is no sign of anything',
-      do='suggest_clip() gives a max_norm from the norms',
+      meaning='clipping is part of this training; by itself that is neither good nor bad',
+      do='nothing; suggest_clip() gives a max_norm from the norms',
       source='Zhang et al. 2020')
 def clipping(r):
     clipped = taken(r.steps[r.steps['clip_coef']<1])
     if not len(clipped): return
     excess = (clipped['norm']/clipped['clipped_norm']).median()
-    evidence = f'{len(clipped)/len(r.steps):.0%} of steps clipped; norm / max_norm {excess:.2g} (median of those)'
+    evidence = f'{len(clipped)/len(r.steps):.0%} of steps clipped, their norm {excess:.2g} times max_norm (median)'
     yield Finding('note', '(all)', span(clipped['iteration']), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #2162492a
@@ -538,20 +543,20 @@ def _classes(r):
     return int(classes),str(last['name'].iloc[0])
 
 @rule('steps outputs',
-      meaning='the network is sure of wrong answers before it has learned anything: its first weights are too large',
+      meaning='the network is confident in wrong answers before it has learned anything: its first weights are too large',
       do='He or Xavier initialisation, smaller weights in the last layer, normalised inputs',
       source='Karpathy 2019, A Recipe for Training Neural Networks')
 def first_loss(r,
-               chance=3. # times the loss of a guess of equal chances; healthy: at most 1.5
+               chance=3. # times the loss of guessing all classes with equal probability; healthy: at most 1.5
               ):
     if r.steps['step'].iloc[0]>0 or not np.isfinite(r.steps['loss'].iloc[0]): return
     known = _classes(r)
     if known is None:
-        yield Finding('not checked', '', '', 'not judged: by the gradient of the last output the loss is no mean cross-entropy, of which a guess is known')
+        yield Finding('not checked', '', '', 'not judged: the loss does not look like a mean cross-entropy (by the gradient of the last output), and for others the loss of a guess is not known')
         return
     classes,name = known
     loss = r.steps['loss'].iloc[0]
-    evidence = f'first loss {loss:.3g}, a guess of equal chances for {classes} classes has {np.log(classes):.3g}'
+    evidence = f'first loss {loss:.3g}; guessing all {classes} classes with equal probability gives {np.log(classes):.3g}'
     if loss>chance*np.log(classes)+1: yield Finding('warning', name, str(r.steps['iteration'].iloc[0]), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #78ed2dae
@@ -640,7 +645,7 @@ def needless_bias(r):
     biases = typical[typical['is_bias']]
     ratio = biases['norm'].astype(float)/biases['module'].map(weights).astype(float)
     free = ratio[(ratio<_unit(r)/10)&(biases['norm']>0)]
-    if len(free): yield Finding('note', str(free.index[0]), '', f'{counted(len(free), "bias", "biases")} with a gradient of 0 but for rounding: {first_names(free.index)}')
+    if len(free): yield Finding('note', str(free.index[0]), '', f'{counted(len(free), "bias", "biases")} with a gradient of 0 but for rounding: {first_names(free.index)}', tensors=free.index)
 
 # %% ../nbs/06_diagnosis.ipynb #444f9877
 def _presence(r):
@@ -653,8 +658,8 @@ def _presence(r):
 
 # %% ../nbs/06_diagnosis.ipynb #b34a8a48
 @rule('params|by_param',
-      meaning='this weight gets almost nothing, and its neighbours learn: what lies between it and the loss is saturated',
-      do='look at what follows it: a softmax or sigmoid that is sure, a product with something tiny; a temperature, an auxiliary loss',
+      meaning='this weight gets almost no gradient while its neighbours do: what lies between it and the loss is saturated',
+      do='look at what follows it: a softmax or sigmoid close to 0 or 1, a product with something tiny; try a temperature or an auxiliary loss',
       source='Shazeer et al. 2017, 4')
 def starved(r,
             starve=1e-4 # of the typical element of the weights on both sides; healthy: 1e-2 and more
@@ -676,8 +681,8 @@ def starved(r,
     i = min(found, key=rms.__getitem__)
     around = np.median(np.concatenate(beside(i)))
     others = [typical.index[j] for j in found if j!=i]
-    more = f'; so {first_names(others)}' if others else ''
-    yield Finding('warning', typical.index[i], '', f'typical element {rms[i]:.1e}, of the weights around it {around:.1e}{more}')
+    more = f'; also {first_names(others)}' if others else ''
+    yield Finding('warning', typical.index[i], '', f'typical element {rms[i]:.1e}, of the weights around it {around:.1e}{more}', tensors=[typical.index[i],*others])
 
 # %% ../nbs/06_diagnosis.ipynb #09383b68
 def _when(its, there):
@@ -690,7 +695,7 @@ def _when(its, there):
     return f'from iteration {there[0]} to {there[-1]}'
 
 @rule('params|by_param',
-      meaning='these take part in some steps only',
+      meaning='these parameters get a gradient in some steps only',
       do='nothing, if that is meant: experts, heads of several tasks, networks that take turns, a layer that is unfrozen later',
       source='docs.pytorch.org: find_unused_parameters')
 def part_time(r,
@@ -703,7 +708,7 @@ def part_time(r,
     if not some: return
     name,when = some[0]
     others = [n for n,_ in some[1:]]
-    yield Finding('note', name, '', f'has a gradient {when}' + (f'; others in a part of the steps: {first_names(others)}' if others else ''))
+    yield Finding('note', name, '', f'has a gradient {when}' + (f'; others in a part of the steps: {first_names(others)}' if others else ''), tensors=[n for n,_ in some])
 
 # %% ../nbs/06_diagnosis.ipynb #b6e00001
 def runs(rec):
@@ -743,19 +748,25 @@ def _ask(f, r, thresholds)->list: # of `Finding`
     own = {name:value for name,value in thresholds.items() if name in inspect.signature(f).parameters}
     return [Finding(*o) for o in f(r, **own)]
 
+def _look(f, r, thresholds, place):
+    "What a rule says of one run, and whether it had something to look at"
+    need = _missing(f, r)
+    if need: return [Finding('not checked', '', '', f'not recorded{place}: {recorded_by[need]} records it')],False
+    found = _ask(f, r, thresholds)
+    return found,not any(o.severity=='not checked' for o in found)   # it may not know how to judge
+
 def _apply(r, thresholds, place=''):
-    "What each rule says of one run, and how many rules had something to look at"
-    rows,checked,fired = [],0,set()
-    for f in rules:
-        need = _missing(f, r)
-        if need=='watch' and not r.facts: continue   # rows of which no training is known: nobody could have watched
-        if need: found = [Finding('not checked', '', '', f'not recorded{place}: {recorded_by[need]} records it')]
-        else: found = _ask(f, r, thresholds)
-        checked += not any(o.severity=='not checked' for o in found)   # it may not know how to judge
-        if any(fired.intersection(follows_from.get(f.__name__, ()))): found = [o for o in found if o.severity=='not checked']
-        if any(o.severity in ('error','warning') for o in found): fired.add(f.__name__)
+    "What each rule says of one run, how many rules had something to look at, and each rule's tensors"
+    asked = [f for f in rules if not (_missing(f, r)=='watch' and not r.facts)]   # rows of which no training is known: nobody could have watched
+    looks = {f:_look(f, r, thresholds, place) for f in asked}
+    fired = {f.__name__ for f,(found,_) in looks.items() if any(o.severity in ('error','warning') for o in found)}
+    rows,about = [],{}
+    for f,(found,_) in looks.items():
+        if fired.intersection(follows_from.get(f.__name__, ())): found = [o for o in found if o.severity=='not checked']
         rows += [(f.__name__, o.severity, o.tensor, o.iterations, o.evidence, f.meaning, o.do or f.do, f.source) for o in found]
-    return pd.DataFrame(rows, columns='rule severity tensor iterations evidence meaning try source'.split()),checked
+        about[f.__name__] = [str(name) for o in found for name in (o.tensors if len(o.tensors) else [o.tensor]) if name not in ('','(all)')]
+    columns = 'rule severity tensor iterations evidence meaning try source'.split()
+    return pd.DataFrame(rows, columns=columns),sum(checked for _,checked in looks.values()),about
 
 # %% ../nbs/06_diagnosis.ipynb #f0a00001
 shares = 'skip','dead','flush','cos','moved','starve','part'   # thresholds that are a share
@@ -792,11 +803,12 @@ def diagnose(o, # a Learner, callback, list of callbacks, `GradRecord`, frame or
     A Learner brings what all its callbacks recorded, a callback only its own record: `learn.grad_stats.diagnose()` reports the rules on norms as not checked"""
     _check_all(thresholds)
     rec = as_record(o)
-    tables,counts = [],[]
+    tables,counts,tensors = [],[],{}
     for run in runs(rec):
         part = rec if run is None else rec.select(run=run)
         one = Run(part, phase, fit)
-        table,checked = _apply(one, thresholds, _place(phase, fit))
+        table,checked,about = _apply(one, thresholds, _place(phase, fit))
+        for name,names in about.items(): tensors[name] = list(dict.fromkeys([*tensors.get(name, []), *names]))
         if run is not None: table.insert(2, 'run', run)
         tables.append(table)
         counts.append((checked,n_rules(one)))
@@ -805,5 +817,5 @@ def diagnose(o, # a Learner, callback, list of callbacks, `GradRecord`, frame or
     res = Findings(res.iloc[np.argsort(rank, kind='stable')].reset_index(drop=True))
     checked,of_rules = min(counts, key=lambda count: count[0]-count[1])   # of the run of which most is missing
     found = int((res['severity']!='not checked').sum())
-    res.attrs = dict(checked=checked, rules=of_rules, rows=len(res), found=found, trained=_trained(rec, phase, fit))
+    res.attrs = dict(checked=checked, rules=of_rules, rows=len(res), found=found, trained=_trained(rec, phase, fit), tensors=tensors)
     return res
