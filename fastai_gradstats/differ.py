@@ -61,7 +61,10 @@ class Side:
         below = '' if name=='(model)' else f'{name}.'
         return name in params or any(n.startswith(below) for n in params)
 
-    def is_frozen(self, name)->bool: return any(n==name and not asks for f in self.facts for n,asks,_ in f['params'])
+    def is_frozen(self, name)->bool:
+        "Is this parameter, or all of this module?"
+        asks_of = [asks for f in self.facts for n,asks,_ in f['params'] if _inside(n, name)]
+        return bool(asks_of) and not any(asks_of)
 
     def has_kind(self, kind, step)->bool:
         "Is there any row of that kind at a step?"
@@ -212,7 +215,8 @@ class Comparison:
     def _verdicts(self, table, a, b):
         "Of each row: 'same', 'parts', or why that cannot be said"
         res = pd.Series(np.where(table['difference']>table['explained'], 'parts', 'same'), dtype=object)
-        res[table['explained']>=.5] = res.map({'parts':'parts', 'same':'rounding only'})
+        is_noise = table['explained']>=.5   # two of the same size, one against the other, differ by 2
+        res[is_noise&~(table['difference']>2+table['explained'])] = 'rounding only'
         other = (a['numel']!=b['numel'])&a['numel'].notna()&b['numel'].notna()
         res[other] = 'other shape'
         broken_a,broken_b = (df['nonfinite']>0 for df in (a,b))
@@ -346,7 +350,7 @@ class _Words:
     def lines(self):
         if self.parting is None: return [*self.of_the_same(), *self.of_doubt()]
         head = getattr(self, f'of_{self.parting.what}')()
-        return [head, *self.of_loss(), *self.of_first(), *self.of_depth(), *self.of_steps(), *self.of_doubt()]
+        return [head, *self.of_settings(), *self.of_loss(), *self.of_first(), *self.of_depth(), *self.of_steps(), *self.of_doubt()]
 
     def of_the_same(self):
         n = self.c.table['step'].nunique()
@@ -374,6 +378,16 @@ class _Words:
 
     def of_updates(self):
         return f"{self.a} and {self.b} have the same gradients at step {self.step}, and {self.row['name']} moves {_number(self.row['updates'])} times as far in {self.b}: the optimizers differ, in kind or settings"
+
+    def of_settings(self):
+        "Learning rate and clipping of the step that moved weights apart"
+        if self.parting.what=='gradients' or self.parting.what=='weights' and self.step==self.c.steps[0]: return
+        step = self.step-1 if self.parting.what=='weights' else self.step
+        found = [side.steps[side.steps['step']==step] for side in self.c.sides]
+        if not all(len(rows) for rows in found): return
+        for column,what in (('lr','learning rates differ'), ('clip_coef','clipping differs, by what it leaves of the gradient')):
+            a,b = (float(rows[column].iloc[0]) for rows in found)
+            if abs(a-b)>1e-3*max(abs(a), abs(b)): yield f"{what}: {_number(a)} in {self.a}, {_number(b)} in {self.b}, at step {step}"
 
     def of_gradients(self):
         name,after = _label(self.row),self.rows[self.rows.index>=self.parting.row]
@@ -414,8 +428,7 @@ class _Words:
 
     def is_loss_factor(self):
         "Has the loss the same factor?"
-        value = self.factor.value
-        return bool(value and self.losses and self.losses[0] and abs(self.losses[1]/self.losses[0]/value-1)<.01)
+        return _has_factor(self.losses, self.factor.value)
 
     def of_loss(self):
         if self.parting.what!='gradients' or self.losses is None: return
@@ -476,12 +489,17 @@ def _losses(sides, step):
     values = [float(f['loss'].iloc[0]) for f in found]
     return values if np.isfinite(values).all() else None
 
+def _has_factor(losses, value)->bool:
+    "Is one loss `value` times the other? A factor near 1 must be told from none"
+    if not value or not losses or not losses[0]: return False
+    return abs(losses[1]/losses[0]/value-1)<min(.01, .1*abs(value-1))
+
 def _with_loss(parting, table, losses):
     "The loss has the factor too: then all gradients have, also those in which a changed sign cannot be seen"
-    if parting is None or parting.what!='gradients' or losses is None or not losses[0]: return parting
+    if parting is None or parting.what!='gradients': return parting
     rows = table[table['step']==parting.step]
     value = find_factor(rows[rows['verdict']=='parts']).value
-    if value is None or abs(losses[1]/losses[0]/value-1)>.01: return parting
+    if not _has_factor(losses, value): return parting
     return parting._replace(row=rows.index[0])
 
 def _two(a, b):
