@@ -315,14 +315,17 @@ def _nearest_loss(r, names):
     return max(names, key=lambda name: place.get(name, -1))
 
 # %% ../nbs/06_diagnosis.ipynb #d1a6000e
+nearly_all = .9   # share of units
+died = .25        # share of units that were not silent at the first step; healthy: at most .2
+
 @rule('params',
       meaning='a unit that outputs 0 on the whole batch has a bias gradient of exactly 0 and cannot learn',
       do='lower the learning rate, He initialisation, LeakyReLU',
       source='Lu et al. 2019, Dying ReLU and initialization')
 def dead_units(r,
-               dead=.4, # share of zeros in a bias gradient, median of the last quarter of steps; healthy: at most .15
+               dead=.4, # share of zeros in a bias gradient, median of the last quarter of steps: a note above it
                batch=8 # in smaller batches a unit that outputs 0 on all of them says little: a note
-              ):
+              ): # a warning where nearly all are, or where many died since the first step
     biases = named(_late(r.params), lambda name: name.rpartition('.')[2]=='bias')
     takes_part = biases['zeros']<biases['numel']
     share = takes_part.groupby(biases['name'], observed=True).transform('sum')/max(biases['iteration'].nunique(), 1)
@@ -330,14 +333,21 @@ def dead_units(r,
     silent = by_tensor(biases['zeros']/biases['numel'], biases).median()
     silent = silent[silent>dead]
     if not len(silent): return
-    name = _nearest_loss(r, silent.index)   # behind a dead layer all is 0
+    begun = by_tensor(r.params['zeros']/r.params['numel'], r.params).first().reindex(silent.index)
+    grew = (silent-begun)*by_tensor(biases['numel'], biases).max().reindex(silent.index)   # units that died since the first step
+    grave = silent[(silent>=nearly_all)|((silent-begun>died)&(grew>=4))]
+    name = _nearest_loss(r, grave.index if len(grave) else silent.index)   # behind a dead layer all is 0
     its = biases.loc[(biases['name']==name)&(biases['zeros']>0), 'iteration']
     small = len(r.steps) and r.steps['bs'].median()<batch
     evidence = f'{silent[name]:.0%} of its units output 0 on the whole batch (dead)'
-    others = [o for o in silent.index if o!=name]
+    if silent[name]<nearly_all: evidence += f', {begun[name]:.0%} at the first step'
+    others = [o for o in (grave if len(grave) else silent).index if o!=name]
     if others: evidence += f'; also in {first_names(others)}'
     if small: evidence += f'; batches smaller than {batch}'
-    yield Finding('note' if small else 'warning', name, span(its), evidence, tensors=(name,*others))
+    if small or len(grave): yield Finding('note' if small else 'warning', name, span(its), evidence, tensors=(name,*others))
+    else:
+        advice = 'nothing, where the loss falls; small or narrow layers begin so; He initialisation, LeakyReLU'
+        yield Finding('note', name, span(its), evidence, advice, (name,*others))
 
 # %% ../nbs/06_diagnosis.ipynb #d1a6000f
 @rule('steps',
@@ -440,7 +450,7 @@ def spike(r,
     steps = taken(r.steps)
     usual = _before(steps['norm'], window).median().shift()
     usual_loss = _before(steps['loss'], window).median().shift()
-    loss_after = steps['loss'][::-1].rolling(5, min_periods=1).mean()[::-1]   # of this step and the four that follow
+    loss_after = steps['loss'][::-1].rolling(5, min_periods=1).median()[::-1]   # of this step and the four that follow: one hard batch is no rise
     hit = steps[(steps['norm']>factor*usual)&(loss_after>1.5*usual_loss)]
     if not len(hit): return
     first,i = hit.iloc[0],hit.index[0]
@@ -490,7 +500,8 @@ def update_ratio(r,
     updates = r.updates
     grown = by_tensor(updates['weight_norm'], updates).transform('max')
     has_size = (updates['weight_norm']>0)&(updates['weight_norm']>=.5*grown)   # one that began at 0 has no ratio yet
-    rows = named(updates[has_size], lambda name: 'bias' not in name)
+    has_gradient = updates['norm']!=0   # without one there is weight decay only
+    rows = named(updates[has_size&has_gradient], lambda name: 'bias' not in name)
     ratio = by_tensor(rows['update_norm']/rows['weight_norm'], rows).median()
     def say(severity, name, hit, do=''):
         evidence = f'median |update|/|weight| {ratio[name]:.1e}; {hit.sum()} of {len(ratio)} tensors: {first_names(ratio.index[hit])}'

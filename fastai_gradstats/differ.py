@@ -70,8 +70,9 @@ class Side:
         return name in params or any(param.startswith(below) for param in params)
 
     def is_frozen(self, name)->bool:
-        "Is it a parameter that asked for no gradient?"
-        return any(param==name and not asks for fact in self.facts for param,asks,_ in fact['params'])
+        "Does this parameter, or all of this module, ask for no gradient?"
+        asked = [asks for fact in self.facts for param,asks,_ in fact['params'] if _is_inside(param, name)]
+        return bool(asked) and not any(asked)
 
     def has_kind(self, kind, step)->bool:
         "Is there any row of that kind at a step?"
@@ -213,7 +214,9 @@ def verdicts(table, a, b, is_expected):
     "Of each row: 'same', one of `parted`, or why that cannot be said. `is_expected(side, row)`: should this side have it too?"
     parts = table['difference']>table['explained']
     res = pd.Series(np.where(parts, 'parts', 'same'), dtype=object)
-    res[~parts&(table['explained']>=.5)] = 'rounding only'
+    is_noise = table['explained']>=.5   # two of the same size, one against the other, differ by 2
+    is_beyond = table['difference']>2+table['explained']
+    res[is_noise&~is_beyond] = 'rounding only'
     res[a['numel'].notna()&b['numel'].notna()&(a['numel']!=b['numel'])] = 'other shape'
     is_broken = dict(a=a['nonfinite']>0, b=b['nonfinite']>0)
     res[is_broken['a']&is_broken['b']] = 'not finite'
@@ -370,8 +373,9 @@ def find_losses(sides, step)->Both|None:
     return losses if np.isfinite(losses).all() else None
 
 def are_about(losses, factor)->bool:
-    "Have the losses this factor?"
-    return bool(factor and losses and losses.a) and abs(losses.b/losses.a/factor-1)<=.01
+    "Have the losses this factor? One near 1 must be told from none"
+    if not factor or not losses or not losses.a: return False
+    return abs(losses.b/losses.a/factor-1)<min(.01, .1*abs(factor-1))
 
 def seen_in_the_loss(parting, table, losses):
     "The loss has the factor too: then all gradients have, also those in which a changed sign cannot be seen"
@@ -497,6 +501,31 @@ class OtherUpdates(Found):
     def sentences(self, names):
         yield (f'{names.a} and {names.b} have the same gradients at step {self.step}, and {self.first} moves '
                f'{_number(self.ratio)} times as far in {names.b}: the optimizers differ, in kind or settings')
+
+# %% ../nbs/06a_differ.ipynb #9e657c29
+@dataclass
+class Setting(Found):
+    "What the step that moved weights apart was told"
+    what:str             # what differs
+    step:int
+    a:float
+    b:float
+
+    def sentences(self, names):
+        yield f'{self.what}: {_number(self.a)} in {names.a}, {_number(self.b)} in {names.b}, at step {self.step}'
+
+settings = dict(lr='learning rates differ', clip_coef='clipping differs, by what it leaves of the gradient')   # by column of steps
+
+def find_settings(comparison, rows):
+    "Of the step after which weights or updates differ"
+    is_after = rows.what=='weights'
+    if is_after and rows.step==comparison.steps[0]: return   # they began with other weights
+    step = rows.step-1 if is_after else rows.step
+    found = Both(*(side.steps[side.steps['step']==step] for side in comparison.sides))
+    if not all(map(len, found)): return
+    for column,what in settings.items():
+        a,b = (float(rows_of_step[column].iloc[0]) for rows_of_step in found)
+        if abs(a-b)>1e-3*max(abs(a), abs(b)): yield Setting(what, step, a, b)
 
 # %% ../nbs/06a_differ.ipynb #1a365bf7
 @dataclass
@@ -709,6 +738,7 @@ def find_evidence(comparison, rows, losses):
     is_gradients = rows.what=='gradients'
     first_parts = rows.first['verdict']=='parts'
     if is_gradients and losses is not None: yield judge_losses(comparison, rows, losses)
+    if not is_gradients: yield from find_settings(comparison, rows)
     if is_gradients and first_parts: yield find_first_tensor(comparison, rows)
     n_missing = int(rows.parted['verdict'].isin(only_in.values()).sum())
     if n_missing>1 or n_missing and first_parts: yield Missing(n_missing)

@@ -1,5 +1,5 @@
 "`grad_diff`: mutants of twin nets against autograd's own gradients; twins that differ by rounding only raise no alarm."
-import time
+import math, time
 import numpy as np
 import pandas as pd, pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -216,6 +216,22 @@ def test_no_rounding_is_an_alarm(kw):
     cases = [(how,name) for how,name in rounding_cases() if not ('opt' in kw and 'opt' in roundings[how])]
     assert alarms(cases, [1,5], **kw)==[]
 
+class Squeeze(nn.Module):
+    "Channels weighed by a bottleneck of 4 units, whose gradient is small and turns around when one of them is switched"
+    def __init__(self, c=8):
+        super().__init__()
+        self.narrow,self.wide = nn.Conv2d(c,4,1),nn.Conv2d(4,c,1)
+    def forward(self, x): return x*torch.sigmoid(self.wide(F.relu(self.narrow(x.mean((2,3), keepdim=True)))))
+
+def squeezed(model):
+    for block in model.blocks: block.act = Squeeze()
+
+def test_noise_that_turns_around_is_no_alarm():
+    for seed in range(8):
+        kw = dict(name='cnn', seed=seed, steps=3, lr=1e-2, change=squeezed)
+        found = grad_diff(train_twin(**kw), train_twin(**kw, half=True))
+        assert found.same, f'{seed}: {found}'
+
 # --- other steps than the first
 
 class KeepsGradients(torch.optim.AdamW):
@@ -233,6 +249,38 @@ def test_optimizers_differ(kw, update_every):
     found = grad_diff(train_twin('transformer', update_every=update_every), train_twin('transformer', update_every=update_every, **kw))
     assert (found.what, found.step)==(('weights',1) if update_every is None else ('updates',0))
     assert 'the optimizers differ' in found.sentence()
+
+def test_settings_that_differ_are_named():
+    found = grad_diff(train_twin('lstm'), train_twin('lstm', lr=2e-3))
+    assert found.what=='weights' and 'learning rates differ: 0.001 in a, 0.002 in b, at step 0' in str(found) and 'clipping' not in str(found)
+
+def test_clipping_of_one_is_named():
+    def train(clip):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 3)
+        opt = torch.optim.SGD(model.parameters(), lr=.1)
+        with GradRecorder(model, opt) as rec:
+            for i in range(3):
+                model(torch.randn(16,8)).square().mean().backward()
+                rec.read()
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+                opt.step()
+                opt.zero_grad()
+        return rec.record
+    found = grad_diff(train(math.inf), train(1e-3))
+    assert found.what=='weights' and 'clipping differs, by what it leaves of the gradient: 1 in a, 0.00' in str(found), str(found)
+
+@pytest.mark.parametrize('factor', [1.002,.995])
+def test_factor_near_one_in_backward(factor):
+    "The loss has not that factor, though it differs from it by less than 1 %"
+    found = grad_diff(train_twin('cnn'), train_twin('cnn', change=times_in_backward('stem', factor)))
+    assert found.first.startswith('stem') and found.factor==pytest.approx(factor, rel=1e-4) and 'loss too' not in str(found)
+
+def test_frozen_first_module():
+    "Its output has no gradient then, and nothing is detached"
+    def freezes(model): model.stem.requires_grad_(False)
+    found = grad_diff(train_twin('cnn'), train_twin('cnn', change=freezes))
+    assert found.first=='stem' and 'it is frozen there' in found.sentence()
 
 # --- what is given
 

@@ -291,6 +291,39 @@ def test_names_of_all():
     evidence = the_warning(diagnose(train_digits(make)), 'dead_units')['evidence']
     assert 'of its units output 0 on the whole batch (dead)' in evidence and 'so 1.bias, 3.bias, 5.bias and' in evidence
 
+def test_units_silent_from_the_start_are_a_note():
+    "And those that died in training are a warning"
+    def make():
+        model = flat_mlp()()
+        model[3].bias.data[:32].fill_(-50)
+        return model
+    found = diagnose(train_digits(make, torch.optim.Adam, 2e-3))
+    row = found[found['rule']=='dead_units'].iloc[0]
+    assert row['severity']=='note' and 'at the first step' in row['evidence'] and found.ok, str(found)
+    sick = diagnose(train_digits(flat_mlp(), torch.optim.Adam, .3))
+    row = the_warning(sick, 'dead_units')
+    share,begun = (int(part.split('%')[0].split()[-1]) for part in row['evidence'].split('(dead)')[:2]) if 'first step' in row['evidence'] else (100,0)
+    assert share>begun+25
+
+def test_hard_batch_of_a_converged_run_is_no_spike():
+    "One batch with a large loss and gradient, and the loss is as before right after it"
+    n = 120
+    norm,loss = np.ones(n),np.full(n, .002)
+    norm[80],loss[80] = 11.,.02
+    found = diagnose(GradRecord(steps=calm_steps(n, norm=norm, loss=loss)))
+    assert 'spike' not in set(severe(found)['rule'])
+    loss[81:] = .02
+    assert 'spike' in set(severe(diagnose(GradRecord(steps=calm_steps(n, norm=norm, loss=loss))))['rule'])
+
+def test_weight_decay_of_dead_layers_is_no_update():
+    "What a dead layer's weights move is weight decay: one finding says why, and none says change the learning rate"
+    def make():
+        model = flat_mlp(depth=3)()
+        model[5].bias.data.fill_(-50)
+        return model
+    found = diagnose(train_digits(make, torch.optim.AdamW, 1e-3))
+    assert list(severe(found)['rule'])==['dead_units'] and 'update_ratio' not in set(found['rule'][found['severity']=='note']), str(found)
+
 # --- the verdict
 
 def test_first_line():
