@@ -163,8 +163,8 @@ def test_command_fails(tmp_path, capsys):
     (tmp_path/'run'/'steps-0-000000.csv').write_text('hello')
     cases = (('none', 'no such folder'), ('', 'no record; expected are files like'), ('run', 'steps-0-000000.csv: no column.*--skip'))
     for folder,say in cases:
-        with pytest.raises(SystemExit, match=say): main(str(tmp_path/folder))
-    with pytest.warns(UserWarning, match='1 parts left out'): main(str(tmp_path/'run'), skip=True)
+        with pytest.raises(SystemExit, match=say): main.__wrapped__(str(tmp_path/folder))
+    with pytest.warns(UserWarning, match='1 parts left out'): main.__wrapped__(str(tmp_path/'run'), skip=True)
     assert 'Largest output gradient' in capsys.readouterr().out
 
 @pytest.mark.slow

@@ -60,9 +60,12 @@ fastai_learners = dict(vision=vision_toy, unet=unet_toy, tabular=tabular_toy, co
                        language_model=language_model_toy, classifier=classifier_toy)
 
 def text_loss(learn, m):
-    "With the regularisation that fastai's callbacks add, alpha 2 and beta 1"
+    "With the regularisation that fastai's callback adds: alpha 2 and beta 1, in 2.7 none, which forgets them"
     pred,raw,out = (o[-1] if is_listy(o) else o for o in m(*learn.xb))
-    return learn.loss_func(pred, *learn.yb) + 2*out.float().pow(2).mean() + (raw[:,1:]-raw[:,:-1]).float().pow(2).mean()
+    loss = learn.loss_func(pred, *learn.yb)
+    added = getattr(learn, 'rnn_regularizer', None)
+    if added is None: return loss
+    return loss + added.alpha*out.float().pow(2).mean() + added.beta*(raw[:,1:]-raw[:,:-1]).float().pow(2).mean()
 
 def watched_learner(make, **kw):
     "The learner, what was recorded and what was to be recorded"
