@@ -1,7 +1,7 @@
 "A verdict: sick runs of a new user are found with their cause, healthy ones of all kinds get nothing above a note, and what could not be judged is said."
 import math
 from contextlib import nullcontext
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from fastai_gradstats import GradRecord, GradRecorder, diagnose
