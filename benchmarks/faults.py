@@ -304,22 +304,28 @@ def diagnoses(names=tuple(nets))->pd.DataFrame:
         rows += [dict(net=name, fault=title, rules=', '.join(sorted(said(name, title)-calm))) for title,f in faults.items() if f.silent]
     return pd.DataFrame(rows)
 
-def costs(rounds=3, steps=8, models=('convnet','resnet18'))->pd.DataFrame:
+def costs(rounds=9, steps=8, models=('convnet','resnet18'))->pd.DataFrame:
     "CPU time of a step over that of the bare loop, interleaved"
     cbs = {name:partial(lambda f: [f([])], f) for name,f in watchers.items()}
     with quiet(): return pd.concat([race(m, threads=(1,), rounds=rounds, steps=steps if m=='convnet' else 1, cbs=cbs) for m in models])
 
+def tables(quick, seeds):
+    "name -> function that measures it"
+    small = ('mlp','cnn_bn')
+    if quick: return dict(faults=lambda: table(names=small, healthy_cases=('Adam','long warm-up'), epochs=6), faults_diagnose=lambda: diagnoses(small),
+                          faults_cost=lambda: costs(1, 2, ('convnet',)))
+    return dict(faults=lambda: table(seeds, healthy_seeds=seeds), faults_diagnose=diagnoses, faults_cost=costs)
+
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--quick', action='store_true', help='one seed on two nets; nothing is written unless --out is given')
-    p.add_argument('--seeds', type=int, default=1, help='trainings per net and fault (default: 1)')
+    p.add_argument('--seeds', type=int, default=3, help='trainings per net and case (default: 3)')
+    p.add_argument('--only', nargs='*', help=f"only these tables: {', '.join(tables(True, 1))}")
     p.add_argument('--out', help='folder for the tables (default: docs/benchmarks)')
     a = p.parse_args()
     out = a.out or (None if a.quick else Path(__file__).parents[1]/'docs/benchmarks')
-    small = ('mlp','cnn_bn')
-    found = dict(faults=table(names=small, healthy_cases=('Adam','long warm-up'), epochs=6) if a.quick else table(a.seeds),
-                 faults_diagnose=diagnoses(small) if a.quick else diagnoses(),
-                 faults_cost=costs(1, 2, ('convnet',)) if a.quick else costs())
-    for name,d in found.items():
-        print(f'\n{name}\n{d.round(3).to_string(index=False)}')
+    for name,measure in tables(a.quick, a.seeds).items():
+        if a.only and name not in a.only: continue
+        d = measure()
+        print(f'\n{name}\n{d.round(3).to_string(index=False)}', flush=True)
         if out: d.to_csv(Path(out)/f'{name}.csv', index=False, float_format='%.5g')
