@@ -23,6 +23,7 @@ from warnings import warn
 import numpy as np, pandas as pd, torch
 from torch import nn, Tensor
 from torch.func import functional_call, grad, vmap
+from .recorder import interrupt_later
 from .stats import max_abs, norm, wide
 
 # %% ../nbs/08_probe.ipynb #13274bd2
@@ -407,8 +408,9 @@ def as_it_was(learn, model, batch, set_modes, also=(), but=()):
             begin()
             yield begin
         finally:
-            state.put()
-            data.put()
+            with interrupt_later():   # half put back is neither
+                state.put()
+                data.put()
 
 # %% ../nbs/08_probe.ipynb #cbf9b661
 def map_tensors(f, o):
