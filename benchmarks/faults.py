@@ -2,7 +2,7 @@
 
 Small nets are trained, and in mid-training something goes wrong. Every watcher that acts has a training of its own, from the same seed:
 which faults raise an alarm, how many steps late, is the layer right and the sample, and how often is there an alarm in a healthy training?"""
-import argparse,contextlib,io,logging,time,warnings
+import argparse,contextlib,io,itertools,logging,time,warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 from fastai.basics import *
@@ -265,27 +265,27 @@ def rows_of(names, group, net, case, runs):
     "A row per watcher from runs with all of them"
     return [row(group, name, net, case, [run[name] for run in runs]) for name in names]
 
-def missing(names)->dict: # name -> why it cannot be had here
+def cannot(names, net)->dict: # name -> why it cannot be had here, or cannot train this net
     why = {}
     for name in names:
-        try: watched([name], lambda cbs, alarms: make_learner('mlp', 0, cbs))
-        except ImportError as e: why[name] = f'{type(e).__name__}: {e}'
+        try: watched([name], lambda cbs, alarms: fit(make_learner(net, 0, cbs)[0], 1))
+        except Exception as e: why[name] = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
     return why
 
 def table(seeds=1, names=tuple(nets), cases=tuple(faults), healthy_cases=tuple(healthy), healthy_seeds=1, epochs=8, together=together)->pd.DataFrame:
     "A row per watcher, net and case"
-    not_here = missing([name for group in together for name in group])
-    rows = [dict(group='missing', watcher=name, note=why) for name,why in not_here.items()]
-    for group in together:
-        who = [name for name in group if name not in not_here]
+    rows = []
+    for group,net in itertools.product(together, names):
+        why = cannot(group, net)
+        rows += [dict(group='missing', watcher=name, net=net, note=note) for name,note in why.items()]
+        who = [name for name in group if name not in why]
         if not who: continue
-        for net in names:
-            for case in cases:
-                runs = [faulty(who, net, case, seed) for seed in range(seeds)]
-                rows += rows_of(who, 'silent' if faults[case].silent else 'fault', net, case, runs)
-            for case in healthy_cases:
-                runs = [healthy_run(who, net, case, 100+seed, epochs) for seed in range(healthy_seeds)]
-                rows += rows_of(who, 'healthy', net, case, runs)
+        for case in cases:
+            runs = [faulty(who, net, case, seed) for seed in range(seeds)]
+            rows += rows_of(who, 'silent' if faults[case].silent else 'fault', net, case, runs)
+        for case in healthy_cases:
+            runs = [healthy_run(who, net, case, 100+seed, epochs) for seed in range(healthy_seeds)]
+            rows += rows_of(who, 'healthy', net, case, runs)
     return pd.DataFrame(rows)
 
 def said(name, title=None, seed=0)->set:
