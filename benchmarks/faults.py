@@ -2,7 +2,7 @@
 
 Small nets are trained, and in mid-training something goes wrong. Every watcher that acts has a training of its own, from the same seed:
 which faults raise an alarm, how many steps late, is the layer right and the sample, and how often is there an alarm in a healthy training?"""
-import argparse,contextlib,io,logging,warnings
+import argparse,contextlib,io,itertools,logging,time,warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 from fastai.basics import *
@@ -265,27 +265,27 @@ def rows_of(names, group, net, case, runs):
     "A row per watcher from runs with all of them"
     return [row(group, name, net, case, [run[name] for run in runs]) for name in names]
 
-def missing(names)->dict: # name -> why it cannot be had here
+def cannot(names, net)->dict: # name -> why it cannot be had here, or cannot train this net
     why = {}
     for name in names:
-        try: watched([name], lambda cbs, alarms: make_learner('mlp', 0, cbs))
-        except ImportError as e: why[name] = f'{type(e).__name__}: {e}'
+        try: watched([name], lambda cbs, alarms: fit(make_learner(net, 0, cbs)[0], 1))
+        except Exception as e: why[name] = ' '.join(f'{type(e).__name__}: {e}'.split())[:200]
     return why
 
 def table(seeds=1, names=tuple(nets), cases=tuple(faults), healthy_cases=tuple(healthy), healthy_seeds=1, epochs=8, together=together)->pd.DataFrame:
     "A row per watcher, net and case"
-    not_here = missing([name for group in together for name in group])
-    rows = [dict(group='missing', watcher=name, note=why) for name,why in not_here.items()]
-    for group in together:
-        who = [name for name in group if name not in not_here]
+    rows = []
+    for group,net in itertools.product(together, names):
+        why = cannot(group, net)
+        rows += [dict(group='missing', watcher=name, net=net, note=note) for name,note in why.items()]
+        who = [name for name in group if name not in why]
         if not who: continue
-        for net in names:
-            for case in cases:
-                runs = [faulty(who, net, case, seed) for seed in range(seeds)]
-                rows += rows_of(who, 'silent' if faults[case].silent else 'fault', net, case, runs)
-            for case in healthy_cases:
-                runs = [healthy_run(who, net, case, 100+seed, epochs) for seed in range(healthy_seeds)]
-                rows += rows_of(who, 'healthy', net, case, runs)
+        for case in cases:
+            runs = [faulty(who, net, case, seed) for seed in range(seeds)]
+            rows += rows_of(who, 'silent' if faults[case].silent else 'fault', net, case, runs)
+        for case in healthy_cases:
+            runs = [healthy_run(who, net, case, 100+seed, epochs) for seed in range(healthy_seeds)]
+            rows += rows_of(who, 'healthy', net, case, runs)
     return pd.DataFrame(rows)
 
 def said(name, title=None, seed=0)->set:
@@ -304,22 +304,28 @@ def diagnoses(names=tuple(nets))->pd.DataFrame:
         rows += [dict(net=name, fault=title, rules=', '.join(sorted(said(name, title)-calm))) for title,f in faults.items() if f.silent]
     return pd.DataFrame(rows)
 
-def costs(rounds=3, steps=8, models=('convnet','resnet18'))->pd.DataFrame:
+def costs(rounds=9, steps=8, models=('convnet','resnet18'))->pd.DataFrame:
     "CPU time of a step over that of the bare loop, interleaved"
     cbs = {name:partial(lambda f: [f([])], f) for name,f in watchers.items()}
     with quiet(): return pd.concat([race(m, threads=(1,), rounds=rounds, steps=steps if m=='convnet' else 1, cbs=cbs) for m in models])
 
+def tables(quick, seeds):
+    "name -> function that measures it"
+    small = ('mlp','cnn_bn')
+    if quick: return dict(faults=lambda: table(names=small, healthy_cases=('Adam','long warm-up'), epochs=6), faults_diagnose=lambda: diagnoses(small),
+                          faults_cost=lambda: costs(1, 2, ('convnet',)))
+    return dict(faults=lambda: table(seeds, healthy_seeds=seeds), faults_diagnose=diagnoses, faults_cost=costs)
+
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--quick', action='store_true', help='one seed on two nets; nothing is written unless --out is given')
-    p.add_argument('--seeds', type=int, default=1, help='trainings per net and fault (default: 1)')
+    p.add_argument('--seeds', type=int, default=3, help='trainings per net and case (default: 3)')
+    p.add_argument('--only', nargs='*', help=f"only these tables: {', '.join(tables(True, 1))}")
     p.add_argument('--out', help='folder for the tables (default: docs/benchmarks)')
     a = p.parse_args()
     out = a.out or (None if a.quick else Path(__file__).parents[1]/'docs/benchmarks')
-    small = ('mlp','cnn_bn')
-    found = dict(faults=table(names=small, healthy_cases=('Adam','long warm-up'), epochs=6) if a.quick else table(a.seeds),
-                 faults_diagnose=diagnoses(small) if a.quick else diagnoses(),
-                 faults_cost=costs(1, 2, ('convnet',)) if a.quick else costs())
-    for name,d in found.items():
-        print(f'\n{name}\n{d.round(3).to_string(index=False)}')
+    for name,measure in tables(a.quick, a.seeds).items():
+        if a.only and name not in a.only: continue
+        d = measure()
+        print(f'\n{name}\n{d.round(3).to_string(index=False)}', flush=True)
         if out: d.to_csv(Path(out)/f'{name}.csv', index=False, float_format='%.5g')

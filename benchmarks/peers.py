@@ -4,7 +4,7 @@ from fastai.basics import *
 from fastai.callback.hook import ActivationStats, HookCallback
 from fastai_gradstats.by_blocks import BlockBuffer
 from fastai_gradstats.stats import sums
-from fastai_gradstats import GradNormCallback, GradStatsCallback
+from fastai_gradstats import GradAlert, GradNormCallback, GradStatsCallback
 
 def abs_10_power(x): return (x.abs() + 1e-30).log10().flatten().numpy().astype(int)
 
@@ -66,7 +66,7 @@ def both(**kwargs): return [GradStatsCallback(**kwargs), GradNormCallback(**{k:v
 
 def reader_of(learn):
     "What reads the gradients of a Learner for all callbacks of ours; None where there are none"
-    return next((c._consumer.reader for c in learn.cbs if isinstance(c, (GradStatsCallback,GradNormCallback))), None)
+    return next((c._consumer.reader for c in learn.cbs if isinstance(c, (GradStatsCallback,GradNormCallback,GradAlert))), None)
 
 class WithoutNumba(Callback):
     "The others read as where numba is not installed"
@@ -77,6 +77,8 @@ class WithoutNumba(Callback):
 
 ours = {
     'norm':            lambda: [GradNormCallback()],
+    'alert':           lambda: [GradAlert()],
+    'norm, alert':     lambda: [GradNormCallback(), GradAlert()],
     'param':           lambda: [GradStatsCallback(kind='param')],
     'output':          lambda: [GradStatsCallback(kind='output')],
     'both':            both,

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from time import thread_time
 from unittest import mock
 from fastai.basics import *
-from fastai_gradstats import callback, capture
+from fastai_gradstats import GradAlert, callback, capture
 from fastai_gradstats.recorder import Reader
 from fastai_gradstats.watch import MethodWatch, StepWatch
 from .models import learner
@@ -43,7 +43,7 @@ class Clock:
             finally: self.since = thread_time()
         return untimed
 
-events = [Callback, callback.RecordCallback, callback.Helper]   # ours have a `__call__` of their own
+events = [Callback, callback.RecordCallback, callback.Helper, GradAlert]   # ours have a `__call__` of their own
 part = {'TrainEvalCallback','Recorder','CastToTensor','ProgressCallback','NoValid','WithoutNumba'}   # of the step itself
 
 # methods that are given a function to call later

@@ -32,27 +32,26 @@ from .stats import SUM_SQ
 # %% ../nbs/08c_alert.ipynb #20514b74
 class NormWatch:
     "Says which steps are out of line, by their norms alone"
-    spreads = 6.     # of the log norms in the window: a spike is further out,
-    tops = 3.3       # or, where it is less, so many times as far as the third highest,
-    tail = 2.        # and this times further than the third furthest of the last ten windows
-    recent = 5       # steps that a spike must stand out from, by a third of `factor`
+    recent = 5       # steps from the highest of which a jump is counted
+    tail = 2.        # a spike jumps so many times as far as the third furthest jump of the fit
+    spreads = 4.     # and is so many spreads above the median
     level,within = 4,6   # so many spikes within so many steps are a new level
     def __init__(self,
-                 factor=10., # times the median: what is less is no spike
-                 window=50 # steps that a step is compared with
+                 factor=10., # times the median, and the last steps: what is less is no spike
+                 window=50 # steps of the median
                 ):
         self.factor = factor
         self.window = window
-        self.warmup = min(window, max(10, window//5))   # steps before median and spread mean something
+        self.warmup = min(window, max(10, window//5))   # steps before a median means something
         self.begin()
 
     def begin(self):
         "Nothing of what was before counts: a new fit"
         self.n = 0
-        self.logs = deque()                        # of norms that were in line
-        self.ordered = []                          # the same by size
-        self.above = deque(maxlen=10*self.window)  # how far each was above the median
-        self.spikes = deque()                      # (number of the step, log norm)
+        self.logs = deque()     # of norms that were in line
+        self.ordered = []       # the same by size
+        self.furthest = []      # three jumps
+        self.spikes = deque()   # (number of the step, log norm)
 
     @property
     def usual(self)->float:
@@ -72,23 +71,24 @@ class NormWatch:
         if self.is_far(log):
             self.note_spike(log)
             return 'spike'
-        if len(self.logs)>=self.warmup: self.above.append(log-self.median())
+        if len(self.logs)>=self.recent: self.furthest = nlargest(3, [*self.furthest, self.jump(log)])
         self.add(log)
+
+    def jump(self, log): return log-max(islice(reversed(self.logs), self.recent))
+
+    def spread(self):
+        "Of the logs in the window: the standard deviation, where noise is normal"
+        median = self.median()
+        distances = sorted(abs(o-median) for o in self.logs)
+        return 1.4826*distances[len(distances)//2]
 
     def is_far(self, log)->bool:
         limit = math.log(self.factor)
         if len(self.logs)<self.warmup: return self.is_first_far(log, limit)
         above = log-self.median()
-        if above<=limit: return False
-        highest = max(islice(reversed(self.logs), self.recent))
-        if log-highest<=math.log(self.factor/3) and above<=2*limit: return False
-        median = self.median()
-        distances = sorted(abs(o-median) for o in self.logs)
-        spread = 1.4826*distances[len(distances)//2]   # the standard deviation, where noise is normal
-        far = self.spreads*spread
-        if len(self.logs)>=25: far = min(far, self.tops*(self.ordered[-3]-median))   # a long tail down says nothing of what is up
-        furthest = nlargest(3, self.above)[-1] if len(self.above)>2 else 0
-        return above>max(far, self.tail*furthest)
+        jump = self.jump(log)
+        if above<=limit or jump<=limit and above<=2*limit: return False
+        return jump>self.tail*self.furthest[-1] and above>self.spreads*self.spread()
 
     def is_first_far(self, log, limit)->bool:
         "Of the first steps: above all others by more than `factor`, and by more than they are apart"
@@ -191,10 +191,10 @@ class BatchKeeper:
     def epoch_begins(self, learn):
         self.epoch_ends()
         self.batches.clear()
-        self.items = ItemWatch(learn.dl)
         if self.model is not learn.model:
-            self.model = learn.model
             self.watch = StateWatch(bare_model(learn))
+            self.model = learn.model
+        self.items = ItemWatch(learn.dl)   # last: it changes the loader
 
     def epoch_ends(self):
         if self.items is not None: self.items.remove()
@@ -295,8 +295,8 @@ class GradAlert(RecordCallback):
     order = READ_AT+.2   # after the reading, before clipping
     overflows_told = 20  # so many overflows in a row are said
     def __init__(self,
-                 factor:float=10., # a norm more than so many times the usual, and far outside of the spread, is a spike
-                 window:int=50, # steps that a step is compared with
+                 factor:float=10., # a norm more than so many times the usual and each of the last five, and far outside of what the fit has shown, is a spike
+                 window:int=50, # steps whose median is the usual
                  action='warn', # 'warn', 'skip' (the step), 'stop' (the fit), or f(incident) that may return one of these
                  samples:bool=True, # look for the samples that it came from
                  keep:int=5, # incidents with batch and weights: the first and the worst

@@ -70,8 +70,9 @@ def _own(cb, event):
     "The callback's method for an event, or None. What it lacks fastai would look for in the Learner and in its model, which may have one of that name"
     return getattr(cb, event) if _has_event(type(cb), event) or event in cb.__dict__ else None
 
-def _hears(cb, event):
-    return event in cb.__dict__ or any(event in c.__dict__ for c in type(cb).__mro__) or type(cb).__call__ is not Callback.__call__
+def hears(cb, event):
+    "Does the callback do something in this event? One with a `__call__` of its own may"
+    return _own(cb, event) is not None or type(cb).__call__ is not Callback.__call__
 
 def _is_stock(learn, method): return getattr(getattr(learn, method), '__func__', None) is getattr(Learner, method)
 
@@ -151,12 +152,12 @@ class LearnerLoop(Loop):
         self.around = around
         others = [c for c in learn.cbs if not _is_harmless(c)]
         own_methods = [n for n in ('_backward','_do_grad_opt','_do_one_batch') if not _is_stock(learn, n)]
-        before = [c for c in others if _hears(c, 'after_backward') or c.order<=READ_AT and _hears(c, 'before_step')]
-        self.may_cancel = bool(own_methods) or any(_hears(c, e) for c in others for e in ('before_step','after_backward','before_backward'))
+        before = [c for c in others if hears(c, 'after_backward') or c.order<=READ_AT and hears(c, 'before_step')]
+        self.may_cancel = bool(own_methods) or any(hears(c, e) for c in others for e in ('before_step','after_backward','before_backward'))
         self.own_backward = not _is_stock(learn, '_backward')
         self.acts_before = [f'{type(c).__name__} (order {c.order:g})' for c in before] + [f'{type(learn).__name__}.{n}' for n in own_methods]
-        self.acts_in_backward = bool(own_methods) or any(_hears(c, 'after_backward') for c in before)
-        after = any(c.order>=READ_AT and _hears(c, 'before_step') for c in others)
+        self.acts_in_backward = bool(own_methods) or any(hears(c, 'after_backward') for c in before)
+        after = any(c.order>=READ_AT and hears(c, 'before_step') for c in others)
         self.acts_after = after or self.has_copies() or not _is_stock(learn, '_step')
         return True
 

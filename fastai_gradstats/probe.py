@@ -22,7 +22,8 @@ from types import AsyncGeneratorType, CellType, CodeType, CoroutineType, Functio
 from warnings import warn
 import numpy as np, pandas as pd, torch
 from torch import nn, Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad, vmap
+from .recorder import interrupt_later
 from .stats import max_abs, norm, wide
 
 # %% ../nbs/08_probe.ipynb #13274bd2
@@ -407,8 +408,9 @@ def as_it_was(learn, model, batch, set_modes, also=(), but=()):
             begin()
             yield begin
         finally:
-            state.put()
-            data.put()
+            with interrupt_later():   # half put back is neither
+                state.put()
+                data.put()
 
 # %% ../nbs/08_probe.ipynb #cbf9b661
 def map_tensors(f, o):
@@ -581,15 +583,19 @@ def grad_along_ray(learn, # a Learner
     return df.assign(slope=_slope(ts, df['norm'].to_numpy()))
 
 # %% ../nbs/08_probe.ipynb #ed172273
-def _vmapped(learn, model, ws, rest, xb, yb):
-    "Gradients with a leading axis of samples, all at once"
+def grads_of_samples(loss, # f(ws, x, y) of a batch of one
+                     ws, xb, yb)->dict: # name -> gradients, with a leading axis of samples
+    "All at once, by `torch.func`"
     def plain(t): return t.as_subclass(Tensor)   # `vmap` does not know fastai's tensors
-    def loss(ws, x, y):
+    def of_one(ws, x, y):
         x,y = (map_tensors(lambda t: t[None], part) for part in (x,y))
-        return _loss(learn, model, {**rest, **ws}, x, y)
-    of_samples = vmap(grad_and_value(loss), in_dims=(None,0,0), randomness='different')
-    grads,_ = of_samples(ws, map_tensors(plain, xb), map_tensors(plain, yb))
-    return list(grads.values())
+        return loss(ws, x, y)
+    of_samples = vmap(grad(of_one), in_dims=(None,0,0), randomness='different')
+    return of_samples(ws, map_tensors(plain, xb), map_tensors(plain, yb))
+
+def _vmapped(learn, model, ws, rest, xb, yb):
+    def loss(ws, x, y): return _loss(learn, model, {**rest, **ws}, x, y)
+    return list(grads_of_samples(loss, ws, xb, yb).values())
 
 def _one_grad(learn, model, ws, rest, x, y):
     "The gradient of a batch of one"

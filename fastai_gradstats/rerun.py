@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from functools import partial
 import numpy as np, pandas as pd, torch
 from torch import nn, Tensor
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call
+from .callback import hears
 from .capture import grad_params
-from .probe import as_it_was, bare_model, map_tensors
+from .probe import as_it_was, bare_model, grads_of_samples, map_tensors
 
 # %% ../nbs/08a_rerun.ipynb #2ce37062
 def random_states(devices)->dict:
@@ -166,14 +167,12 @@ class KeptBatch:
 acts_on_loss = 'after_pred','after_loss','before_backward'
 amp = 'MixedPrecision'   # what it does is done here: it enters and leaves autocast, and scales
 
-def _hears(cb, event): return hasattr(type(cb), event) or event in cb.__dict__
-
 def acting(learn)->list: # of (callback, its attributes)
     "Callbacks that act on predictions or loss"
     ours = __package__
     others = [cb for cb in learn.cbs if type(cb).__module__.partition('.')[0]!=ours]
     has_loss = getattr(learn.loss_func, '__self__', None)   # MixUp's loss is its method
-    return [(cb, dict(cb.__dict__)) for cb in others if cb is has_loss or any(_hears(cb, event) for event in acts_on_loss)]
+    return [(cb, dict(cb.__dict__)) for cb in others if cb is has_loss or any(hears(cb, event) for event in acts_on_loss)]
 
 @dataclass
 class StepKept:
@@ -263,7 +262,7 @@ class Rerun:
     def tell(self, event):
         for cb,_ in self.acting():
             is_amp = type(cb).__name__==amp
-            if is_amp and event!='after_pred' or not _hears(cb, event): continue
+            if is_amp and event!='after_pred' or not hears(cb, event): continue
             cb(event)
 
     def loss(self, kept, rows=None # of the batch; None: all
@@ -399,16 +398,13 @@ class SampleSearch:
         ws = {names[id(p)]:p.detach() for p in rerun.params.values()}
         loss_func = rerun.step.loss_func or rerun.learn.loss_func
         def loss(ws, x, y):
-            x,y = (map_tensors(lambda t: t[None], o) for o in (x,y))
             res = loss_func(functional_call(rerun.model, ws, x), *y)
             return res.mean() if res.ndim else res
-        of_samples = vmap(grad(loss), in_dims=(None,0,0))
-        plain = partial(map_tensors, lambda t: t.as_subclass(Tensor))
         size = max(1, self.memory//sum(w.numel() for w in ws.values()))
         squares,total = [],{}
         for i in range(0, self.n, size):
-            part = [map_tensors(lambda t: t[i:i+size], plain(o)) for o in (kept.xb,kept.yb)]
-            grads = of_samples(ws, *part)
+            part = [map_tensors(lambda t: t[i:i+size], o) for o in (kept.xb,kept.yb)]
+            grads = grads_of_samples(loss, ws, *part)
             squares.append(sum(g.double().flatten(1).square().sum(1) for g in grads.values()))
             for name,g in zip(rerun.params, grads.values()): total[name] = total.get(name, 0)+g.sum(0)
         factor = self.factor(1)

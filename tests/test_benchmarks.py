@@ -89,7 +89,7 @@ class Unseen:
         if code.co_name=='sgd_step' and runs: self.timed_steps += 1
 
 @pytest.mark.parametrize('opt_func', [SGD, partial(OptimWrapper, opt=torch.optim.SGD)])
-@pytest.mark.parametrize('cbs', [default['norm'], default['both'], peers.ours['both, every=10'], lambda: [*peers.both(), Looks()]])
+@pytest.mark.parametrize('cbs', [default['norm'], default['both'], peers.ours['norm, alert'], peers.ours['both, every=10'], lambda: [*peers.both(), Looks()]])
 def test_nothing_of_ours_is_missed(cbs, opt_func):
     "While a step runs, each Python function of ours runs on the clock, and the optimizer's does not"
     l = learner('linear', 3, cbs())

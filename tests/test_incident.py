@@ -1,12 +1,13 @@
 "Incidents: run again to the bit, written and read."
-import json,subprocess,sys
+import json,signal,subprocess,sys
 import pytest,torchvision
 from fastai.basics import *
 from fastai.callback.rnn import ModelResetter,RNNCallback,RNNRegularizer
 from fastai.callback.training import GradientAccumulation
 from fastai.text.models.awdlstm import AWD_LSTM
 from torch import nn
-from fastai_gradstats import GradAlert,Incident
+from fastai_gradstats import GradAlert,Incident,probe
+from helpers.callbacks import CtrlC
 from helpers.faulty import BS,N,SmallTransformer,faulty_learner,faulty_nets
 from helpers.training import fit,warned
 
@@ -178,13 +179,13 @@ def test_damaged_files(written, name, tmp_path):
     (path/name).write_bytes(content)
     with pytest.raises(ValueError, match='damaged|not an incident'): Incident.load(path).replay(learn)
 
-@pytest.mark.parametrize('where', ['write_bytes','rename'])
+@pytest.mark.parametrize('where', ['mkdir','write_bytes','rename'])
 def test_a_disk_that_fails(where, tmp_path, monkeypatch):
     "One sentence, nothing left behind, nothing lost in memory"
     def full(*args, **kwargs): raise OSError(28, 'No space left on device')
     learn = faulty_learner('mlp', poison=130, cbs=[GradAlert(action='skip', folder=tmp_path/'a')])
     with monkeypatch.context() as m, warned() as said:
-        m.setattr(Path if where=='write_bytes' else os, where, full)
+        m.setattr(os if where=='rename' else Path, where, full)
         fit(learn, 2)
     assert len([s for s in said if 'No space left' in s])==1 and not [*(tmp_path/'a').rglob('*')]
     assert len(learn.grad_alert.incidents)==2 and equal(learn.grad_alert.incidents[0].replay(learn), learn.grad_alert.incidents[0].replay(learn))
@@ -211,6 +212,33 @@ def test_show(written):
     fig = plt.gcf()
     assert len([ax for ax in fig.axes if ax.images])==4 and '100' in fig.axes[0].get_title()
     plt.close('all')
+
+def is_left_alone(learn, f):
+    "A call of `f` that is interrupted leaves the Learner as it was"
+    before = snapshot(learn)
+    with pytest.raises(KeyboardInterrupt): f()
+    after = snapshot(learn)
+    return all(torch.equal(a, b) for a,b in zip(before[0], after[0], strict=True)) and before[1:]==after[1:] and torch.is_grad_enabled()
+
+def test_ctrl_c_as_a_replay_is_put_back(written, monkeypatch):
+    "The weights of the step are in the model then: an interrupt waits until they are out again"
+    learn,_ = written
+    put = probe._Kept.put
+    def interrupted(self, again=False):
+        if not again: signal.raise_signal(signal.SIGINT)
+        put(self, again)
+    monkeypatch.setattr(probe._Kept, 'put', interrupted)
+    assert is_left_alone(learn, lambda: learn.grad_alert.incidents[0].replay(learn))
+
+@pytest.mark.parametrize('part', [0, *(pytest.param(k, marks=pytest.mark.slow) for k in range(1, 5))])
+def test_ctrl_c_anywhere_in_a_replay(written, part):
+    learn,_ = written
+    def replay(stop):
+        with stop: learn.grad_alert.incidents[0].replay(learn)
+    rooms = 'incident rerun probe'
+    replay(whole := CtrlC(0, rooms))
+    for at in range(1+part*whole.n//40, whole.n, whole.n//8):
+        assert is_left_alone(learn, lambda: replay(CtrlC(at, rooms))), f'{at} of {whole.n}'
 
 def test_another_model_is_refused(written):
     learn,_ = written
