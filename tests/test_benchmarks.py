@@ -43,7 +43,7 @@ def test_output_gradients_are_work_on_a_device():
     few,many = (counts.device_step(flat_net(n), small_batch, default['output']()).work-counts.device_step(flat_net(n), small_batch, []).work for n in (4,40))
     assert 0<few and (many-few)/36<=4
 
-@pytest.mark.parametrize('name', ['norm','param'])
+@pytest.mark.parametrize('name', [pytest.param('norm', marks=pytest.mark.slow), 'param'])
 def test_constant_work(name):
     "The device gets as much to do for 80 parameters as for 8"
     a,b = (counts.device_step(flat_net(n), small_batch, default[name]()).work - counts.device_step(flat_net(n), small_batch, []).work for n in (4,40))
@@ -128,6 +128,7 @@ def test_race():
     assert d.loc['bare','cpu']==1 and (d.loc[['bare','both'],['cpu','wall']]>0).all(axis=None)
     assert 'no such thing' in d.loc['bad','note'] and 'not installed' in d.loc['missing','note']
 
+@pytest.mark.slow
 def test_kept():
     d = counts.kept('linear', steps=5).set_index('callbacks')
     assert d.loc['both','tensors']==4+2

@@ -140,6 +140,7 @@ hard_sums += [pytest.param(530_000, 'gpu', marks=pytest.mark.battery)]   # more 
 @pytest.mark.parametrize('how', hard_values(1))
 def test_hard_sums(how, n, by_rows): check_hard_sums(how, n, by_rows)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('how', hard_values(1))
 def test_long_chunks(how, monkeypatch):
     "As a GPU's kernels take millions of elements: eight steps to a program, and more chunks than are merged at a time"

@@ -298,6 +298,7 @@ def test_kinds_of_records(tmp_path):
     with pytest.raises(ValueError, match='two records'): grad_diff(a)
     with pytest.raises(ValueError, match='no tensor in common'): grad_diff(a.select(kind='output'), train_twin('lstm').select(kind='output', name='rnn1'))
 
+@pytest.mark.slow
 def test_report(tmp_path):
     "A comparison's page says where its two runs part, and draws it"
     page = save_report(compare({'plain':train_twin('tabular'), 'doubled':train_twin('tabular', loss=loss_times(2))}), tmp_path/'page.html').read_text(encoding='utf-8')

@@ -82,6 +82,7 @@ def far_targets(x, i=100):
     y[i] = 1e4
     return list(zip(x, y))
 
+@pytest.mark.slow
 def test_replay_of_a_resnet():
     items = far_targets(torch.randn(48,3,32,32), 40)
     replays(model_learner(lambda: torchvision.models.resnet18(num_classes=1), items, mse, [GradAlert(action='skip', samples=False)], bs=4))

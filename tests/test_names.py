@@ -78,7 +78,8 @@ def is_shown(shown, name):
     return any(name in s or len(name)>20 and name[-5:] in s for s in shown)
 
 hostile_names = list(hostile.values())
-name_groups = pytest.mark.parametrize('some', [hostile_names[i::3] for i in range(3)], ids=range(3))
+groups = [hostile_names[i::3] for i in range(3)]
+name_groups = pytest.mark.parametrize('some', groups, ids=range(3))
 
 def test_module_names(rec):
     "Every plot of a record draws, and names the tensors as they are"
@@ -148,7 +149,7 @@ def visible(page):
     body = re.sub(r'<(style|script)\b.*?</\1>', '', page, flags=re.S)
     return html.unescape(re.sub(r'<[^>]*>', '\x00', body))
 
-@name_groups
+@pytest.mark.parametrize('some', [groups[0], *(pytest.param(group, marks=pytest.mark.slow) for group in groups[1:])], ids=range(3))
 def test_report(rec, small, some, tmp_path):
     "The page has the names as text, of modules and of runs; its data block holds no tag"
     pages = save_report(rec, tmp_path/'a.html', title=some[0]), save_report(compare({n:small for n in some}), tmp_path/'b.html')

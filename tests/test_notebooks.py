@@ -1,4 +1,4 @@
-"Every notebook runs, in this process, as `nbdev-test` runs it."
+"Every notebook runs, in this process, as `nbdev-test` runs it; those that take long, and their slow cells, with the slow tests."
 import io,signal,sys
 import matplotlib.pyplot as plt
 import pytest
@@ -22,13 +22,25 @@ def files_around():
     "The files a notebook could leave behind: in nbs/, where it runs, and beside it."
     return {p for d in (ROOT.glob('*'), (ROOT/'nbs').rglob('*')) for p in d if not {'__pycache__', '.pytest_cache', '.hypothesis'} & set(p.parts)}
 
-@pytest.mark.parametrize('nb', RUN_NBS, ids=page_name)
-def test_notebook(nb, monkeypatch):
+def has_slow_cells(nb): return '"#| slow' in nb.read_text(encoding='utf-8')
+
+# Pages that train for ten seconds and more
+LONG = {'index.ipynb', 'gallery.ipynb', 'howto/compile_gpus.ipynb', 'howto/hugging_face.ipynb', 'howto/exporting.ipynb', 'tutorials/04_edges.ipynb'}
+def page(nb): return pytest.param(nb, marks=pytest.mark.slow) if page_name(nb) in LONG else nb
+
+@pytest.mark.parametrize('nb', map(page, RUN_NBS), ids=map(page_name, RUN_NBS))
+def test_notebook(nb, monkeypatch): check_notebook(nb, monkeypatch, skip_flags=get_config(ROOT).tst_flags.split())
+
+@pytest.mark.slow
+@pytest.mark.parametrize('nb', filter(has_slow_cells, RUN_NBS), ids=page_name)
+def test_notebook_with_slow_cells(nb, monkeypatch): check_notebook(nb, monkeypatch, skip_flags=['notest'])
+
+def check_notebook(nb, monkeypatch, skip_flags):
     for package in NEEDS.get(page_name(nb), ()): pytest.importorskip(package, reason=f'{page_name(nb)} is about {package}, which is not installed')
     before,err,sigint = files_around(),io.StringIO(),signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys, '__stderr__', err)  # where nbdev writes the traceback of a failing cell
     monkeypatch.syspath_prepend(ROOT)
-    try: ok,_ = run_nb(nb, skip_flags=get_config(ROOT).tst_flags.split())
+    try: ok,_ = run_nb(nb, skip_flags=skip_flags)
     finally:
         signal.signal(signal.SIGINT, sigint)     # nbdev's handler would end pytest without a report
         plt.close('all')
@@ -36,4 +48,4 @@ def test_notebook(nb, monkeypatch):
     stray = files_around() - before
     assert not stray, f'{nb.name} left files behind: {sorted(map(str, stray))}'
 
-def test_needs_name_pages(): assert set(NEEDS) <= set(map(page_name, RUN_NBS))
+def test_names_are_of_pages(): assert set(NEEDS)|LONG <= set(map(page_name, RUN_NBS))

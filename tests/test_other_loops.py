@@ -93,13 +93,14 @@ def test_trainer(kwargs, per_step, tmp_path):
     assert nothing_stays(trainer.optimizer)
 
 @needs_trainer
-@pytest.mark.parametrize('kwargs', ({}, dict(gradient_accumulation_steps=2, max_grad_norm=.1)), ids=('plain','accumulated-clipped'))
+@pytest.mark.parametrize('kwargs', (pytest.param({}, marks=pytest.mark.slow), dict(gradient_accumulation_steps=2, max_grad_norm=.1)), ids=('plain','accumulated-clipped'))
 def test_trainer_trains_the_same(kwargs, tmp_path):
     bare,watched = hf_trainer(tmp_path, **kwargs),hf_trainer(tmp_path, loops.GradTrainerCallback(hist=True, update_every=1), **kwargs)
     for trainer in (bare,watched): trainer.train()
     assert logged(bare, 'loss')==logged(watched, 'loss')!=[]
     assert same_tensors(weights_of(bare.model), weights_of(watched.model))
 
+@pytest.mark.slow
 @needs_trainer
 def test_trainer_twice(tmp_path):
     "Two trainings are fits 0 and 1 of one record"
@@ -122,7 +123,7 @@ def test_trainer_evaluates(tmp_path):
     check_rows_of(grads, truth.norms)
 
 @needs_trainer
-@pytest.mark.parametrize('error', (RuntimeError, KeyboardInterrupt))
+@pytest.mark.parametrize('error', (RuntimeError, pytest.param(KeyboardInterrupt, marks=pytest.mark.slow)))
 def test_trainer_is_stopped(error, tmp_path):
     "Trainer tells nobody: hooks go at the next forward with gradients. What was complete is kept"
     grads,truth = loops.GradTrainerCallback(),asks_torch()
@@ -137,6 +138,7 @@ def test_trainer_is_stopped(error, tmp_path):
     assert grads.steps['fit'].tolist()==[0]*3+[1]*3
     np.testing.assert_allclose(grads.steps['norm'], truth.norms, rtol=1e-5)
 
+@pytest.mark.slow
 @needs_trainer
 def test_trainer_of_another_model(tmp_path):
     grads = loops.GradTrainerCallback()

@@ -101,6 +101,7 @@ runs = dict(
     opt=st.sampled_from([SGD,Adam]))
 bounded = partial(settings, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
+@pytest.mark.slow
 @bounded(max_examples=60)
 @given(**runs)
 def test_random_networks(**kw): train_random(**kw)

@@ -69,6 +69,7 @@ def test_second_thread_and_files(tmp_path):
     pd.testing.assert_frame_equal(back.steps, norms.df)
     check_record_against_spy(stats, norms, spy)
 
+@pytest.mark.slow
 def test_two_readers_and_kept_iterations():
     "A record that is thinned while two threads read it"
     stats = GradStatsCallback(keep=20)
@@ -234,7 +235,7 @@ def grown_record(rec, seed, n=60):
         it += m
         yield rng
 
-@pytest.mark.parametrize('keep', (None, 500, 30))
+@pytest.mark.parametrize('keep', (None, pytest.param(500, marks=pytest.mark.slow), 30))
 def test_no_read_is_stale(keep):
     "A frame that grew is the frame that is made anew"
     for seed in range(2):
@@ -243,6 +244,7 @@ def test_no_read_is_stale(keep):
             if rng.random()<.5: pd.testing.assert_frame_equal(rec.df, rec.stores['tensors'].frame())
         pd.testing.assert_frame_equal(pickle.loads(pickle.dumps(rec)).df, rec.df)
 
+@pytest.mark.slow
 def test_reading_each_step_is_flat():
     "The norm, the last row and the frame of steps at each step: as quick after 500 steps as after 50"
     norms = GradNormCallback()

@@ -307,6 +307,7 @@ def test_an_earlier_callback_writes_no_more(tmp_path):
 
 def folder_of_epochs(folder, n): return fit(step_learner(callbacks_in(folder), dls=vector_batches(2)), n)
 
+@pytest.mark.slow
 def test_short_epochs(tmp_path):
     "A hundred epochs, tens of files"
     learn = folder_of_epochs(tmp_path/'a', 102)
@@ -315,6 +316,7 @@ def test_short_epochs(tmp_path):
     same_record(GradRecord.load(tmp_path/'a'), records(learn))
     assert [f['fit'] for f in GradRecord.load(tmp_path/'a').facts]==[0]
 
+@pytest.mark.slow
 def test_rows_are_rewritten_few_times(tmp_path, monkeypatch):
     "As often as eights fit into the number of epochs"
     rows = []
@@ -375,6 +377,7 @@ def read_until(folder, stop, queue):
         last,loads = len(steps),loads+1
     queue.put(loads)
 
+@pytest.mark.slow
 def test_read_while_merging(tmp_path):
     "Another process loads while parts are written and merged"
     stop,queue = context.Event(),context.Queue()
