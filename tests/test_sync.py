@@ -158,7 +158,7 @@ def test_public_names(mod):
 
 def test_star_import():
     "What a notebook needs, and nothing that it does not"
-    want = """GradStatsCallback GradNormCallback GradAlert Incident GradRecorder GradRecord compare diagnose grad_diff save_report decade measure grad_along_ray per_sample_norms
+    want = """GradStatsCallback GradNormCallback GradAlert Incident GradRecorder GradRecord as_record compare diagnose grad_diff save_report decade measure grad_along_ray per_sample_norms
               plot_grad_log10 plot_grad_heatmap plot_grad_hist plot_grad_norm plot_grad_flow plot_grad_lr plot_grad_diff plot_ray
               digits digits_learner convnet abs_10_power thread_answer"""
     every = importlib.import_module(f'{PKG}.all')
