@@ -1,7 +1,7 @@
 "A verdict: sick runs of a new user are found with their cause, healthy ones of all kinds get nothing above a note, and what could not be judged is said."
 import math
 from contextlib import nullcontext
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from fastai_gradstats import GradRecord, GradRecorder, diagnose
@@ -289,7 +289,7 @@ def test_names_of_all():
         for i in (1,3,5,7,9): model[i].bias.data.fill_(-50)
         return model
     evidence = the_warning(diagnose(train_digits(make)), 'dead_units')['evidence']
-    assert 'of its units output 0 on the whole batch (dead)' in evidence and 'so 1.bias, 3.bias, 5.bias and' in evidence
+    assert 'of its units output 0 on the whole batch (dead)' in evidence and 'also in 1.bias, 3.bias, 5.bias and 1 more' in evidence
 
 def test_units_silent_from_the_start_are_a_note():
     "And those that died in training are a warning"
