@@ -524,8 +524,9 @@ def update_ratio(r,
         return Finding(severity, str(name), span(rows['iteration']), evidence, do, ratio.index[hit])
     large,small = ratio>high,ratio<low
     small &= ratio>0   # without a gradient nothing moves, and other rules say why
+    are_most = 2*small.sum()>named(updates, lambda name: 'bias' not in name)['name'].nunique()   # not the rest that dead layers leave
     if large.any(): yield say('warning', ratio.idxmax(), large)
-    if small.any(): yield say('warning' if small.all() else 'note', ratio.idxmin(), small, 'a larger learning rate for these layers, if the loss does not fall')
+    if small.any(): yield say('warning' if small.all() and are_most else 'note', ratio.idxmin(), small, 'a larger learning rate for these layers, if the loss does not fall')
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60015
 @rule('by_param',
@@ -637,6 +638,12 @@ def _moved(r):
     ends = rows.groupby(['phase','fit','name'], observed=True, sort=False)['weight_norm'].agg(['first','last'])
     return abs(ends['last']/ends['first']-1).groupby('name', observed=True).max()
 
+def _per_step(r):
+    "Per parameter: median |update|/|weight|, where updates were measured"
+    if not len(r.updates): return pd.Series(dtype=float)
+    rows = r.updates[r.updates['weight_norm']>0]
+    return by_tensor(rows['update_norm']/rows['weight_norm'], rows).median()
+
 def _why_still(r):
     steps = taken(r.steps)
     clip = steps['clip_coef'].median()
@@ -658,7 +665,8 @@ def loss_still(r,
     start,end,scatter = _ends(loss)
     if abs(end-start)>max(.02*abs(start), scatter): return
     change = _moved(r).median()
-    if not change<moved: return
+    per_step = _per_step(r).median()
+    if not change<moved or per_step>=moved: return   # weights may turn while their norms stay
     why,do = _why_still(r)
     yield Finding('warning', '', span(r.steps['iteration']), f'loss {start:.3g} at the start, {end:.3g} at the end, and norms of weights changed by {change:.1e}: {why}', do)
 
