@@ -45,7 +45,9 @@ def verdict(findings)->str:
     if count['error'] or count['warning']: head += f": {', '.join(found)}"
     else: head += ', nothing wrong found' + (f", {found[0]}" if found else '')
     trained = findings.attrs.get('trained')
-    return head + (f'; {trained[0]} of {trained[1]} parameters trained' if trained else '')
+    if trained: head += f'; {trained[0]} of {trained[1]} parameters trained'
+    missed = findings.attrs.get('missed', [])
+    return head + (f"; not checked: {', '.join(missed)}" if 0<len(missed)<=2 else '')
 
 # %% ../nbs/06_diagnosis.ipynb #c2a9e4d8
 def _nothing(findings):
@@ -385,7 +387,7 @@ def no_gradient(r):
 # %% ../nbs/06_diagnosis.ipynb #3e45b7cf
 @rule('facts params',
       meaning='these parameters require a gradient and get none: the loss does not depend on them',
-      do='if forward uses them: look for a detach(), no_grad() or .data after them, or a reentrant checkpoint whose input requires no gradient; if not: use them, or remove them',
+      do='if forward uses them: look for a detach(), no_grad() or .data after them, or a reentrant checkpoint whose input requires no gradient, or an expert that got no token; if not: use them, or remove them',
       source='docs.pytorch.org: find_unused_parameters')
 def unused(r):
     for fit in r.facts:
@@ -395,6 +397,19 @@ def unused(r):
         yield Finding('warning', idle[0], '', f"no gradient in fit {fit['fit']}: {first_names(idle, 5)}", tensors=idle)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60010
+as_adapters = 'nothing, if that is meant (LoRA, adapters); else learn.unfreeze(), or requires_grad_(True)'
+
+def _weights(r):
+    "Rows of norms, but for biases and what else is no matrix"
+    return named(r.by_param, lambda name: r.dims.get(name, 2)>1 and 'bias' not in name)
+
+def _are_adapters(r):
+    "Do two trained weights, and a third of all, begin at 0 as the second factor of a LoRA does, or are named so?"
+    if not len(r.by_param): return False
+    first = _weights(r).drop_duplicates('name')
+    n = ((first['weight_norm']==0)|first['name'].astype(str).str.contains('lora', case=False)).sum()
+    return n>=2 and 3*n>=len(first)
+
 @rule('facts',
       meaning='frozen weights do not learn; frozen first layers are usual in fine-tuning, a frozen layer behind trained ones is not',
       do='learn.unfreeze(), or requires_grad_(True)',
@@ -408,10 +423,11 @@ def frozen(r):
         trained = [i for i,(_,asks,dims) in enumerate(params) if asks and dims>1]   # places of weights
         first = trained[0] if trained else len(params)
         behind = [name for name,_,_ in params[first+1:] if name in off]
-        mistake = behind and len(off)<len(params)/2
+        mistake = behind and len(off)<len(params)/2 and not _are_adapters(r)
         evidence = f"{len(off)} of {len(params)} parameters frozen in fit {fit['fit']}"
         if behind: evidence += f', {len(behind)} of them behind {params[first][0]}, which is trained'
-        yield Finding('warning' if mistake else 'note', (behind if mistake else off)[0], '', evidence, tensors=off)
+        if mistake: yield Finding('warning', behind[0], '', evidence, tensors=off)
+        else: yield Finding('note', off[0], '', evidence, as_adapters if behind else '', off)
 
 # %% ../nbs/06_diagnosis.ipynb #7289fb03
 @rule('facts params',
@@ -508,8 +524,9 @@ def update_ratio(r,
         return Finding(severity, str(name), span(rows['iteration']), evidence, do, ratio.index[hit])
     large,small = ratio>high,ratio<low
     small &= ratio>0   # without a gradient nothing moves, and other rules say why
+    are_most = 2*small.sum()>named(updates, lambda name: 'bias' not in name)['name'].nunique()   # not the rest that dead layers leave
     if large.any(): yield say('warning', ratio.idxmax(), large)
-    if small.any(): yield say('warning' if small.all() else 'note', ratio.idxmin(), small, 'a larger learning rate for these layers, if the loss does not fall')
+    if small.any(): yield say('warning' if small.all() and are_most else 'note', ratio.idxmin(), small, 'a larger learning rate for these layers, if the loss does not fall')
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60015
 @rule('by_param',
@@ -524,6 +541,25 @@ def scale_invariant(r,
     free = angle[angle<cos]
     if len(free): yield Finding('note', str(free.index[0]), '', f'{counted(len(free), "weight")} scale-invariant (followed by a normalisation); nothing to fix: {first_names(free.index)}', tensors=free.index)
 
+# %% ../nbs/06_diagnosis.ipynb #fa017391
+@rule('by_param',
+      meaning='a weight behind which all is 0 gets no gradient, and units that begin alike get alike gradients: the layers wait for each other, and may never differ',
+      do='He or Xavier initialisation; 0 is for biases, and for a head, a gate or the second factor of an adapter',
+      source='Goodfellow et al. 2016, Deep Learning, 8.4')
+def zero_start(r,
+               zeros=.75 # share of the weights that begin at 0; healthy: at most a half
+              ):
+    matrices = {name for name,dims in r.dims.items() if dims>1 and 'bias' not in name}   # frozen ones too
+    for _,of in _weights(r).groupby(['phase','fit'], observed=True, sort=False):
+        first = of[of['iteration']==of['iteration'].min()]
+        at_0 = first[first['weight_norm']==0]
+        waiting = at_0[at_0['norm']==0]
+        n = len(matrices|set(map(str, first['name'])))
+        if not len(waiting) or len(at_0)<zeros*n: continue
+        names = [str(name) for name in at_0['name']]
+        evidence = f'{len(at_0)} of {n} weights are 0 at the first step, and {len(waiting)} of these have a gradient of 0: {first_names(names)}'
+        yield Finding('warning', names[0], span(first['iteration']), evidence, tensors=names)
+
 # %% ../nbs/06_diagnosis.ipynb #fa01738c
 @rule('steps',
       meaning='clipping is part of this training; by itself that is neither good nor bad',
@@ -537,6 +573,20 @@ def clipping(r):
     yield Finding('note', '(all)', span(clipped['iteration']), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #2162492a
+def _split(of_sample, # numbers that the last layer says of a sample: classes, times positions in a sequence or an image
+           largest, # element of their gradient, times the number of samples
+           loss, # at that step
+           bias # how many elements that layer's bias has, or None
+          ):
+    "How many of these are classes; None where that is not known"
+    if bias: return None if of_sample%bias else bias
+    if largest>.5: return of_sample   # of a mean over two positions it is half at most
+    if not largest>0: return None
+    most = 1.01/largest                        # positions: no element is larger than 1/positions,
+    least = .99*(1-np.exp(-loss))/largest      # and where the loss is at least its mean, the target's is nearly that
+    fitting = [n for n in range(2, of_sample//2+1) if of_sample%n==0 and least<=n<=most]
+    return of_sample//fitting[0] if len(fitting)==1 else None
+
 def _classes(r):
     "How many classes the loss has, and the output that says so; None where it is no mean cross-entropy"
     begun = r.steps.iloc[0]
@@ -546,29 +596,33 @@ def _classes(r):
     order = next((f['backward'] for f in r.facts if f.get('backward')), None) or [rows['name'].iloc[-1]]
     last = rows[rows['name']==order[0]]
     if not len(last): return None
-    classes = last['numel'].sum()/begun['bs']
-    if classes<2 or classes!=int(classes): return None
+    of_sample = last['numel'].sum()/begun['bs']
+    if of_sample<2 or of_sample!=int(of_sample): return None
     adds_to_0 = (abs(last['mean'])<=.01*last['mean_abs']).all()
-    most = 1.01/last['numel'].min()*classes   # no element is larger: probability less target, over the batch
-    if not adds_to_0 or last['max_abs'].max()>most: return None
-    return int(classes),str(last['name'].iloc[0])
+    largest = last['max_abs'].max()*last['numel'].min()/of_sample   # in units of 1/samples
+    total = (last['mean_abs']*last['numel']).max()
+    if not adds_to_0 or largest>1.01 or total>2.02: return None   # probability less target: 1 at most, 2 in sum, of a mean
+    name = str(last['name'].iloc[0])
+    bias = r.params.loc[r.params['name']==f'{name}.bias', 'numel']
+    classes = _split(int(of_sample), largest, begun['loss'], int(bias.iloc[0]) if len(bias) else None)
+    return classes and (classes,name)
 
 @rule('steps outputs',
       meaning='the network is confident in wrong answers before it has learned anything: its first weights are too large',
       do='He or Xavier initialisation, smaller weights in the last layer, normalised inputs',
       source='Karpathy 2019, A Recipe for Training Neural Networks')
 def first_loss(r,
-               chance=3. # times the loss of guessing all classes with equal probability; healthy: at most 1.5
+               chance=2. # times the loss of guessing all classes with equal probability, and .5 more; healthy: at most 1.5
               ):
     if r.steps['step'].iloc[0]>0 or not np.isfinite(r.steps['loss'].iloc[0]): return
     known = _classes(r)
     if known is None:
-        yield Finding('not checked', '', '', 'not judged: the loss does not look like a mean cross-entropy (by the gradient of the last output), and for others the loss of a guess is not known')
+        yield Finding('not checked', '', '', 'not judged: the loss does not look like a mean cross-entropy over a known number of classes (by the gradient of the last output), and for others the loss of a guess is not known')
         return
     classes,name = known
     loss = r.steps['loss'].iloc[0]
     evidence = f'first loss {loss:.3g}; guessing all {classes} classes with equal probability gives {np.log(classes):.3g}'
-    if loss>chance*np.log(classes)+1: yield Finding('warning', name, str(r.steps['iteration'].iloc[0]), evidence)
+    if loss>chance*np.log(classes)+.5: yield Finding('warning', name, str(r.steps['iteration'].iloc[0]), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #78ed2dae
 def _ends(values):
@@ -583,6 +637,12 @@ def _moved(r):
     rows = r.by_param[r.by_param['weight_norm']>0]
     ends = rows.groupby(['phase','fit','name'], observed=True, sort=False)['weight_norm'].agg(['first','last'])
     return abs(ends['last']/ends['first']-1).groupby('name', observed=True).max()
+
+def _per_step(r):
+    "Per parameter: median |update|/|weight|, where updates were measured"
+    if not len(r.updates): return pd.Series(dtype=float)
+    rows = r.updates[r.updates['weight_norm']>0]
+    return by_tensor(rows['update_norm']/rows['weight_norm'], rows).median()
 
 def _why_still(r):
     steps = taken(r.steps)
@@ -605,7 +665,8 @@ def loss_still(r,
     start,end,scatter = _ends(loss)
     if abs(end-start)>max(.02*abs(start), scatter): return
     change = _moved(r).median()
-    if not change<moved: return
+    per_step = _per_step(r).median()
+    if not change<moved or per_step>=moved: return   # weights may turn while their norms stay
     why,do = _why_still(r)
     yield Finding('warning', '', span(r.steps['iteration']), f'loss {start:.3g} at the start, {end:.3g} at the end, and norms of weights changed by {change:.1e}: {why}', do)
 
@@ -740,8 +801,9 @@ def _place(phase, fit):
     return res if fit is None else f'{res}, fit {fit}' if res else f' in fit {fit}'
 
 # What follows from another finding is none of its own
-follows_from = dict(loss_rose=['non_finite'], spike=['non_finite'], lone_spike=['non_finite','spike'], starved=['depth','non_finite'],
-                    loss_still=['no_gradient','zero_norm','non_finite','dead_units'], part_time=['dead_units'])
+follows_from = dict(loss_rose=['non_finite'], spike=['non_finite'], lone_spike=['non_finite','spike'], starved=['depth','non_finite','dead_units','zero_start'],
+                    loss_still=['no_gradient','zero_norm','non_finite','dead_units','depth','zero_start'], part_time=['dead_units','zero_start'],
+                    dead_units=['zero_start'], update_ratio=['loss_still','zero_start'])
 
 def _trained(rec, phase, fit):
     "How many parameters asked for a gradient in the last fit, and of how many; None where nobody knows"
@@ -750,9 +812,9 @@ def _trained(rec, phase, fit):
     params = facts[-1]['params']
     return sum(1 for _,asks,_ in params if asks),len(params)
 
-def n_rules(r)->int:
-    "How many there are, but for those on what nobody watched: that is no check which is missing"
-    return sum(1 for f in rules if f.needs!=['watch'] or r.watch)
+def counted_rules(r)->list:
+    "Names of the rules, but for those on what nobody watched: that is no check which is missing"
+    return [f.__name__ for f in rules if f.needs!=['watch'] or r.watch]
 
 def _ask(f, r, thresholds)->list: # of `Finding`
     "What a rule finds, given those of the thresholds that are its own"
@@ -767,7 +829,7 @@ def _look(f, r, thresholds, place):
     return found,not any(o.severity=='not checked' for o in found)   # it may not know how to judge
 
 def _apply(r, thresholds, place=''):
-    "What each rule says of one run, how many rules had something to look at, and each rule's tensors"
+    "What each rule says of one run, the names of those that had something to look at, and each rule's tensors"
     asked = [f for f in rules if not (_missing(f, r)=='watch' and not r.facts)]   # rows of which no training is known: nobody could have watched
     looks = {f:_look(f, r, thresholds, place) for f in asked}
     fired = {f.__name__ for f,(found,_) in looks.items() if any(o.severity in ('error','warning') for o in found)}
@@ -777,10 +839,10 @@ def _apply(r, thresholds, place=''):
         rows += [(f.__name__, o.severity, o.tensor, o.iterations, o.evidence, f.meaning, o.do or f.do, f.source) for o in found]
         about[f.__name__] = [str(name) for o in found for name in (o.tensors if len(o.tensors) else [o.tensor]) if name not in ('','(all)')]
     columns = 'rule severity tensor iterations evidence meaning try source'.split()
-    return pd.DataFrame(rows, columns=columns),sum(checked for _,checked in looks.values()),about
+    return pd.DataFrame(rows, columns=columns),[f.__name__ for f,(_,checked) in looks.items() if checked],about
 
 # %% ../nbs/06_diagnosis.ipynb #f0a00001
-shares = 'skip','dead','flush','cos','moved','starve','part'   # thresholds that are a share
+shares = 'skip','dead','zeros','flush','cos','moved','starve','part'   # thresholds that are a share
 whole = 'window','batch'               # thresholds that are a number of things
 
 def _is_number(value, *kinds): return isinstance(value, kinds) and not isinstance(value, bool)
@@ -822,11 +884,12 @@ def diagnose(o, # a Learner, callback, list of callbacks, `GradRecord`, frame or
         for name,names in about.items(): tensors[name] = list(dict.fromkeys([*tensors.get(name, []), *names]))
         if run is not None: table.insert(2, 'run', run)
         tables.append(table)
-        counts.append((checked,n_rules(one)))
+        of_run = counted_rules(one)
+        counts.append((len(checked), len(of_run), [name for name in of_run if name not in checked]))
     res = pd.concat(tables, ignore_index=True)
     rank = res['severity'].map(['error','warning','note','not checked'].index)
     res = Findings(res.iloc[np.argsort(rank, kind='stable')].reset_index(drop=True))
-    checked,of_rules = min(counts, key=lambda count: count[0]-count[1])   # of the run of which most is missing
+    checked,of_rules,missed = min(counts, key=lambda count: count[0]-count[1])   # of the run of which most is missing
     found = int((res['severity']!='not checked').sum())
-    res.attrs = dict(checked=checked, rules=of_rules, rows=len(res), found=found, trained=_trained(rec, phase, fit), tensors=tensors)
+    res.attrs = dict(checked=checked, rules=of_rules, missed=missed, rows=len(res), found=found, trained=_trained(rec, phase, fit), tensors=tensors)
     return res

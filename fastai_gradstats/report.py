@@ -629,5 +629,6 @@ def main(run:str, # Folder that a callback with `folder=` or `save` wrote
     except (ValueError,OSError,ImportError) as e:
         if not check: sys.exit(f'{e}')
         print(e, file=sys.stderr)
+        print('0 checks: no record could be read, so nothing can be said', flush=True)
         sys.exit(NOTHING)
     if check: sys.exit(status)

@@ -103,6 +103,8 @@ def update_ratios(**ratios):
     d = pd.concat([one(n.replace('_', '.'), r) for n,r in ratios.items()], ignore_index=True)
     return d.assign(name=d['name'].astype('category'))
 
+def falling(n): return calm_steps(n, loss=np.linspace(2, 1, n))
+
 def findings_of(rule, rec, **kw):
     "(severity, tensor, iterations, evidence) of each finding of a rule"
     f = diagnose(rec, **kw)
@@ -121,7 +123,19 @@ def filled(n, *idx, of=True, else_=False):
     (dict(a_weight=.2, b_weight=1e-5), [('warning','a.weight'), ('note','b.weight')]),
     (dict(a_weight=1e-3, a_bias=3.), [])], ids=str)                          # a bias starts at 0
 def test_update_ratio(ratios, want):
-    assert [o[:2] for o in findings_of('update_ratio', GradRecord(steps=calm_steps(20), params=update_ratios(**ratios)))]==want
+    assert [o[:2] for o in findings_of('update_ratio', GradRecord(steps=falling(20), params=update_ratios(**ratios)))]==want
+
+@pytest.mark.parametrize('ratio,rule', [(1e-5,'loss_still'),(.5,'update_ratio')])
+def test_one_finding_of_updates(ratio, rule):
+    "Where the loss stands still too: updates that are too small, or too large, and not both"
+    f = diagnose(GradRecord(steps=calm_steps(20), params=update_ratios(a_weight=ratio, b_weight=ratio)))
+    assert f.loc[f['severity']=='warning', 'rule'].tolist()==[rule]
+
+def test_update_ratio_of_what_is_left():
+    "Where most weights get no gradient, that a last one hardly moves is a note: what cut the others off is the finding"
+    params = update_ratios(a_weight=1e-5, b_weight=1e-5, c_weight=1e-5)
+    params.loc[params['name']!='c.weight', 'norm'] = 0.
+    assert [o[:2] for o in findings_of('update_ratio', GradRecord(steps=falling(20), params=params))]==[('note','c.weight')]
 
 def test_update_ratio_threshold():
     rec = GradRecord(steps=calm_steps(20), params=update_ratios(a_weight=.05))

@@ -141,9 +141,12 @@ def test_check(tmp_path):
     assert 'checks, nothing wrong found' in last and status==0
     last,status,_ = run_check(tmp_path/'sick')
     assert 'checks: 1 error' in last and status==1
-    assert run_check(tmp_path/'empty')[1]==2
-    _,status,said = run_check(tmp_path/'none')
-    assert status==2 and 'no such folder' in said and 'Traceback' not in said
+    last,status,_ = run_check(tmp_path/'empty')
+    assert last.startswith('0 of ') and last.endswith('nothing can be said') and status==2
+    (tmp_path/'bare').mkdir()
+    assert run_check(tmp_path/'bare')[:2]==('0 checks: no record could be read, so nothing can be said', 2)
+    last,status,said = run_check(tmp_path/'none')
+    assert last.endswith('nothing can be said') and status==2 and 'no such folder' in said and 'Traceback' not in said
 
 def test_pipe_that_closes(tmp_path):
     "As `| head` does"

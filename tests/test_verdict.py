@@ -1,11 +1,11 @@
 "A verdict: sick runs of a new user are found with their cause, healthy ones of all kinds get nothing above a note, and what could not be judged is said."
 import math
 from contextlib import nullcontext
-import numpy as np, pytest, torch, torch.nn.functional as F
+import numpy as np, pandas as pd, pytest, torch, torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from fastai_gradstats import GradRecord, GradRecorder, diagnose
-from helpers.records import calm_steps
+from helpers.records import calm_at,calm_steps
 from helpers.twins import Block
 
 # --- a plain loop over digits
@@ -130,6 +130,48 @@ class AutoEncoder(nn.Module):
         self.enc,self.dec = nn.Sequential(nn.Linear(64,32), nn.GELU(), nn.Linear(32,16)),nn.Sequential(nn.Linear(16,32), nn.GELU(), nn.Linear(32,64))
     def forward(self, x): return self.dec(self.enc(x.flatten(1)))-x.flatten(1)
 
+class Modulated(nn.Module):
+    "Blocks whose modulation begins at 0, and a head that does, as in DiT: all but the head waits for a step"
+    def __init__(self, n=32, depth=3):
+        super().__init__()
+        self.inp = nn.Linear(64,n)
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(shift=nn.Linear(n,3*n), a=nn.Linear(n,n), b=nn.Linear(n,n))) for _ in range(depth))
+        self.out = nn.Linear(n,10)
+        for layer in (*(block['shift'] for block in self.blocks), self.out): zeros(layer)
+    def forward(self, x):
+        x = cond = self.inp(x.flatten(1))
+        for block in self.blocks:
+            shift,scale,gate = block['shift'](F.silu(cond)).chunk(3, -1)
+            x = x+gate*block['b'](F.gelu(block['a'](x*(1+scale)+shift)))
+        return self.out(x)
+
+class RowClasses(nn.Module):
+    "A class of 10 for each of 8 rows: positions as in a sequence"
+    def __init__(self, bias=True, std=None):
+        super().__init__()
+        self.inp,self.out = nn.Linear(8,32),nn.Linear(32,10,bias=bias)
+        if std: nn.init.normal_(self.out.weight, 0, std)
+    def forward(self, x): return self.out(F.relu(self.inp(x[:,0]))).transpose(1,2)
+
+def zeros(*layers):
+    for p in (p for layer in layers for p in layer.parameters()): nn.init.zeros_(p)
+def zero_head():
+    model = flat_mlp()()
+    zeros(model[-1])
+    return model
+def zero_regression():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64,10))
+    zeros(model)
+    return model
+def zero_probe():
+    model = zero_head()
+    for layer in model[:-1]: layer.requires_grad_(False)
+    return model
+def lora_with_head():
+    "More parameters are trained than frozen"
+    return nn.Sequential(*lora()[:-1], zero_head()[-1])
+def all_rows(y): return y[:,None].expand(-1, 8)
+
 def odd_or_even(y): return (y%2).float()[:,None]
 def one_hot(y): return F.one_hot(y, 10).float()
 def lr_warms_up(i, model, opt): opt.param_groups[0]['lr'] = .1*min(1, i/20)
@@ -158,8 +200,10 @@ healthy = dict(
     multi_label=(flat_mlp(nn.GELU), dict(opt=torch.optim.Adam, lr=1e-3, loss=F.binary_cross_entropy_with_logits, target=one_hot)), smoothed=(flat_mlp(), dict(loss=smooth)),
     bf16=(flat_mlp(), dict(half=True)), bf16_convs=(convs(nn.BatchNorm2d), dict(half=True)), accumulated=(flat_mlp(), dict(parts=4)), clipped=(flat_mlp(), dict(clip=.5)),
     frozen_body=(frozen_body, {}), warm_up=(flat_mlp(), dict(each_step=lr_warms_up)), decayed=(flat_mlp(), dict(opt=torch.optim.AdamW, lr=3e-3, weight_decay=.1)),
-    longer=(flat_mlp(), dict(epochs=8)))
-few_healthy = 'mlp convs_batchnorm lstm own_attention lora experts two_tasks regression bf16_convs frozen_body'.split()
+    longer=(flat_mlp(), dict(epochs=8)),
+    zero_head=(zero_head, {}), zero_regression=(zero_regression, {}), zero_probe=(zero_probe, {}), modulated=(Modulated, usual_adam), lora_with_head=(lora_with_head, dict(opt=torch.optim.Adam, lr=.01)),
+    rows=(RowClasses, dict(target=all_rows, **usual_adam)), rows_without_bias=(lambda: RowClasses(bias=False), dict(target=all_rows, **usual_adam)))
+few_healthy = 'zero_head zero_regression zero_probe modulated lora_with_head rows rows_without_bias mlp convs_batchnorm lstm own_attention lora experts two_tasks regression bf16_convs frozen_body'.split()
 
 def severe(found): return found[found['severity'].isin(['error','warning'])]
 
@@ -220,15 +264,63 @@ def test_large_init(std):
     found = diagnose(train_digits(convs_of_std(std), torch.optim.Adam, 1e-3))
     assert the_warning(found, 'first_loss')['evidence'].endswith('guessing all 10 classes with equal probability gives 2.3') and not found.ok
 
+@pytest.mark.parametrize('bias', [True,False])
+def test_large_init_of_sequences(bias):
+    "Classes are told from positions: 80 numbers a sample are 10 classes of 8 rows, with a bias or without"
+    found = diagnose(train_digits(lambda: RowClasses(bias, std=5.), torch.optim.Adam, 1e-3, target=all_rows, epochs=1))
+    assert the_warning(found, 'first_loss')['evidence'].endswith('guessing all 10 classes with equal probability gives 2.3') and not found.ok
+
+def test_sum_over_positions_is_not_judged():
+    "A sum of 8 losses is 8 times the loss of a guess, and no sign of a large init"
+    found = diagnose(train_digits(RowClasses, target=all_rows, epochs=1, lr=.01, loss=lambda out, y: F.cross_entropy(out, y, reduction='sum')/len(out)))
+    assert found.set_index('rule').loc['first_loss','severity']=='not checked'
+
+@pytest.mark.parametrize('by,fires', [(3,False),(30,True)])
+def test_last_layer_too_large(by, fires):
+    "The first loss tells: 2 times chance, and .5"
+    def make():
+        model = flat_mlp()()
+        model[-1].weight.data.mul_(by)
+        return model
+    rec = train_digits(make, torch.optim.Adam, 1e-3, epochs=1)
+    first = rec.frame('steps')['loss'].iloc[0]
+    assert (first>2*math.log(10)+.5)==fires and first<3*math.log(10)+1
+    assert ('first_loss' in set(severe(diagnose(rec))['rule']))==fires
+
+@pytest.mark.parametrize('update_every', [None,5])
+@pytest.mark.parametrize('act,biases', [(nn.ReLU,False),(nn.ReLU,True),(nn.Tanh,True)])
+def test_all_weights_at_0(act, biases, update_every):
+    "With biases at 0 too nothing but the last bias ever learns. One finding in each case"
+    def make():
+        model = flat_mlp(act, depth=3)()
+        for p in model.parameters():
+            if biases or p.dim()>1: nn.init.zeros_(p)
+        return model
+    found = diagnose(train_digits(make, update_every=update_every))
+    assert list(severe(found)['rule'])==['zero_start'] and not found.ok, str(found)
+    assert found.tensors('zero_start')==['1.weight','3.weight','5.weight','7.weight'] and f'and {4 if biases else 3} of these have a gradient of 0' in the_warning(found, 'zero_start')['evidence']
+
+def test_tiny_init_is_one_finding():
+    "That the loss stands still follows from the depth that no gradient comes through"
+    def make():
+        model = flat_mlp(nn.Tanh, depth=6)()
+        for p in model.parameters():
+            if p.dim()>1: nn.init.normal_(p, 0, 1e-3)
+        return model
+    found = diagnose(train_digits(make, lr=.02))
+    assert list(severe(found)['rule'])==['depth'], str(found)
+
 @pytest.mark.parametrize('update_every', [None,5])
 def test_low_lr(update_every):
     "Also where updates were not measured, as in README"
     found = diagnose(train_digits(convs(), torch.optim.Adam, 1e-7, update_every=update_every))
     assert 'updates are too small, at lr 1e-07' in the_warning(found, 'loss_still')['evidence'] and not found.ok
+    assert list(severe(found)['rule'])==['loss_still'], str(found)
 
 def test_clipped_away():
     found = diagnose(train_digits(convs(), clip=.001))
     assert 'clipping leaves' in the_warning(found, 'loss_still')['evidence'] and 'max_norm' in the_warning(found, 'loss_still')['try'] and not found.ok
+    assert list(severe(found)['rule'])==['loss_still'], str(found)
 
 def test_nothing_left():
     "Never ok: gradients are cleared before the step"
@@ -252,6 +344,15 @@ def test_starved_router():
     "Behind a product with something tiny"
     found = diagnose(train_digits(lambda: Tiny(1e-8), torch.optim.Adam, 1e-3))
     assert the_warning(found, 'starved')['tensor']=='router.weight' and not found.ok
+
+def test_starved_beside_dead_units():
+    "Behind units that died nothing comes through: one finding"
+    dies = dict(zeros=np.r_[0, np.full(29, 95)])
+    names = ['a.weight','b.weight','c.weight','d.weight','e.weight']
+    norms = pd.concat([pd.DataFrame(calm_at(30)|dict(name=name, group=0, norm=1e-9 if name=='c.weight' else 1., weight_norm=2., dot=.5)) for name in names], ignore_index=True)
+    bias = calm_at(30)|dict(kind='param', name='c.bias', out=0, call=0, numel=100, max_abs=.1, mean_abs=.05, norm=.5, mean=0., std=.06, zeros=0, nonfinite=0, above=0, skipped=False)
+    def rules_of(**cols): return list(severe(diagnose(GradRecord(pd.DataFrame(bias|cols), steps=calm_steps(30, loss=np.linspace(2, 1, 30)), params=norms)))['rule'])
+    assert (rules_of(), rules_of(**dies))==(['starved'],['dead_units'])
 
 def test_lone_spike():
     "One batch a thousandfold; Adam's step is bounded, so that the loss stays calm"
@@ -282,6 +383,28 @@ def test_detached():
     row = the_warning(found, 'unused')
     assert row['tensor']=='1.weight' and 'detach' in row['try'] and 'reentrant' in row['try']
 
+def test_expert_without_a_token():
+    def make():
+        model = Experts()
+        model.router.bias.data[2] = -60.
+        return model
+    row = the_warning(diagnose(train_digits(make, epochs=1, **usual_adam)), 'unused')
+    assert row['tensor'].startswith('experts.2.') and 'an expert that got no token' in row['try']
+
+@pytest.mark.parametrize('make', [lora,lora_with_head])
+def test_adapters_are_meant(make):
+    found = diagnose(train_digits(make, torch.optim.Adam, .01, epochs=1))
+    row = found[found['rule']=='frozen'].iloc[0]
+    assert row['severity']=='note' and row['try'].startswith('nothing, if that is meant (LoRA, adapters)'), str(found)
+
+def test_frozen_layer_behind_a_trained_one_is_no_adapter():
+    "Also where the head begins at 0"
+    def make():
+        model = zero_head()
+        model[3].requires_grad_(False)
+        return model
+    assert the_warning(diagnose(train_digits(make, epochs=1)), 'frozen')['try'].startswith('learn.unfreeze()')
+
 def test_names_of_all():
     "Dead layers are named, up to three, and counted"
     def make():
@@ -289,7 +412,7 @@ def test_names_of_all():
         for i in (1,3,5,7,9): model[i].bias.data.fill_(-50)
         return model
     evidence = the_warning(diagnose(train_digits(make)), 'dead_units')['evidence']
-    assert 'of its units output 0 on the whole batch (dead)' in evidence and 'so 1.bias, 3.bias, 5.bias and' in evidence
+    assert 'of its units output 0 on the whole batch (dead)' in evidence and 'also in 1.bias, 3.bias, 5.bias and 1 more' in evidence
 
 def test_units_silent_from_the_start_are_a_note():
     "And those that died in training are a warning"
@@ -334,6 +457,7 @@ def test_first_line():
 def test_what_was_not_checked():
     found = diagnose(GradRecord(steps=calm_steps(norm=0.)))
     first = str(found).splitlines()[0]
+    assert 'not checked' not in first   # they are many: the last line has them
     assert first.startswith(f"{found.attrs['checked']} of {found.attrs['rules']} checks: 1 warning") and 'not checked: ' in str(found)
     assert diagnose(GradRecord()).verdict.startswith('0 of ') and 'nothing can be said' in diagnose(GradRecord()).verdict
 
@@ -342,6 +466,7 @@ def test_regression_is_not_judged():
     found = diagnose(train_digits(tail(1), lr=.01, loss=F.mse_loss, target=lambda y: y.float()[:,None], epochs=1))
     row = found[found['rule']=='first_loss'].iloc[0]
     assert row['severity']=='not checked' and 'does not look like a mean cross-entropy' in row['evidence']
+    assert found.verdict.endswith('; not checked: first_loss')
 
 def test_biases_of_no_use():
     "Before BatchNorm, and keys of attention: a note that names bias=False"
