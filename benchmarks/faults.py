@@ -2,7 +2,7 @@
 
 Small nets are trained, and in mid-training something goes wrong. Every watcher that acts has a training of its own, from the same seed:
 which faults raise an alarm, how many steps late, is the layer right and the sample, and how often is there an alarm in a healthy training?"""
-import argparse,contextlib,io,itertools,logging,time,warnings
+import argparse,contextlib,io,itertools,logging,warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 from fastai.basics import *

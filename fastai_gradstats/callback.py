@@ -23,7 +23,8 @@ from fastai.callback.progress import ProgressCallback
 from fastai.callback.training import GradientClip
 from fastai_gradstats.consumers import FIT, LR_FIND, NormConsumer, NormOptions, StatsConsumer, StatsOptions, opening
 from fastai_gradstats.record import GradRecord
-from fastai_gradstats.recorder import Loop, Reader, check_model, delegate_to_record, is_unscaled, last_lr, open_folder, scale_of, stack
+from fastai_gradstats.recorder import Loop, Reader, check_model, delegate_to_record, is_unscaled, last_lr, open_folder, scale_of
+from fastai_gradstats.watch import stack
 
 # %% ../nbs/04_callback.ipynb #8b68ffab
 _cancels = CancelBatchException,CancelBackwardException,CancelStepException,CancelTrainException,CancelValidException,CancelEpochException,CancelFitException

@@ -14,7 +14,8 @@ from functools import cache
 from inspect import signature
 from fastai_gradstats.consumers import NormOptions, StatsOptions, opening
 from fastai_gradstats.record import GradRecord
-from fastai_gradstats.recorder import GradRecorder, delegate_to_record, innermost, stack
+from fastai_gradstats.recorder import GradRecorder, delegate_to_record, innermost
+from fastai_gradstats.watch import stack
 
 # %% ../nbs/04a_loops.ipynb #2271ae3d
 _known_by_frameworks = {'self','model','opt','scaler'}

@@ -30,7 +30,7 @@ from fastai_gradstats.forward import ForwardCheck
 from fastai_gradstats.record import GradRecord, delegated
 from fastai_gradstats.stats import SUM_SQ, NONFINITE
 from fastai_gradstats.stores import Where
-from fastai_gradstats.watch import MethodWatch, stack, unwatch_steps, watch_steps
+from fastai_gradstats.watch import MethodWatch, unwatch_steps, watch_steps
 
 # %% ../nbs/03d_recorder.ipynb #0ce18cf4
 class Attempt:

@@ -15,7 +15,7 @@ from collections import namedtuple
 from copy import copy
 from threading import RLock
 import numpy as np, pandas as pd
-from .files import category,empty,schema
+from .files import category,empty
 
 # %% ../nbs/03a_stores.ipynb #ad21b1ce
 phases = ['fit','lr_find']

@@ -1,5 +1,4 @@
 "Steps out of line: judged, caught, acted on; training is otherwise the same."
-import os,signal,subprocess,sys,warnings
 import pytest
 from fastai.basics import *
 import fastai.callback.schedule

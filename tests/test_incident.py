@@ -8,7 +8,7 @@ from fastai.text.models.awdlstm import AWD_LSTM
 from torch import nn
 from fastai_gradstats import GradAlert,Incident,probe
 from helpers.callbacks import CtrlC
-from helpers.faulty import BS,N,SmallTransformer,faulty_learner,faulty_nets
+from helpers.faulty import faulty_learner,faulty_nets
 from helpers.training import fit,warned
 
 pytestmark = pytest.mark.filterwarnings('ignore:GradAlert', 'ignore:GradStats')
