@@ -16,7 +16,7 @@ from fastai_gradstats.histogram import octaves
 from fastai_gradstats.stats import DOT,W_SQ,finish,measure
 from helpers.callbacks import OwnClip
 from helpers.oracles import GradSpy,output_grads
-from helpers.training import fit
+from helpers.training import fit,fsdp_runs_here
 
 class ShardedNet(nn.Module):
     "Shards of many kinds over two processes: even, uneven (3 rows), empty (1 row), one larger than the engine's small tensors"
@@ -214,7 +214,9 @@ class KeepsBatches(Callback):
 # --- the tests
 
 def without_error(res):
-    for r in res: assert 'error' not in r, r['trace']
+    for r in res:
+        if 'error' in r and 'fully_shard' in r['trace'] and not fsdp_runs_here: pytest.skip('`fully_shard` of this torch does not run on a CPU')
+        assert 'error' not in r, r['trace']
     return res
 
 def same_frames(a, b, but=(), **kw):

@@ -22,7 +22,7 @@ from fastai_gradstats.stream import Stream
 from helpers.callbacks import TrainOnly
 from helpers.project import ROOT,run_command
 from helpers.records import undated
-from helpers.training import fit,loaders
+from helpers.training import fit,fsdp_runs_here,loaders
 
 pytest.importorskip('pyarrow')
 
@@ -368,8 +368,8 @@ class Ready(Callback):
     def __init__(self, event): self.event = event
     def before_batch(self): self.event.set()
 
-parallel_wraps = dict(ddp=torch.nn.parallel.DistributedDataParallel,
-                      fsdp=lambda m: fully_shard(m, mesh=init_device_mesh('cpu', (2,)), reshard_after_forward=True))
+parallel_wraps = dict(ddp=torch.nn.parallel.DistributedDataParallel)
+if fsdp_runs_here: parallel_wraps['fsdp'] = lambda m: fully_shard(m, mesh=init_device_mesh('cpu', (2,)), reshard_after_forward=True)
 
 def train_rank(r, folder, events, queue):
     "One of two ranks; the second makes its callbacks when the first is training"

@@ -8,6 +8,7 @@ from fastai_gradstats import GradNormCallback,GradStatsCallback
 from helpers.callbacks import TrainOnly
 
 host = torch.device('cpu')
+fsdp_runs_here = hasattr(torch.cpu.Stream, 'record_event')   # `fully_shard` of torch 2.6 does not run on a CPU
 
 def fit(learn, n=1, **kwargs):
     "`fit` in silence; returns the learner"
