@@ -79,6 +79,8 @@ def finds(kind, seed):
     o = learn.grad_alert.incidents[0]
     return o.samples['item'][0]==poison and o.samples['share'][0]>.5 and o.exact, o.tensors['name'][0]==largest_tensor(learn, o.iteration)
 
+few_nets = pytest.mark.parametrize('kind', [pytest.param(kind, marks=() if kind in ('mlp','cnn') else pytest.mark.slow) for kind in faulty_nets])
+
 @pytest.mark.filterwarnings('ignore:GradAlert')
 @pytest.mark.parametrize('kind', faulty_nets)
 def test_sample_and_tensor(kind):
@@ -119,7 +121,7 @@ def test_healthy_training_is_in_line(kind, opt_func, lr, request):
 # --- nothing else changes
 
 @pytest.mark.filterwarnings('ignore:GradAlert')
-@pytest.mark.parametrize('kind', faulty_nets)
+@few_nets
 def test_a_watched_training_is_the_same(kind):
     "Bit for bit, without an incident and with one that only warns"
     for poison in (None, 130):
@@ -140,7 +142,7 @@ class LeavesOut(Callback):
         if self.n in self.steps: raise CancelStepException("by hand")
 
 @pytest.mark.filterwarnings('ignore:GradAlert')
-@pytest.mark.parametrize('kind', faulty_nets)
+@few_nets
 def test_a_skipped_step_is_a_step_left_out(kind):
     learn = fit(faulty_learner(kind, poison=130, cbs=[GradNormCallback(), GradStatsCallback(), GradAlert(action='skip')]), 2)
     steps = learn.grad_norm.steps

@@ -132,7 +132,8 @@ def hard_values(n):
                 sorted=np.linspace(1, 0, n)**4, ulps=1+i%5*2**-23, powers=2.**-(i%60), subnormal=i%9*1e-45,
                 faint=np.linspace(1, 2, n)*1e-21)
 
-hard_sums = [(n,reader) for n in (10, SMALL, SMALL+1, BLOCK+1, 3_000_000) for reader in ('kernel','blocks','rows')]
+hard_sums = [(n,reader) for n in (10, SMALL, SMALL+1, BLOCK+1) for reader in ('kernel','blocks','rows')]
+hard_sums += [pytest.param(3_000_000, reader, marks=pytest.mark.slow) for reader in ('kernel','blocks','rows')]
 hard_sums += [(n,'gpu') for n in (10, SMALL, SMALL+1)]
 hard_sums += [pytest.param(530_000, 'gpu', marks=pytest.mark.battery)]   # more chunks than are merged at a time
 

@@ -79,6 +79,7 @@ import numba.np.ufunc.parallel as p
 print(torch.get_num_threads(), threading.active_count()-n, p._is_initialized, by_kernel.find_kernel() is not None)""")
     assert out=='2 0 False True\n'
 
+@pytest.mark.slow
 def test_not_before_it_is_needed():
     "Neither the package nor a gradient elsewhere loads numba"
     out = run_command(sys.executable, '-c', training_code+"""

@@ -119,6 +119,7 @@ def test_ray_names(some, column):
     shown = texts_drawn(ax)
     for n in some: assert is_shown(legend, n) and any(s.endswith('slope 1.00') and printed(n)[-5:] in s for s in shown), n
 
+@pytest.mark.slow
 def test_statistic_names():
     "Statistics of the user's on an axis"
     learn = fit(named_learner(nn.Sequential(nn.Linear(4,3)), GradStatsCallback(extra={n:lambda g: g.abs().max() for n in hostile_names})))

@@ -24,8 +24,9 @@ def files_around():
 
 def has_slow_cells(nb): return '"#| slow' in nb.read_text(encoding='utf-8')
 
-# Pages that train for ten seconds and more
-LONG = {'index.ipynb', 'gallery.ipynb', 'howto/compile_gpus.ipynb', 'howto/hugging_face.ipynb', 'howto/exporting.ipynb', 'tutorials/04_edges.ipynb'}
+# Pages that take eight seconds and more
+LONG = {'01h_by_gpu_kernel.ipynb', '05_plot.ipynb', '07_report.ipynb', 'index.ipynb', 'gallery.ipynb', 'howto/compile_gpus.ipynb', 'howto/exporting.ipynb', 'howto/files.ipynb',
+        'howto/hugging_face.ipynb', 'howto/watch.ipynb', 'tutorials/01_less_than_one.ipynb', 'tutorials/04_edges.ipynb', 'tutorials/06_finetune_lr_find.ipynb'}
 def page(nb): return pytest.param(nb, marks=pytest.mark.slow) if page_name(nb) in LONG else nb
 
 @pytest.mark.parametrize('nb', map(page, RUN_NBS), ids=map(page_name, RUN_NBS))

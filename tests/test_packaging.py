@@ -73,6 +73,7 @@ def test_pictures():
     "PyPI shows pictures only by absolute address."
     assert not re.search(r'!\[[^]]*\]\((?!https://)', metadata.metadata(NAME).get_payload())
 
+@pytest.mark.slow
 def test_twine(dist): run_command(sys.executable, '-m', 'twine', 'check', '--strict', *dist.iterdir())
 
 def test_sdist(dist):

@@ -132,6 +132,7 @@ def run_check(folder, *more):
     res = subprocess.run([sys.executable, '-m', 'fastai_gradstats', 'check', str(folder), *more], cwd=ROOT, capture_output=True, text=True)
     return (res.stdout.splitlines() or [''])[-1],res.returncode,res.stderr
 
+@pytest.mark.slow
 def test_check(tmp_path):
     "The last line is the verdict; 0 where nothing wrong was found, 1 with findings, 2 where nothing could be judged"
     report_record().save(tmp_path/'well', format='csv')

@@ -338,7 +338,7 @@ def test_facts_ride_on(tmp_path):
 
 class Killed(BaseException): "As a process that ends"
 
-@pytest.mark.parametrize('at', range(AT_ONCE))
+@pytest.mark.parametrize('at', [0, *(pytest.param(at, marks=pytest.mark.slow) for at in range(1, AT_ONCE))])
 def test_killed_while_merging(tmp_path, monkeypatch, at):
     "Before the switch, and after each part that is removed: the rows are there once, and a run that goes on tidies up"
     folder_of_epochs(tmp_path/'a', AT_ONCE-1)
