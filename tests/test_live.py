@@ -1,11 +1,9 @@
 "Live views: the picture in a notebook's cell, and the page that follows a folder. Training does not notice either."
 import base64,pickle,random,re,signal,subprocess,sys,time
 from types import SimpleNamespace
-import nbformat
 import pytest
 import matplotlib.pyplot as plt
 import matplotlib.figure as mpl_figure   # `Figure` is another thing to fastai
-from nbclient import NotebookClient
 from fastai.basics import *
 from fastai.callback.schedule import *
 from fastai_gradstats import GradNormCallback,GradRecord,GradStatsCallback,plot_grad_heatmap,plot_grad_norm
@@ -396,22 +394,23 @@ import matplotlib.pyplot as plt
 print(plt.get_fignums(), get_ipython().events.callbacks['post_run_cell'])
 """
 
-class CountingClient(NotebookClient):
-    "Counts messages that show a picture, by cell and kind"
-    def __init__(self, *args, **kw):
-        super().__init__(*args, **kw)
-        self.pictures = []
-    def process_message(self, msg, cell, cell_index):
-        if 'image/png' in msg['content'].get('data', {}): self.pictures.append((cell_index, msg['msg_type']))
-        return super().process_message(msg, cell, cell_index)
+def counting_client(nb, pictures):
+    "Runs a notebook, and notes messages that show a picture, by cell and kind"
+    from nbclient import NotebookClient
+    class CountingClient(NotebookClient):
+        def process_message(self, msg, cell, cell_index):
+            if 'image/png' in msg['content'].get('data', {}): pictures.append((cell_index, msg['msg_type']))
+            return super().process_message(msg, cell, cell_index)
+    return CountingClient(nb, timeout=300, allow_errors=True, kernel_name='python3', resources=dict(metadata=dict(path=str(ROOT))))
 
 @pytest.mark.slow
 def test_in_a_real_notebook(tmp_path):
     "One display for a fit, exchanged as it goes on; an interrupted one has its picture; no figure and no handler is left"
+    nbformat = pytest.importorskip('nbformat')
+    pictures = []
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip()) for source in CELLS.split('---')])
-    client = CountingClient(nb, timeout=300, allow_errors=True, kernel_name='python3', resources=dict(metadata=dict(path=str(ROOT))))
-    client.execute()
-    of_fit = [kind for cell,kind in client.pictures if cell==1]
+    counting_client(nb, pictures).execute()
+    of_fit = [kind for cell,kind in pictures if cell==1]
     assert of_fit[0]=='display_data' and set(of_fit[1:])=={'update_display_data'}
     of_stopped = [o for o in nb.cells[2].outputs if 'image/png' in o.get('data', {})]
     assert len(of_stopped)==1 and nb.cells[2].outputs[-1].get('ename')=='KeyboardInterrupt'
