@@ -12,6 +12,8 @@ from fastai_gradstats.engine import Engine
 from helpers.project import ROOT,visit_page
 from helpers.training import fit,seeded_mlp,step_learner,vector_batches,warned
 
+def suptitle(fig): return fig._suptitle.get_text() if fig._suptitle else ''   # `get_suptitle` came with matplotlib 3.8
+
 class HandedClock:
     "Time that passes when a test says so"
     now = 0.
@@ -93,7 +95,7 @@ class Drawn(list):
     def __call__(self, *args):
         fig = real_draw(*args)
         axes = [ax for ax in fig.axes if ax.get_label()!='<colorbar>']
-        self.append((['norm' if ax.get_ylabel().startswith('gradient norm') else 'heatmap' for ax in axes], fig.get_suptitle()))
+        self.append((['norm' if ax.get_ylabel().startswith('gradient norm') else 'heatmap' for ax in axes], suptitle(fig)))
         fig.clear()   # saving it would take longest
         return fig
 
@@ -267,7 +269,7 @@ def test_pictures_say_run_and_model(tmp_path):
     "Of a Learner the model; of a folder its name too; a title of one's own; axes that are handed in have none"
     learn = step_learner([GradStatsCallback(folder=tmp_path/'lr.1'), GradNormCallback(folder=tmp_path/'lr.1')])
     fit(learn)
-    def title(ax): return ax.figure.get_suptitle()
+    def title(ax): return suptitle(ax.figure)
     rec = GradRecord.load(tmp_path/'lr.1')
     named = 'lr.1: Sequential, SGD'
     assert [title(plot_grad_norm(o)) for o in (learn, rec, tmp_path/'lr.1', rec.select(phase='fit'), learn.grad_norm)]==[named]*5
