@@ -370,7 +370,9 @@ def test_the_page_in_a_browser(tmp_path):
 sessionStorage.setItem('times', times)
 document.body.dataset.times = times
 document.body.dataset.y = scrollY
-if(times==1) scrollTo(0, 150)</script></html>"""
+if(times==1) scrollTo(0, 150)
+if(times==3) for(let timer = 0; timer<1000; timer++) clearInterval(timer)   // or Chromium never comes to an end
+</script></html>"""
     watch.page.write_text(watch.page.read_text().replace('</html>', count))
     seen = visit_page(watch.page, tmp_path)
     dom = seen.stdout
