@@ -41,7 +41,8 @@ def check_notebook(nb, monkeypatch, skip_flags):
     before,err,sigint = files_around(),io.StringIO(),signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(sys, '__stderr__', err)  # where nbdev writes the traceback of a failing cell
     monkeypatch.syspath_prepend(ROOT)
-    try: ok,_ = run_nb(nb, skip_flags=skip_flags)
+    try:
+        with plt.rc_context(): ok,_ = run_nb(nb, skip_flags=skip_flags)   # pages set the size of their pictures
     finally:
         signal.signal(signal.SIGINT, sigint)     # nbdev's handler would end pytest without a report
         plt.close('all')
