@@ -228,9 +228,9 @@ def after_probe(make, probe):
     return left_by_fit(learn)
 
 # `.data=` inside `torch.func` ends the process, with torch alone
-def pair(name, probe): return pytest.param(name, probe, marks=pytest.mark.slow) if name=='data_transform' else (name,probe)
+def probe_case(name, probe): return pytest.param(name, probe, marks=pytest.mark.slow) if name=='data_transform' else (name,probe)
 
-@pytest.mark.parametrize('name,probe', [pair(n, p) for n in makers for p in (random_ray,sample_norms) if (n,p)!=('model_swapped_data',sample_norms)])
+@pytest.mark.parametrize('name,probe', [probe_case(n, p) for n in makers for p in (random_ray,sample_norms) if (n,p)!=('model_swapped_data',sample_norms)])
 def test_next_fit(name, probe):
     "A fit, a probe and a fit are two fits, bit for bit"
     with warnings.catch_warnings():
