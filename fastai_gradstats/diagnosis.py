@@ -338,18 +338,18 @@ def dead_units(r,
     begun = by_tensor(r.params['zeros']/r.params['numel'], r.params).first().reindex(silent.index)
     grew = (silent-begun)*by_tensor(biases['numel'], biases).max().reindex(silent.index)   # units that died since the first step
     grave = silent[(silent>=nearly_all)|((silent-begun>died)&(grew>=4))]
-    name = _nearest_loss(r, grave.index if len(grave) else silent.index)   # behind a dead layer all is 0
+    about = grave if len(grave) else silent
+    name = _nearest_loss(r, about.index)   # behind a dead layer all is 0
     its = biases.loc[(biases['name']==name)&(biases['zeros']>0), 'iteration']
     small = len(r.steps) and r.steps['bs'].median()<batch
     evidence = f'{silent[name]:.0%} of its units output 0 on the whole batch (dead)'
     if silent[name]<nearly_all: evidence += f', {begun[name]:.0%} at the first step'
-    others = [o for o in (grave if len(grave) else silent).index if o!=name]
+    others = [o for o in about.index if o!=name]
     if others: evidence += f'; also in {first_names(others)}'
     if small: evidence += f'; batches smaller than {batch}'
-    if small or len(grave): yield Finding('note' if small else 'warning', name, span(its), evidence, tensors=(name,*others))
-    else:
-        advice = 'nothing, where the loss falls; small or narrow layers begin so; He initialisation, LeakyReLU'
-        yield Finding('note', name, span(its), evidence, advice, (name,*others))
+    severity = 'warning' if len(grave) and not small else 'note'
+    do = '' if len(grave) or small else 'nothing, where the loss falls; small or narrow layers begin so; He initialisation, LeakyReLU'
+    yield Finding(severity, name, span(its), evidence, do, (name,*others))
 
 # %% ../nbs/06_diagnosis.ipynb #d1a6000f
 @rule('steps',
@@ -399,9 +399,11 @@ def unused(r):
 # %% ../nbs/06_diagnosis.ipynb #d1a60010
 as_adapters = 'nothing, if that is meant (LoRA, adapters); else learn.unfreeze(), or requires_grad_(True)'
 
+def _is_weight(r, name): return r.dims.get(name, 2)>1 and 'bias' not in name
+
 def _weights(r):
     "Rows of norms, but for biases and what else is no matrix"
-    return named(r.by_param, lambda name: r.dims.get(name, 2)>1 and 'bias' not in name)
+    return named(r.by_param, lambda name: _is_weight(r, name))
 
 def _are_adapters(r):
     "Do two trained weights, and a third of all, begin at 0 as the second factor of a LoRA does, or are named so?"
@@ -505,6 +507,10 @@ def loss_rose(r,
     yield Finding('warning', '', span(r.steps['iteration']), evidence)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60014
+def _typical_step(rows):
+    "Per parameter: median |update|/|weight|"
+    return by_tensor(rows['update_norm']/rows['weight_norm'], rows).median()
+
 @rule('updates',
       meaning='the step is too large or too small for the weights; healthy: 1e-3 to 1e-2',
       do='a smaller learning rate for these layers',
@@ -513,18 +519,18 @@ def update_ratio(r,
                  low=1e-4, # a note below this; a warning where it is all tensors
                  high=.1 # a warning above this
                 ):
-    updates = r.updates
-    grown = by_tensor(updates['weight_norm'], updates).transform('max')
-    has_size = (updates['weight_norm']>0)&(updates['weight_norm']>=.5*grown)   # one that began at 0 has no ratio yet
-    has_gradient = updates['norm']!=0   # without one there is weight decay only
-    rows = named(updates[has_size&has_gradient], lambda name: 'bias' not in name)
-    ratio = by_tensor(rows['update_norm']/rows['weight_norm'], rows).median()
+    weights = named(r.updates, lambda name: 'bias' not in name)
+    grown = by_tensor(weights['weight_norm'], weights).transform('max')
+    has_size = (weights['weight_norm']>0)&(weights['weight_norm']>=.5*grown)   # one that began at 0 has no ratio yet
+    has_gradient = weights['norm']!=0   # without one there is weight decay only
+    rows = weights[has_size&has_gradient]
+    ratio = _typical_step(rows)
     def say(severity, name, hit, do=''):
         evidence = f'median |update|/|weight| {ratio[name]:.1e}; {hit.sum()} of {len(ratio)} tensors: {first_names(ratio.index[hit])}'
         return Finding(severity, str(name), span(rows['iteration']), evidence, do, ratio.index[hit])
     large,small = ratio>high,ratio<low
     small &= ratio>0   # without a gradient nothing moves, and other rules say why
-    are_most = 2*small.sum()>named(updates, lambda name: 'bias' not in name)['name'].nunique()   # not the rest that dead layers leave
+    are_most = 2*small.sum()>weights['name'].nunique()   # not the rest that dead layers leave
     if large.any(): yield say('warning', ratio.idxmax(), large)
     if small.any(): yield say('warning' if small.all() and are_most else 'note', ratio.idxmin(), small, 'a larger learning rate for these layers, if the loss does not fall')
 
@@ -549,7 +555,7 @@ def scale_invariant(r,
 def zero_start(r,
                zeros=.75 # share of the weights that begin at 0; healthy: at most a half
               ):
-    matrices = {name for name,dims in r.dims.items() if dims>1 and 'bias' not in name}   # frozen ones too
+    matrices = {name for name in r.dims if _is_weight(r, name)}   # frozen ones too
     for _,of in _weights(r).groupby(['phase','fit'], observed=True, sort=False):
         first = of[of['iteration']==of['iteration'].min()]
         at_0 = first[first['weight_norm']==0]
@@ -639,10 +645,9 @@ def _moved(r):
     return abs(ends['last']/ends['first']-1).groupby('name', observed=True).max()
 
 def _per_step(r):
-    "Per parameter: median |update|/|weight|, where updates were measured"
+    "The same of all parameters that are not 0, where updates were measured"
     if not len(r.updates): return pd.Series(dtype=float)
-    rows = r.updates[r.updates['weight_norm']>0]
-    return by_tensor(rows['update_norm']/rows['weight_norm'], rows).median()
+    return _typical_step(r.updates[r.updates['weight_norm']>0])
 
 def _why_still(r):
     steps = taken(r.steps)
@@ -876,7 +881,8 @@ def diagnose(o, # a Learner, callback, list of callbacks, `GradRecord`, frame or
     A Learner brings what all its callbacks recorded, a callback only its own record: `learn.grad_stats.diagnose()` reports the rules on norms as not checked"""
     _check_all(thresholds)
     rec = as_record(o)
-    tables,counts,tensors = [],[],{}
+    tables,tensors = [],{}
+    asked,missed = [],[]   # rules: of the run of which most is missing
     for run in runs(rec):
         part = rec if run is None else rec.select(run=run)
         one = Run(part, phase, fit)
@@ -885,11 +891,11 @@ def diagnose(o, # a Learner, callback, list of callbacks, `GradRecord`, frame or
         if run is not None: table.insert(2, 'run', run)
         tables.append(table)
         of_run = counted_rules(one)
-        counts.append((len(checked), len(of_run), [name for name in of_run if name not in checked]))
+        not_checked = [name for name in of_run if name not in checked]
+        if not asked or len(not_checked)>len(missed): asked,missed = of_run,not_checked
     res = pd.concat(tables, ignore_index=True)
     rank = res['severity'].map(['error','warning','note','not checked'].index)
     res = Findings(res.iloc[np.argsort(rank, kind='stable')].reset_index(drop=True))
-    checked,of_rules,missed = min(counts, key=lambda count: count[0]-count[1])   # of the run of which most is missing
     found = int((res['severity']!='not checked').sum())
-    res.attrs = dict(checked=checked, rules=of_rules, missed=missed, rows=len(res), found=found, trained=_trained(rec, phase, fit), tensors=tensors)
+    res.attrs = dict(checked=len(asked)-len(missed), rules=len(asked), missed=missed, rows=len(res), found=found, trained=_trained(rec, phase, fit), tensors=tensors)
     return res

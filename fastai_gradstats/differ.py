@@ -66,8 +66,7 @@ class Side:
     def knows(self, name)->bool:
         "Is it, or a parameter below it, in this network?"
         params = {param for fact in self.facts for param,_,_ in fact['params']} or set(self.names)
-        below = '' if name=='(model)' else f'{name}.'
-        return name in params or any(param.startswith(below) for param in params)
+        return any(_is_inside(param, name) for param in params)
 
     def is_frozen(self, name)->bool:
         "Does this parameter, or all of this module, ask for no gradient?"

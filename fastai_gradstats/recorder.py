@@ -1098,7 +1098,7 @@ class LoopReader(Reader):
 
     def forward_begins(self, output)->bool:
         "A module was called. Is it to be recorded?"
-        if self.is_stepping(): return False                # a step with a closure begins when the closure was evaluated once: that is the iteration, later evaluations are none
+        if self.stepping(): return False                   # a step with a closure begins when the closure was evaluated once: that is the iteration, later evaluations are none
         if _in_backward(): return self.batch is not None   # a checkpoint computes it again
         if self.batch is None or self.task is not None:
             if self.goes_on is not None and not self.goes_on():   # it ended by an exception, and nobody told
@@ -1141,17 +1141,17 @@ class LoopReader(Reader):
         self.next_batch()
         self.task = self.no_task
 
-    def is_stepping(self)->bool:
-        "Is a step under way? One with a closure is when that was evaluated once: what it does again is not recorded"
-        return any([w.running() for w in self.watches])
+    def stepping(self)->list:
+        "Optimizers whose step is under way. One with a closure is when that was evaluated once: what it does again is not recorded"
+        return [w.opt() for w in self.watches if w.running()]
 
     def read(self):
-        if self.is_stepping(): return
+        if self.stepping(): return
         self.need_batch()
         super().read()
 
     def optimizer_steps(self):
-        running = [w.opt() for w in self.watches if w.running()]
+        running = self.stepping()
         self.saw_step = True
         if len(running)==1:
             self.loop.stepping = running[0]
@@ -1343,7 +1343,7 @@ class GradRecorder:
     def loss(self, loss # a tensor or number
             ):
         "The loss of this iteration, for the column `loss` and for findings. Nothing waits for it"
-        if not self.reader.is_stepping(): self.loop.current_loss = loss.detach() if isinstance(loss, Tensor) else loss
+        if not self.reader.stepping(): self.loop.current_loss = loss.detach() if isinstance(loss, Tensor) else loss
         return loss
 
     def __repr__(self): return f'GradRecorder: {self.record!r}'
