@@ -1,4 +1,4 @@
-# make demo | test | test-oldest | test-all | test-trackers | test-beside | test-battery | docs | bench | bench-gpu | bench-faults | nbs | readme | dist | clean      [VENV=path] [ARGS="..."]
+# make demo | test | test-oldest | test-slow | test-all | test-trackers | test-beside | test-battery | docs | bench | bench-gpu | bench-faults | nbs | readme | dist | clean      [VENV=path] [ARGS="..."]
 # The package is installed, editable, into VENV, which is created where there is none.
 VENV   ?= .venv
 PYTHON ?= python3
@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 # One stamp per checkout and extra: nothing is installed twice, nor taken from another checkout that shares VENV
 STAMP  := $(VENV)/.gradstats-$(shell pwd | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-oldest on-this-stack test-all test-trackers test-beside of-libraries test-battery docs bench bench-gpu bench-faults nbs readme execute dist clean
+.PHONY: demo test test-oldest on-this-stack test-slow test-all test-trackers test-beside of-libraries test-battery docs bench bench-gpu bench-faults nbs readme execute dist clean
 .SECONDARY:
 
 demo: $(STAMP)-cpu
@@ -39,6 +39,9 @@ test-beside:
 	$(MAKE) VENV="$(LIBRARIES)" of-libraries
 of-libraries: $(STAMP)-test $(STAMP)-beside
 	$(PY) -m pytest -m "slow or not slow" tests/test_beside.py
+
+test-slow: $(STAMP)-dev
+	$(PY) -m pytest -m slow $(or $(ARGS),$(BESIDE) tests)
 
 test-all: $(STAMP)-dev
 	$(PY) -m pytest -m "not battery" $(or $(ARGS),$(BESIDE) tests)
