@@ -192,13 +192,12 @@ class LogsSteps(Callback):
         self.run.log({'train_loss':self.loss.item(), 'its step':self.step}, step=self.step)
 
 @pytest.mark.slow
-def test_wandb(tmp_path, monkeypatch):
+def test_wandb(tmp_path):
     "Offline, beside somebody who logs with steps of his own: nothing of either is lost"
     wandb = pytest.importorskip('wandb')
-    for name,value in dict(WANDB_MODE='offline', WANDB_SILENT='true', WANDB_DIR=str(tmp_path)).items(): monkeypatch.setenv(name, value)
     learn = step_learner([GradNormCallback(log='wandb', log_every=2)])
     with pytest.raises(RuntimeError, match='wandb.init'): fit(learn)
-    with wandb.init(project='test') as run:
+    with wandb.init(project='test', mode='offline', dir=tmp_path) as run:   # its variables are read once in a process
         learn.add_cb(LogsSteps(run))
         fit(learn, 2)
         directory = run.dir
