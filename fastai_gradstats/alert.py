@@ -31,8 +31,9 @@ from .stats import SUM_SQ
 
 # %% ../nbs/08c_alert.ipynb #20514b74
 class NormWatch:
-    "Says which steps are out of line, by their norms alone"
+    "Says which steps are out of line, by their norms, and by whether the loss is calm"
     recent = 5       # steps from the highest of which a jump is counted
+    calm = 3.        # so many times `factor` is the limit while the loss is calm
     tail = 2.        # a spike jumps so many times as far as the third furthest jump of the fit
     spreads = 4.     # and is so many spreads above the median
     level,within = 4,6   # so many spikes within so many steps are a new level
@@ -51,6 +52,7 @@ class NormWatch:
         self.logs = deque()     # of norms that were in line
         self.ordered = []       # the same by size
         self.furthest = []      # three jumps
+        self.losses = deque(maxlen=self.recent)
         self.spikes = deque()   # (number of the step, log norm)
 
     @property
@@ -62,15 +64,20 @@ class NormWatch:
         half,is_odd = divmod(len(self.ordered), 2)
         return self.ordered[half] if is_odd else (self.ordered[half-1]+self.ordered[half])/2
 
-    def judge(self, norm:float, loss:float=None)->str: # None, 'spike' or 'nonfinite'
+    def judge(self,
+              norm:float,
+              loss:float=None # None: not known, then it is not called calm
+             )->str: # None, 'spike' or 'nonfinite'
         "One more step"
         self.n += 1
         if not math.isfinite(norm) or loss is not None and not math.isfinite(loss): return 'nonfinite'
         if norm<=0: return None   # it has no log, and moves nothing
         log = math.log(norm)
-        if self.is_far(log):
+        limit = math.log(self.calm*self.factor if self.is_calm(loss) else self.factor)
+        if self.is_far(log, limit):
             self.note_spike(log)
             return 'spike'
+        if loss is not None: self.losses.append(loss)
         if len(self.logs)>=self.recent: self.furthest = nlargest(3, [*self.furthest, self.jump(log)])
         self.add(log)
 
@@ -82,8 +89,13 @@ class NormWatch:
         distances = sorted(abs(o-median) for o in self.logs)
         return 1.4826*distances[len(distances)//2]
 
-    def is_far(self, log)->bool:
-        limit = math.log(self.factor)
+    def is_calm(self, loss)->bool:
+        "Is the loss no more than twice the highest of the last steps?"
+        if loss is None or not self.losses: return False
+        highest = max(self.losses)
+        return loss<=highest+abs(highest)   # also of a loss below 0
+
+    def is_far(self, log, limit)->bool:
         if len(self.logs)<self.warmup: return self.is_first_far(log, limit)
         above = log-self.median()
         jump = self.jump(log)
@@ -295,7 +307,7 @@ class GradAlert(RecordCallback):
     order = READ_AT+.2   # after the reading, before clipping
     overflows_told = 20  # so many overflows in a row are said
     def __init__(self,
-                 factor:float=10., # a norm more than so many times the usual and each of the last five, and far outside of what the fit has shown, is a spike
+                 factor:float=10., # a norm more than so many times the usual and each of the last five (three times that while the loss is calm), and far outside of what the fit has shown, is a spike
                  window:int=50, # steps whose median is the usual
                  action='warn', # 'warn', 'skip' (the step), 'stop' (the fit), or f(incident) that may return one of these
                  samples:bool=True, # look for the samples that it came from

@@ -85,16 +85,11 @@ class KernelBuffer(BlockBuffer):
     def sum_at_once(self, rows, sizes, gs, ws, full)->np.ndarray: # bool
         "Sums of all tensors that lie ready, in one call. Which were they?"
         if self.octaves and full: return np.zeros(len(rows), bool)
-        places = np.array([float32_address(g) for g in gs])
-        ready = places!=0
-        weight_places = places
-        if ws:
-            weight_places = np.array([float32_address(w) for w in ws])
-            ready &= (weight_places!=0) & [w.numel()==n for w,n in zip(ws, sizes)]
-        rows = np.arange(rows.start, rows.stop)
-        self.kernel.read_all(places[ready], weight_places[ready], np.array(sizes)[ready],
-                             self.limit, full, bool(ws), self.acc, rows[ready])
-        return ready
+        places = weight_places = [float32_address(g) for g in gs]
+        if ws: weight_places = [float32_address(w) if w.numel()==n else 0 for w,n in zip(ws, sizes)]
+        tensors = np.array([places, weight_places, sizes], np.int64)
+        self.kernel.read_all(tensors, self.limit, full, bool(ws), self.acc, rows.start)
+        return tensors.all(0)
 
     def sum_now(self, row, g, w=None,
                 full=True, # or only sums of squares and products?

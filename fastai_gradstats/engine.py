@@ -285,7 +285,7 @@ class Engine(Ledger):
     def number(self, key, v:Tensor # 0-d
               ):
         "A row that holds a number, in the column of the maximum"
-        self.buffer(v.device).number(key, v.detach())
+        self.buffer(v.device).number(key, v)
 
     # --- what no fast path reads
 

@@ -188,13 +188,17 @@ def read(at, # address of the gradient's first element
     row += out
 
 # %% ../nbs/00a_kernel.ipynb #c0265e05
-@entry('void(i8[::1],i8[::1],i8[::1],i8,b1,b1,f8[:,::1],i8[::1])')
-def read_all(ats, ws, sizes, # of each tensor
+@entry('void(i8[:,::1],i8,b1,b1,f8[:,::1],i8)')
+def read_all(tensors, # (3, n): of each `at`, `w` and `n` as in `read`; one with a 0 among them is left out
              limit, full, weights, acc, # as in `read`
-             rows # of each
+             first # row of the first; the others follow
             ):
     "One read of each gradient"
-    for i in range(len(rows)): read(ats[i], ws[i], sizes[i], limit, full, weights, acc, rows[i])
+    for i in range(tensors.shape[1]):
+        at = tensors[0,i]
+        w = tensors[1,i]
+        n = tensors[2,i]
+        if at and w and n: read(at, w, n, limit, full, weights, acc, first+i)
 
 # %% ../nbs/00a_kernel.ipynb #0c00545b
 @entry('b1(i8,i8)')

@@ -324,6 +324,7 @@ def mean_loss(loss)->Tensor: # 0-d, on its device
     if isinstance(loss, Number): return torch.tensor(float(loss))
     if not isinstance(loss, Tensor) or not loss.numel(): return torch.tensor(math.nan)
     loss = loss.detach()
+    if not loss.dim(): return loss
     return loss.reshape(()) if loss.numel()==1 else loss.float().mean()
 
 def loss_witness(loss)->Tensor: # 0-d
@@ -368,15 +369,15 @@ class Versions:
     "Of all gradients that were read: which they were, and how often changed"
     def __init__(self, params):
         self.params = [p for p in params if not p.grad.is_inference()]   # those have no version
-        self.ids = self.ids_now()
-        self.numbers = self.numbers_now()
+        self.before = self.now()
 
-    def ids_now(self): return [id(p.grad) for p in self.params]
-    def numbers_now(self): return [p.grad._version for p in self.params]
+    def now(self):
+        grads = [p.grad for p in self.params]
+        return [(id(g), None if g is None else g._version) for g in grads]
 
     def are_old(self)->bool:
         "Was any changed or exchanged? (What goes past autograd's sight, through `.data`, is not seen)"
-        return self.ids_now()!=self.ids or self.numbers_now()!=self.numbers
+        return self.now()!=self.before
 
 def _dimensions(p): return 0 if is_lazy(p) else p.dim()   # a lazy layer that was not called has none yet
 
@@ -627,7 +628,7 @@ class ReadsOutputs(Measures):
     def before_backward(self):
         super().before_backward()
         if self.batch is None: return
-        if any(s.consumer.weights for s in self.batch.shares): self.note_start()
+        self.note_start()
         if not self.hooks or not self.batch.outputs: return
         self.scale = self.loop.scale()   # a step in this batch may have changed it
         self.hooks.watch()

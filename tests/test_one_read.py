@@ -48,9 +48,9 @@ class KernelReads:
         self.note(at, n, full, weights)
         self.kernel.read(at, w, n, limit, full, weights, acc, row)
 
-    def read_all(self, ats, ws, sizes, limit, full, weights, acc, rows):
-        for at,n in zip(ats.tolist(), sizes.tolist()): self.note(at, n, full, weights)
-        self.kernel.read_all(ats, ws, sizes, limit, full, weights, acc, rows)
+    def read_all(self, tensors, limit, full, weights, acc, first):
+        for at,_,n in tensors[:,tensors.all(0)].T.tolist(): self.note(at, n, full, weights)
+        self.kernel.read_all(tensors, limit, full, weights, acc, first)
 
 @contextmanager
 def kernel_reads():
