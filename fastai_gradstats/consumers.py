@@ -48,7 +48,8 @@ def _pattern(value):
 
 def _modules(value):
     if value is None: return None
-    value = L(value)
+    is_one = isinstance(value, nn.Module) and not isinstance(value, nn.ModuleList)   # `L` would unpack a Sequential
+    value = L([value]) if is_one else L(value)
     grad_modules(nn.ModuleList(m for m in value if isinstance(m, nn.Module)), value)   # raises where one is no module
     return value
 

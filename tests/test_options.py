@@ -164,3 +164,14 @@ def test_a_module_is_left_out_whole(cls, monkeypatch):
     d = rows_of(learn)
     assert d.groupby('name', observed=True)['iteration'].apply(list).to_dict()==dict(a=[0,0,2,2], h=[0,1,2])
     assert len(said)==1 and "'a'" in said[0] and 'out of luck' in said[0]
+
+def test_one_module_is_a_list_of_one():
+    "Not the modules inside a Sequential; a ModuleList is a list"
+    def names_recorded(modules, net):
+        x = torch.randn(8,3)
+        dl = DataLoader(L(zip(x, x)), bs=4)
+        learn = Learner(DataLoaders(dl, dl), net, loss_func=nn.MSELoss(), cbs=[GradStatsCallback(modules=modules)])
+        return set(fit(learn).grad_stats.df['name'])
+    net = nn.Sequential(nn.Sequential(nn.Linear(3,4), nn.ReLU()), nn.Linear(4,3))
+    assert names_recorded(net[0], net)=={'0','0.0.weight','0.0.bias'}
+    assert names_recorded(nn.ModuleList(net[0]), net)=={'0.0','0.1','0.0.weight','0.0.bias'}

@@ -239,6 +239,30 @@ def test_two_optimizers():
     assert rec.steps['lr'].tolist()==[.1,.2]*2 and rec.steps['iteration'].tolist()==[0,0,1,1]
     assert rec.by('param').groupby('step')['name'].apply(list).tolist()==[['0.weight','0.bias'],['2.weight','2.bias']]*2
 
+def put_in_group(opt, model): opt.param_groups[0]['params'] = list(model.parameters())
+def added_group(opt, model): opt.add_param_group(dict(params=list(model[2].parameters())))
+
+@pytest.mark.parametrize('tell', [put_in_group, added_group])
+def test_a_layer_exchanged_in_mid_loop(tell):
+    "Its rows, and norms with it, from its first step on"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3,4), nn.Tanh(), nn.Linear(4,2))
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    want = []
+    with GradRecorder(model, opt) as rec:
+        for step in range(6):
+            if step==3:
+                model[2] = nn.Linear(4,2)
+                tell(opt, model)
+            model(torch.randn(5,3)).square().sum().backward()
+            want.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+            opt.step()
+            model.zero_grad()
+            opt.zero_grad()
+    np.testing.assert_allclose(rec.steps['norm'], want, rtol=1e-5)
+    assert rec.df.query("kind=='output' and name=='2'")['iteration'].tolist()==list(range(6))
+    assert rec.df.query("kind=='param' and name=='2.weight'")['iteration'].tolist()==list(range(6))
+
 def test_two_backwards_of_one_forward():
     "Each backward is an iteration"
     model,opt,rec,loss = mlp_recorder()
