@@ -27,13 +27,15 @@ def _paragraph(finding):
     label = 'iteration' if iterations.isdigit() else 'iterations'
     place = [str(finding.get('run', '')), finding['tensor'], iterations and f'{label} {iterations}']
     head = ', '.join([finding['severity'], finding['rule'], *filter(None, place)])
-    text = f"{head}: {finding['evidence']}; try: {finding['try']}"
+    text = f"{head}: {finding['evidence'].rstrip('.')}; try: {finding['try']}"
     return fill(text, 110, subsequent_indent='    ', break_long_words=False, break_on_hyphens=False)
 
 def _not_checked(missed):
     "Names of the rules that were not checked, of a comparison with the run's name"
     names = [f"{row['rule']} ({row['run']})" if 'run' in row else row['rule'] for row in missed]
     return 'not checked: ' + ', '.join(dict.fromkeys(names))
+
+most_named = 2   # rules that were not checked, in the verdict
 
 def verdict(findings)->str:
     "What was checked, and a plain word"
@@ -47,7 +49,7 @@ def verdict(findings)->str:
     trained = findings.attrs.get('trained')
     if trained: head += f'; {trained[0]} of {trained[1]} parameters trained'
     missed = findings.attrs.get('missed', [])
-    return head + (f"; not checked: {', '.join(missed)}" if 0<len(missed)<=2 else '')
+    return head + (f"; not checked: {', '.join(missed)}" if 0<len(missed)<=most_named else '')
 
 # %% ../nbs/06_diagnosis.ipynb #c2a9e4d8
 def _nothing(findings):
@@ -56,14 +58,15 @@ def _nothing(findings):
     return 'no findings among these rows' if findings.attrs.get('found') else 'no findings'
 
 def _text(findings):
-    "The verdict, where these are all findings; a paragraph for each, and last what was not checked"
+    "The verdict, where these are all findings; a paragraph for each, and last what was not checked and is not in the verdict"
     rows = findings.to_dict('records')
     missed = [row for row in rows if row['severity']=='not checked']
     paragraphs = [_paragraph(row) for row in rows if row['severity']!='not checked']
     is_whole = findings.attrs.get('rows')==len(findings)
     if is_whole: paragraphs.insert(0, verdict(findings))
     elif not paragraphs: paragraphs = [_nothing(findings)]
-    if missed: paragraphs.append(_not_checked(missed))
+    are_said = is_whole and len(findings.attrs['missed'])<=most_named and 'run' not in findings
+    if missed and not are_said: paragraphs.append(_not_checked(missed))
     return '\n'.join(paragraphs)
 
 # %% ../nbs/06_diagnosis.ipynb #e8d1b6a0
@@ -140,6 +143,11 @@ class Run:
     def asked(self):
         "Facts of the fits in which a parameter asked for a gradient"
         return [f for f in self.facts if any(requires_grad for _,requires_grad,_ in f['params'])]
+
+    def idle(self, fit)->list:
+        "Parameters that asked for a gradient in a fit, of which its facts are given, and never had one"
+        got = set(of_fit(self.params, fit)['name'].unique())
+        return [name for name,asks,_ in fit['params'] if asks and name not in got] if got else []
 
     @cached_property
     def dims(self):
@@ -339,7 +347,8 @@ def dead_units(r,
     grew = (silent-begun)*by_tensor(biases['numel'], biases).max().reindex(silent.index)   # units that died since the first step
     grave = silent[(silent>=nearly_all)|((silent-begun>died)&(grew>=4))]
     about = grave if len(grave) else silent
-    name = _nearest_loss(r, about.index)   # behind a dead layer all is 0
+    worst = about[about>=min(about.max(), nearly_all)]
+    name = _nearest_loss(r, worst.index)   # behind a dead layer all is 0
     its = biases.loc[(biases['name']==name)&(biases['zeros']>0), 'iteration']
     small = len(r.steps) and r.steps['bs'].median()<batch
     evidence = f'{silent[name]:.0%} of its units output 0 on the whole batch (dead)'
@@ -391,9 +400,8 @@ def no_gradient(r):
       source='docs.pytorch.org: find_unused_parameters')
 def unused(r):
     for fit in r.facts:
-        got = set(of_fit(r.params, fit)['name'].unique())
-        idle = [name for name,asks,_ in fit['params'] if asks and name not in got]
-        if not got or not idle: continue
+        idle = r.idle(fit)
+        if not idle: continue
         yield Finding('warning', idle[0], '', f"no gradient in fit {fit['fit']}: {first_names(idle, 5)}", tensors=idle)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60010
@@ -494,6 +502,8 @@ def loss_rose(r,
               rose=1.5 # last tenth of the losses over the first five
              ):
     loss = r.steps['loss'].to_numpy(float)
+    was_left_out = r.steps['skipped'].to_numpy(bool) & ~np.isfinite(loss)   # a batch that says nothing of the weights
+    loss = loss[~was_left_out]
     if len(loss)<10: return
     start = np.median(loss[:5])
     end = np.median(loss[-max(len(loss)//10, 1):])
@@ -810,12 +820,13 @@ follows_from = dict(loss_rose=['non_finite'], spike=['non_finite'], lone_spike=[
                     loss_still=['no_gradient','zero_norm','non_finite','dead_units','depth','zero_start'], part_time=['dead_units','zero_start'],
                     dead_units=['zero_start'], update_ratio=['loss_still','zero_start'])
 
-def _trained(rec, phase, fit):
-    "How many parameters asked for a gradient in the last fit, and of how many; None where nobody knows"
-    facts = [f for f in rec.select(phase=phase, fit=fit).facts if f['params']]
+def trained(r)->tuple: # None where nobody knows
+    "How many parameters asked for a gradient in the last fit of a `Run` and had one, and of how many"
+    facts = [f for f in r.facts if f['params']]
     if not facts: return None
-    params = facts[-1]['params']
-    return sum(1 for _,asks,_ in params if asks),len(params)
+    last = facts[-1]
+    asked = [name for name,asks,_ in last['params'] if asks]
+    return len(asked)-len(r.idle(last)),len(last['params'])
 
 def counted_rules(r)->list:
     "Names of the rules, but for those on what nobody watched: that is no check which is missing"
@@ -897,5 +908,5 @@ def diagnose(o, # a Learner, callback, list of callbacks, `GradRecord`, frame or
     rank = res['severity'].map(['error','warning','note','not checked'].index)
     res = Findings(res.iloc[np.argsort(rank, kind='stable')].reset_index(drop=True))
     found = int((res['severity']!='not checked').sum())
-    res.attrs = dict(checked=len(asked)-len(missed), rules=len(asked), missed=missed, rows=len(res), found=found, trained=_trained(rec, phase, fit), tensors=tensors)
+    res.attrs = dict(checked=len(asked)-len(missed), rules=len(asked), missed=missed, rows=len(res), found=found, trained=trained(one), tensors=tensors)
     return res

@@ -96,6 +96,10 @@ class Side:
         recorded = [column for column in ('norm','weight_norm','dot','update_norm') if column in norms]
         return norms[recorded].astype(float)
 
+    def samples(self, step)->int: # 0 where nobody counted
+        counted = self.steps.loc[self.steps['step']==step, 'bs']
+        return int(counted.iloc[0]) if len(counted) else 0
+
     def batches(self, steps):
         "How many batches each step had; NaN where outputs were not recorded"
         outputs = self.tensors[(self.tensors['kind']=='output')&self.tensors['step'].isin(steps)]
@@ -207,6 +211,7 @@ def _first_norms(rows, weight_norm)->pd.Series: # by name
 other_side    = dict(a='b', b='a')
 only_in       = dict(a='only in a', b='only in b')
 not_finite_in = dict(a='not finite in a', b='not finite in b')
+other_shape   = 'other shape'
 parted        = ['parts', *only_in.values(), *not_finite_in.values()]   # verdicts of tensors at which two runs part
 
 def verdicts(table, a, b, is_expected):
@@ -216,7 +221,7 @@ def verdicts(table, a, b, is_expected):
     is_noise = table['explained']>=.5   # two of the same size, one against the other, differ by 2
     is_beyond = table['difference']>2+table['explained']
     res[is_noise&~is_beyond] = 'rounding only'
-    res[a['numel'].notna()&b['numel'].notna()&(a['numel']!=b['numel'])] = 'other shape'
+    res[a['numel'].notna()&b['numel'].notna()&(a['numel']!=b['numel'])] = other_shape
     is_broken = dict(a=a['nonfinite']>0, b=b['nonfinite']>0)
     res[is_broken['a']&is_broken['b']] = 'not finite'
     for side,other in other_side.items(): res[is_broken[side]&~is_broken[other]] = not_finite_in[side]
@@ -616,8 +621,9 @@ def find_undivided(sides, step, factor)->Undivided|None:
     return Undivided('b', batches.b) if batches.b>batches.a else Undivided('a', batches.a)
 
 def find_other_gradients(comparison, rows, losses):
-    outputs = rows.all[rows.all['kind']=='output']
-    is_loss = not len(rows.before)   # of those that come before some have no gradient to compare
+    is_output = rows.all['kind']=='output'
+    outputs = rows.all[is_output&(rows.all['verdict']!=other_shape)]
+    is_loss = (rows.before['verdict']==other_shape).all()   # nothing that comes before could be compared
     return OtherGradients(
         step          = rows.step,
         first         = label(rows.first),
@@ -708,6 +714,21 @@ class AssumedPrecision(Found):
         yield f'the precision of a run was not recorded: {self.precision} is assumed, `precision=` says otherwise'
 
 @dataclass
+class OtherSamples(Found):
+    "Of the step in which gradients part"
+    step:int
+    a:int
+    b:int
+
+    def sentences(self, names):
+        yield f'not the same data: {self.a} samples in {names.a} and {self.b} in {names.b}, at step {self.step}'
+
+def find_other_samples(comparison, rows):
+    "None where they are as many, or nobody counted"
+    a,b = (side.samples(rows.step) for side in comparison.sides)
+    return OtherSamples(rows.step, a, b) if a and b and a!=b else None
+
+@dataclass
 class OtherShapes(Found):
     tensors:list         # names
 
@@ -716,8 +737,8 @@ class OtherShapes(Found):
 
 def find_doubts(comparison, rows):
     if not comparison.is_known: yield AssumedPrecision(comparison.precision)
-    other_shape = rows.all['verdict']=='other shape'
-    if other_shape.any(): yield OtherShapes(rows.all.loc[other_shape,'name'].tolist())
+    is_other_shape = rows.all['verdict']==other_shape
+    if is_other_shape.any(): yield OtherShapes(rows.all.loc[is_other_shape,'name'].tolist())
 
 # %% ../nbs/06a_differ.ipynb #1bb1135e
 def find_all(comparison, rows, losses)->list: # of `Found`
@@ -736,6 +757,8 @@ def find_evidence(comparison, rows, losses):
     "What else there is to say"
     is_gradients = rows.what=='gradients'
     first_parts = rows.first['verdict']=='parts'
+    samples = find_other_samples(comparison, rows) if is_gradients else None
+    if samples is not None: yield samples
     if is_gradients and losses is not None: yield judge_losses(comparison, rows, losses)
     if not is_gradients: yield from find_settings(comparison, rows)
     if is_gradients and first_parts: yield find_first_tensor(comparison, rows)

@@ -17,12 +17,13 @@ from io import BytesIO
 from time import monotonic
 from warnings import warn
 from matplotlib import figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from .grid import caption
 from .plot import draw_heatmap,plot_grad_norm,title_above
 
 # %% ../nbs/05a_live.ipynb #71fe0008
 class Pace:
-    "When work beside a training is due again: after `seconds`, and not before its share of the time allows"
+    "When work beside a training is due again: after `seconds`, and, but for the first time, not before its share of the time allows"
     def __init__(self,
                  seconds, # between the end of one piece of work and the next
                  share=1/20, # of all time, that work may take
@@ -31,6 +32,7 @@ class Pace:
         self.share = share
         self.clock = clock
         self.due = clock()+seconds
+        self.is_first = True
 
     def wait(self)->float: # seconds until it is due; 0 where it is
         return max(self.due-self.clock(), 0.)
@@ -42,7 +44,8 @@ class Pace:
         try: yield
         finally:
             end = self.clock()
-            earned = (end-begin)*(1/self.share-1)
+            earned = 0. if self.is_first else (end-begin)*(1/self.share-1)
+            self.is_first = False
             self.due = end+max(self.seconds, earned)
 
 # %% ../nbs/05a_live.ipynb #71fe0011
@@ -154,6 +157,6 @@ class LiveView:
         if fig is None: return
         _,self.height = fig.get_size_inches()
         png = BytesIO()
-        fig.savefig(png, format='png', dpi=fig.dpi)
+        FigureCanvasAgg(fig).print_png(png)   # `savefig` would draw twice, once for the layout
         self.cell.show(png.getvalue(), width*72, round(self.height*72))
         fig.clear()

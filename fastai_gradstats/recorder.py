@@ -1351,4 +1351,4 @@ class GradRecorder:
         if not self.reader.stepping(): self.loop.current_loss = loss.detach() if isinstance(loss, Tensor) else loss
         return loss
 
-    def __repr__(self): return f'GradRecorder: {self.record!r}'
+    def __repr__(self): return repr(self.record).replace('GradRecord', 'GradRecorder', 1)

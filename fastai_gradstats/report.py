@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.script import call_parse,store_true
 from matplotlib import colormaps,figure,rc_context
-from .diagnosis import diagnose,runs
+from .diagnosis import Run,diagnose,runs,trained
 from .differ import grad_diff
 from .files import put_whole
 from .grid import (boundaries,boundary_name,cells,check_fit,check_which,colour_range,image,image_columns,kinds_there,
@@ -408,8 +408,8 @@ def _about(part)->str:
         words += [f"{len(steps):,} steps in {steps[['fit','epoch']].drop_duplicates().shape[0]} epochs", f"batch {steps['bs'].median():.0f}"]
         words += [f"{name} {_ends_of(steps[name])}" for name in ('lr','loss') if steps[name].notna().any()]
     if facts:
-        asks = [asks for _,asks,_ in last['params']]
-        words.append(f'{sum(asks)} of {len(asks)} parameters trained')
+        count = trained(Run(part, phase=None))
+        if count: words.append(f'{count[0]} of {count[1]} parameters trained')
         words += [printed(last[what]) for what in ('precision','versions') if last.get(what)]
         if last.get('began'): words.append(f"began {printed(last['began'])}")
     return ', '.join(words)

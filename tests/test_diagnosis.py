@@ -170,6 +170,12 @@ def test_loss_rose_names_the_largest_gradient():
     rec = GradRecord(steps=calm_steps(20, loss=np.linspace(1, 3, 20), norm=filled(20, 7, of=9.1, else_=1.)), params=par)
     assert [(o[1],o[3]) for o in findings_of('loss_rose', rec)]==[('', 'loss 1.21 at the start, 2.95 at the end; largest norm at iteration 7, in b.weight')]
 
+def test_a_batch_that_was_left_out_is_no_loss():
+    "A NaN that stopped the fit, or was skipped, before the optimizer took it"
+    loss = np.r_[np.ones(19), np.nan]
+    def found(**cols): return findings_of('loss_rose', GradRecord(steps=calm_steps(20, loss=loss, **cols)))
+    assert found() and not found(skipped=filled(20, 19))
+
 def test_loss_rose_needs_ten_steps(): assert not findings_of('loss_rose', GradRecord(steps=calm_steps(9, loss=np.arange(1., 10))))
 
 def test_spike_needs_a_rising_loss():

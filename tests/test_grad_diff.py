@@ -243,6 +243,14 @@ def test_gradients_that_are_not_cleared():
     found = grad_diff(train_twin('lstm'), train_twin('lstm', opt=KeepsGradients))
     assert (found.step, found.what)==(1, 'gradients') and found.first in ('head.weight','head.bias')
 
+@pytest.mark.parametrize('name', ['plain_cnn','lstm'])
+def test_batches_of_other_sizes_are_other_data(name):
+    "Gradients of outputs cannot be compared then, and are not said to agree"
+    found = grad_diff(train_twin(name), train_twin(name, bs=16, steps=8))
+    assert 'part at (loss)' in found.sentence() and 'agree' not in str(found), str(found)
+    assert 'not the same data: 32 samples in a and 16 in b, at step 0' in found.evidence
+    assert 'samples' not in str(grad_diff(train_twin(name), train_twin(name, parts=2, divide=False)))
+
 @pytest.mark.parametrize('kw', [dict(opt=lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=.5)), dict(lr=2e-3)], ids='decay lr'.split())
 @pytest.mark.parametrize('update_every', [None,1])
 def test_optimizers_differ(kw, update_every):

@@ -161,6 +161,10 @@ def test_unknown_command():
     res = subprocess.run([sys.executable, '-m', 'fastai_gradstats', 'run'], cwd=ROOT, capture_output=True, text=True)
     assert res.returncode==1 and 'accepted are demo, report RUN and check RUN' in res.stderr
 
+def test_help_names_the_commands():
+    said = subprocess.run([sys.executable, '-m', 'fastai_gradstats', '--help'], cwd=ROOT, capture_output=True, text=True).stdout
+    assert said.startswith('usage: fastai-gradstats [-h]') and 'demo, report RUN and check RUN' in ' '.join(said.split())
+
 def test_command_fails(tmp_path, capsys):
     "A sentence, no traceback; damage can be left out"
     report_record().save(tmp_path/'run', format='csv')

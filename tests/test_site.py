@@ -93,7 +93,7 @@ typed = {   # what people type -> the page that comes first
     'tensorboard':'howto/loggers', 'resume':'howto/files', 'crash':'howto/files', 'gpu':'benchmarks', 'slow':'benchmarks', 'overhead':'benchmarks',
     'freeze':'tutorials/finetune_lr_find', 'fine-tune':'tutorials/finetune_lr_find', 'lr_find':'tutorials/finetune_lr_find',
     'fp16':'howto/amp_accumulation_clipping', 'amp':'howto/amp_accumulation_clipping', 'accumulation':'howto/amp_accumulation_clipping',
-    'ddp':'howto/compile_gpus', 'compare two runs':'record', 'dead relu':'reading', 'is my training healthy':'reading', 'which layer':'tutorials/depth',
+    'ddp':'howto/compile_gpus', 'compare two runs':'record', 'dead relu':'reading', 'which layer is dead':'reading', 'zero gradient':'reading', 'is my training healthy':'reading', 'which layer':'tutorials/depth',
     'wandb watch':'howto/coming_from', 'my callback':'tasks', 'GradStatsCallback':'callback', 'keep':'callback', 'update_every':'callback',
     'plot_grad_heatmap':'plot', 'GradAlert':'alert', 'save_report':'report', 'per_sample_norms':'probe'}
 

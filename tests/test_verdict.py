@@ -428,6 +428,16 @@ def test_units_silent_from_the_start_are_a_note():
     share,begun = (int(part.split('%')[0].split()[-1]) for part in row['evidence'].split('(dead)')[:2]) if 'first step' in row['evidence'] else (100,0)
     assert share>begun+25
 
+def test_the_layer_with_most_dead_units_is_named():
+    "Where no layer is dead as a whole, it is not the one nearest the loss"
+    def make():
+        model = flat_mlp(depth=3)()
+        for i,n in (3,48),(5,32): model[i].bias.data[:n].fill_(-50)
+        return model
+    found = diagnose(train_digits(make))
+    row = found[found['rule']=='dead_units'].iloc[0]
+    assert row['tensor']=='3.bias' and 'also in 5.bias' in row['evidence'], str(found)
+
 def test_hard_batch_of_a_converged_run_is_no_spike():
     "One batch with a large loss and gradient, and the loss is as before right after it"
     n = 120
@@ -453,6 +463,28 @@ def test_first_line():
     found = diagnose(train_digits(flat_mlp()))
     n = len({r for r in found.attrs and diagnose(GradRecord())['rule']})
     assert str(found).splitlines()[0]==f'{n} of {n} checks, nothing wrong found; 6 of 6 parameters trained'
+
+def test_parameters_without_a_gradient_are_not_trained():
+    "A weight and a bias behind a detach(), as autograd has it"
+    class CutOff(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body,self.head = nn.Linear(64,20),nn.Linear(20,10)
+        def forward(self, x): return self.head(self.body(x.flatten(1)).relu().detach())
+    nets = []
+    def make():
+        nets.append(CutOff())
+        return nets[0]
+    found = diagnose(train_digits(make, epochs=1))
+    nets[0](pixels()[0][:8]).sum().backward()
+    grads = [p.grad for p in nets[0].parameters()]
+    assert f'; {sum(g is not None for g in grads)} of {len(grads)} parameters trained' in found.verdict and grads[0] is None
+
+def test_rules_are_not_named_twice():
+    "As not checked: in the verdict or, where they are many, below"
+    few = diagnose(train_digits(flat_mlp(), epochs=1, update_every=None))
+    assert few.verdict.endswith('; not checked: update_ratio') and str(few).count('not checked: ')==1
+    assert str(diagnose(GradRecord(steps=calm_steps()))).count('not checked: ')==1
 
 def test_what_was_not_checked():
     found = diagnose(GradRecord(steps=calm_steps(norm=0.)))
