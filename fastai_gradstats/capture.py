@@ -307,11 +307,12 @@ def _compiled_hook():
     takes_reason = 'reason' in inspect.signature(torch.compiler.disable).parameters
     disable = partial(torch.compiler.disable, **(dict(reason=reason) if takes_reason else {}))
     class _CompiledHook(_ForwardHook):
-        @disable   # of the class: disabled on the object, a copy would not be the no-op
         def __call__(self, module, inp, out):
             hooks = self.hooks()
             if hooks is None or not hooks.live or not torch.is_grad_enabled(): return
             hooks.seen(self.i, out)
+        if not takes_reason: __call__.__qualname__ = reason   # torch 2.6, whose error has the function's name in it
+        __call__ = disable(__call__)   # of the class: disabled on the object, a copy would not be the no-op
     return _CompiledHook
 
 # %% ../nbs/02_capture.ipynb #1ae00011

@@ -470,7 +470,8 @@ def plot_grad_norm(o, # whatever `as_record` takes
 # %% ../nbs/05_plot.ipynb #e9721c62
 def lr_changes(steps):
     "Does the learning rate change within a run?"
-    return any(of_run['lr'].nunique()>1 for _,of_run in (steps.groupby('run') if 'run' in steps else [(None,steps)]))
+    runs = steps.groupby('run', observed=True) if 'run' in steps else [(None,steps)]
+    return any(of_run['lr'].nunique()>1 for _,of_run in runs)
 
 def draw_training(rec, ax, phase='fit', fit=None):
     "Loss per step, and the learning rate at the right where it changes"

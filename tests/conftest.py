@@ -1,5 +1,5 @@
 "The tests' common ground: no display, processes that start fast, fixtures of several files. Helpers are in `tests/helpers`."
-import multiprocessing,os,sys
+import multiprocessing,os,signal,sys
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('TRITON_INTERPRET', '1')   # kernels of a GPU run on the CPU; it has to be known before Triton is imported
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')   # as many processes as cores, one thread each
@@ -49,6 +49,13 @@ def in_a_folder_apart(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp('cwd'))
     yield
     os.chdir(before)
+
+@pytest.fixture(scope='session', autouse=True)
+def interrupts_arrive():
+    "Tests send Ctrl-C to themselves; a process that a shell starts with `&` would ignore it"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 @pytest.fixture(autouse=True)
 def figures_closed():
