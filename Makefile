@@ -27,7 +27,7 @@ test-oldest:
 # pages, the site, the tests' shape); the benchmarks, and Triton's kernels, which nobody uses without asking for them
 NOT_OF_A_STACK := notebooks sync packaging pages site structure benchmarks bench_gpu gpu_kernel gpu_launch traffic
 on-this-stack: $(STAMP)-test
-	$(PY) -m pytest $(or $(ARGS),$(BESIDE) $(NOT_OF_A_STACK:%=--ignore=tests/test_%.py) tests)
+	$(PY) -m pytest $(or $(ARGS),$(BESIDE) $(patsubst %,--ignore=tests/test_%.py,$(NOT_OF_A_STACK) $(WITHOUT)) tests)
 
 # With the real trackers, of which MLflow and Trackio bring much with them
 test-trackers: $(STAMP)-dev $(STAMP)-trackers
