@@ -286,6 +286,10 @@ def last_lr(opt)->float:
     if isinstance(lr, Tensor) and lr.is_cpu and lr.numel()==1: return lr.item()
     return float(lr) if isinstance(lr, Real) else math.nan
 
+def groups_of(opt)->list:
+    "Lists of an optimizer's parameters; none where it does not say"
+    return [group['params'] for group in getattr(opt, 'param_groups', [])]
+
 def now()->str:
     "The time of day here, to the minute"
     return datetime.now().strftime('%Y-%m-%d %H:%M')
@@ -1229,10 +1233,6 @@ def _optimizers(opt)->list:
     for o in many:
         if not hasattr(o, 'step') or isinstance(o, type): raise TypeError(f"opt: an optimizer, or a list of optimizers, is accepted, got {type(o).__name__}")
     return [innermost(o) for o in many]
-
-def groups_of(opt)->list:
-    "Lists of an optimizer's parameters; none where it does not say"
-    return [group['params'] for group in getattr(opt, 'param_groups', [])]
 
 def innermost(opt):
     "The optimizer inside accelerate's, whose `step` does nothing where gradients only accumulate"
