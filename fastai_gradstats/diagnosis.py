@@ -150,6 +150,25 @@ class Run:
         return [name for name,asks,_ in fit['params'] if asks and name not in got] if got else []
 
     @cached_property
+    def cut_off(self)->dict: # name -> iteration
+        "Parameters that have no gradient after an iteration, nor has their module's output, which had one in each before"
+        found = {}
+        for fit in self.facts:
+            outputs,params = of_fit(self.outputs, fit),of_fit(self.params, fit)
+            if not len(outputs) or not len(params): continue
+            iterations = np.unique(params['iteration'])
+            late = np.quantile(iterations, .75)
+            last = outputs.groupby('name', observed=True)['iteration'].max()
+            for module,end in last[last<late].items():
+                had_one = outputs.loc[outputs['name']==module, 'iteration'].nunique()
+                if had_one<.9*(iterations<=end).sum(): continue   # an expert, a network that takes turns
+                after = params[(params['iteration']>end)&(params['zeros']<params['numel'])]
+                alive = set(after['name'].unique())
+                own = [name for name,asks,_ in fit['params'] if asks and name.rpartition('.')[0]==module]
+                found |= {name:int(end) for name in own if name not in alive}
+        return found
+
+    @cached_property
     def dims(self):
         "name -> dimensions, of each parameter"
         return {name:dims for f in self.facts for name,_,dims in f['params']}
@@ -336,7 +355,7 @@ def dead_units(r,
                dead=.4, # share of zeros in a bias gradient, median of the last quarter of steps: a note above it
                batch=8 # in smaller batches a unit that outputs 0 on all of them says little: a note
               ): # a warning where nearly all are, or where many died since the first step
-    biases = named(_late(r.params), lambda name: name.rpartition('.')[2]=='bias')
+    biases = named(_late(r.params), lambda name: name.rpartition('.')[2]=='bias' and name not in r.cut_off)
     takes_part = biases['zeros']<biases['numel']
     share = takes_part.groupby(biases['name'], observed=True).transform('sum')/max(biases['iteration'].nunique(), 1)
     biases = biases[(share==0)|(share>.9)]   # an expert with few tokens, a head of another task: `part_time`
@@ -403,6 +422,10 @@ def unused(r):
         idle = r.idle(fit)
         if not idle: continue
         yield Finding('warning', idle[0], '', f"no gradient in fit {fit['fit']}: {first_names(idle, 5)}", tensors=idle)
+    if not r.cut_off: return
+    names = list(r.cut_off)
+    evidence = f'no gradient after iteration {r.cut_off[names[0]]}, nor has the output of their module: {first_names(names, 5)}'
+    yield Finding('note', names[0], '', evidence, 'nothing, if they were frozen or left out then on purpose; else look for a detach(), no_grad() or .data that begins there', names)
 
 # %% ../nbs/06_diagnosis.ipynb #d1a60010
 as_adapters = 'nothing, if that is meant (LoRA, adapters); else learn.unfreeze(), or requires_grad_(True)'
@@ -790,7 +813,7 @@ def part_time(r,
              ):
     some = []
     for name,its,there in _presence(r):
-        if len(its)<10 or not len(there)<=part*len(its): continue
+        if len(its)<10 or not len(there)<=part*len(its) or name in r.cut_off: continue
         some.append((name, _when(its, there)))
     if not some: return
     name,when = some[0]

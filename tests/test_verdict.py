@@ -244,6 +244,39 @@ def test_gan_is_not_frozen():
     assert not len(severe(found)) and 'frozen' not in set(found['rule'][found['severity']!='not checked']), str(found)
     assert 'part_time' in set(found['rule'])
 
+class CutOff(nn.Module):
+    "The first layer is out of it from a forward on: detached, or dead"
+    def __init__(self, how, after=30):
+        super().__init__()
+        self.first,self.last = nn.Linear(8,16),nn.Linear(16,1)
+        self.how,self.after = how,after
+        self.calls = 0
+    def forward(self, x):
+        x = self.first(x)
+        self.calls += 1
+        if self.calls>self.after: x = self.how(x)
+        return self.last(F.relu(x))
+
+@pytest.mark.parametrize('set_to_none', [True, False])
+@pytest.mark.parametrize('how,rule', [(torch.detach, 'unused'), (lambda x: x-100, 'dead_units')], ids=['detached','dead'])
+def test_a_layer_that_is_cut_off_in_mid_run(how, rule, set_to_none):
+    "Detached is not dead: its output has no gradient, where that of a dead layer is 0"
+    torch.manual_seed(0)
+    net = CutOff(how)
+    opt = torch.optim.SGD(net.parameters(), lr=.01)
+    with GradRecorder(net, opt) as rec:
+        for _ in range(60):
+            rec.loss(loss := (net(torch.randn(16,8))-1).square().mean())
+            loss.backward()
+            opt.step()
+            opt.zero_grad(set_to_none=set_to_none)
+    found = diagnose(rec)
+    about = found[found['rule'].isin(['unused','dead_units','part_time'])&(found['severity']!='not checked')]
+    assert about['rule'].tolist()==[rule], str(found)
+    if rule=='unused':
+        assert found.tensors('unused')==['first.weight','first.bias']
+        assert about['severity'].item()=='note' and 'after iteration 29' in about['evidence'].item() and 'detach()' in about['try'].item()
+
 # --- the sicknesses of a new user, and others
 
 def convs_of_std(std):
