@@ -24,7 +24,7 @@ test-oldest:
 	PIP_NO_COMPILE=1 $(MAKE) VENV="$(OLDEST)" CONSTRAINTS=tests/oldest.txt on-this-stack
 
 # Left out: what needs nbdev, which wants today's fastcore (notebooks, generated files); what reads this project's own files (archives,
-# pages, the site, the tests' shape); the benchmarks, and Triton's kernels, which nobody uses without asking for them
+# pages, the site, the tests' shape); the benchmarks, and Triton's kernels, which nobody uses without asking for them. WITHOUT="names files": these too
 NOT_OF_A_STACK := notebooks sync packaging pages site structure benchmarks bench_gpu gpu_kernel gpu_launch traffic
 on-this-stack: $(STAMP)-test
 	$(PY) -m pytest $(or $(ARGS),$(BESIDE) $(patsubst %,--ignore=tests/test_%.py,$(NOT_OF_A_STACK) $(WITHOUT)) tests)

@@ -99,6 +99,10 @@ def of_fit(df, where):
     "The rows of one fit: that of `where`, a row of a frame or the facts of a fit"
     return df[(df['phase']==where['phase'])&(df['fit']==where['fit'])]
 
+def late_from(df)->float:
+    "The iteration with which the last quarter of those in `df` begins"
+    return np.quantile(df['iteration'].unique(), .75)
+
 def fits_in(df):
     "(phase, fit) of all rows"
     return {(phase, fit) for phase in phases for fit in df.loc[df['phase']==phase, 'fit'].unique()}
@@ -156,16 +160,18 @@ class Run:
         for fit in self.facts:
             outputs,params = of_fit(self.outputs, fit),of_fit(self.params, fit)
             if not len(outputs) or not len(params): continue
-            iterations = np.unique(params['iteration'])
-            late = np.quantile(iterations, .75)
-            last = outputs.groupby('name', observed=True)['iteration'].max()
-            for module,end in last[last<late].items():
-                had_one = outputs.loc[outputs['name']==module, 'iteration'].nunique()
-                if had_one<.9*(iterations<=end).sum(): continue   # an expert, a network that takes turns
-                after = params[(params['iteration']>end)&(params['zeros']<params['numel'])]
-                alive = set(after['name'].unique())
-                own = [name for name,asks,_ in fit['params'] if asks and name.rpartition('.')[0]==module]
-                found |= {name:int(end) for name in own if name not in alive}
+            last = by_tensor(outputs['iteration'], outputs).max()
+            stopped = last[last<late_from(params)]
+            if not len(stopped): continue
+            rows = outputs[outputs['name'].isin(stopped.index)]
+            had_one = by_tensor(rows['iteration'], rows).nunique().reindex(stopped.index)
+            until = np.searchsorted(np.unique(params['iteration']), stopped, side='right')   # iterations
+            stopped = stopped[had_one>=.9*until]   # else an expert, or a network that takes turns
+            moving = params[params['zeros']<params['numel']]
+            last_moving = by_tensor(moving['iteration'], moving).max()
+            for name,asks,_ in fit['params']:
+                end = stopped.get(name.rpartition('.')[0])
+                if asks and end is not None and last_moving.get(name, -1)<=end: found[name] = int(end)
         return found
 
     @cached_property
@@ -336,7 +342,7 @@ def depth(r,
 # %% ../nbs/06_diagnosis.ipynb #d8ef5169
 def _late(df):
     "The last quarter of the iterations"
-    return df[df['iteration']>=np.quantile(df['iteration'].unique(), .75)]
+    return df[df['iteration']>=late_from(df)]
 
 def _nearest_loss(r, names):
     "Of some tensors that with the last place in the network"

@@ -724,9 +724,8 @@ class OtherSamples(Found):
         yield f'not the same data: {self.a} samples in {names.a} and {self.b} in {names.b}, at step {self.step}'
 
 def find_other_samples(comparison, rows):
-    "None where they are as many, or nobody counted"
     a,b = (side.samples(rows.step) for side in comparison.sides)
-    return OtherSamples(rows.step, a, b) if a and b and a!=b else None
+    if a and b and a!=b: yield OtherSamples(rows.step, a, b)
 
 @dataclass
 class OtherShapes(Found):
@@ -757,8 +756,7 @@ def find_evidence(comparison, rows, losses):
     "What else there is to say"
     is_gradients = rows.what=='gradients'
     first_parts = rows.first['verdict']=='parts'
-    samples = find_other_samples(comparison, rows) if is_gradients else None
-    if samples is not None: yield samples
+    if is_gradients: yield from find_other_samples(comparison, rows)
     if is_gradients and losses is not None: yield judge_losses(comparison, rows, losses)
     if not is_gradients: yield from find_settings(comparison, rows)
     if is_gradients and first_parts: yield find_first_tensor(comparison, rows)

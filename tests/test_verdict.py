@@ -499,14 +499,14 @@ def test_first_line():
 
 def test_parameters_without_a_gradient_are_not_trained():
     "A weight and a bias behind a detach(), as autograd has it"
-    class CutOff(nn.Module):
+    class HeadAlone(nn.Module):
         def __init__(self):
             super().__init__()
             self.body,self.head = nn.Linear(64,20),nn.Linear(20,10)
         def forward(self, x): return self.head(self.body(x.flatten(1)).relu().detach())
     nets = []
     def make():
-        nets.append(CutOff())
+        nets.append(HeadAlone())
         return nets[0]
     found = diagnose(train_digits(make, epochs=1))
     nets[0](pixels()[0][:8]).sum().backward()
